@@ -1,0 +1,1 @@
+"""The library of the Moonlight training system. Imports nothing from `data_prep` or `jobs`."""

@@ -1,0 +1,387 @@
+"""The schema of a run: one YAML file, one `RunConfig`.
+
+Strict on purpose: an unknown key, a string where a number belongs or a mesh that cannot exist is refused here, in one
+line that names the key, before any process starts. Fields are named as the field names them (the network's as in
+Hugging Face's `DeepseekV3Config`). Units are in the field's comment: tokens, sequences, bytes, seconds.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+class Section(BaseModel):
+    """A group of settings. Strict (no coercion of "3" to 3), closed (no unknown keys) and immutable."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class StorageConfig(Section):
+    """Where every byte goes: a folder or `s3://bucket/prefix`."""
+
+    root: str = "runs"
+    endpoint_url: str | None = None  # an S3-compatible server; None means AWS
+    region: str | None = None
+
+    @property
+    def is_s3(self) -> bool:
+        return self.root.startswith("s3://")
+
+
+class TokenizerConfig(Section):
+    """Train a byte-level BPE with Moonlight's split pattern, or load one (`tokenizer.json` or Moonshot's `tiktoken.model`)."""
+
+    path: str | None = None  # folder or file to load; None trains one on the corpus
+    vocab_size: PositiveInt = 8192  # includes the special tokens
+    training_bytes: PositiveInt = 40_000_000  # text sampled from the corpus, spread over its sources by weight
+    special_tokens: tuple[str, ...] = ("[BOS]", "[EOS]", "[PAD]", "[UNK]")
+    eos_token: str = "[EOS]"
+
+    @model_validator(mode="after")
+    def _eos_is_special(self) -> TokenizerConfig:
+        if self.eos_token not in self.special_tokens:
+            raise ValueError(f"eos_token {self.eos_token!r} is not among special_tokens {list(self.special_tokens)}")
+        if self.path is None and self.vocab_size < 256 + len(self.special_tokens):
+            raise ValueError(f"vocab_size {self.vocab_size} is too small: 256 bytes + {len(self.special_tokens)} special tokens")
+        return self
+
+
+class FilterConfig(Section):
+    """Language-independent document filters of one source; each rejection is counted by name."""
+
+    min_characters: int = 1
+    max_characters: PositiveInt = 100_000_000
+    max_repeated_line_fraction: Fraction = 1.0  # share of lines that are copies of an earlier line of the document
+    min_alphanumeric_fraction: Fraction = 0.0  # share of characters that are letters or digits
+    drop_exact_duplicates: bool = True  # by document hash, within the source
+
+
+class SourceConfig(Section):
+    """One named source of documents."""
+
+    name: str
+    path: str  # folder, file or s3:// prefix; `{stdlib}` and `{site_packages}` stand for the running Python's folders
+    format: Literal["auto", "jsonl", "parquet", "text"] = "auto"
+    include: tuple[str, ...] = ("**/*",)  # globs relative to path
+    exclude: tuple[str, ...] = ()
+    max_bytes: PositiveInt | None = None  # take files in hash order until this many bytes
+    text_field: str = "text"
+    id_field: str | None = None
+    weight: PositiveFloat = 1.0  # share of training sequences, normalised over sources
+    max_epochs: PositiveFloat = 1.0  # how often a sequence of this source may be seen
+    filters: FilterConfig = FilterConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_path_segment(cls, name: str) -> str:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,62}", name):
+            raise ValueError(f"name {name!r} must be lower-case letters, digits, '.', '_' or '-'")
+        return name
+
+
+class MixtureStage(Section):
+    """Source weights from the end of the previous stage until this many tokens of training."""
+
+    until_tokens: PositiveInt
+    weights: dict[str, NonNegativeFloat]
+
+
+class CorpusConfig(Section):
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    mixture: tuple[MixtureStage, ...] = ()  # empty: `sources[].weight` throughout
+    heldout_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01  # of documents, chosen by document hash
+    heldout_max_documents: PositiveInt = 1000  # per source
+    unit_bytes: PositiveInt = 2_000_000_000  # target size of a unit of work (2-5 minutes of one core)
+    max_document_bytes: PositiveInt = 256 * 1024 * 1024  # a larger record goes to quarantine
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> CorpusConfig:
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"sources: names must differ, got {names}")
+        previous = 0
+        for stage in self.mixture:
+            unknown = sorted(set(stage.weights) - set(names))
+            if unknown:
+                raise ValueError(f"mixture: no source is named {unknown[0]!r}; sources are {names}")
+            if stage.until_tokens <= previous:
+                raise ValueError("mixture: until_tokens must increase from stage to stage")
+            if sum(stage.weights.values()) <= 0:
+                raise ValueError("mixture: weights of a stage must not all be zero")
+            previous = stage.until_tokens
+        return self
+
+
+class DataConfig(Section):
+    """Layout of the packed shards and the constants of the closed-form order (hashed into every checkpoint)."""
+
+    sequence_length: PositiveInt = 8192  # tokens of a packed row: the longest length training may use
+    packing: Literal["best_fit", "concat", "pad"] = "best_fit"
+    max_documents_per_row: PositiveInt = 128
+    rows_per_group: PositiveInt = 256  # rows of a Parquet row group = one shuffle block = one ranged read
+    groups_per_file: PositiveInt = 256
+    lanes: PositiveInt = 1024  # D: independent read streams; a multiple of every rank count expected
+    window_blocks: PositiveInt = 4  # W: blocks shuffled together within a lane
+    mixture_block: PositiveInt = 2048  # M: positions of a lane over which source counts are exact
+    cache_bytes: PositiveInt = 1 << 30  # decoded blocks kept per rank
+    zstd_level: int = 3
+
+
+class ModelConfig(Section):
+    """Moonlight's network (`DeepseekV3ForCausalLM`), field names as in its config.json."""
+
+    vocab_size: PositiveInt = 163_840
+    hidden_size: PositiveInt = 2048
+    num_hidden_layers: PositiveInt = 27
+    num_attention_heads: PositiveInt = 16
+    kv_lora_rank: PositiveInt = 512
+    qk_nope_head_dim: PositiveInt = 128
+    qk_rope_head_dim: PositiveInt = 64
+    v_head_dim: PositiveInt = 128
+    intermediate_size: PositiveInt = 11_264  # dense layers
+    moe_intermediate_size: PositiveInt = 1408  # one expert
+    n_routed_experts: PositiveInt = 64
+    n_shared_experts: PositiveInt = 2
+    num_experts_per_tok: PositiveInt = 6
+    first_k_dense_replace: Annotated[int, Field(ge=0)] = 1
+    routed_scaling_factor: PositiveFloat = 2.446
+    norm_topk_prob: bool = True
+    rms_norm_eps: PositiveFloat = 1e-5
+    rope_theta: PositiveFloat = 50_000.0
+    max_position_embeddings: PositiveInt = 8192
+    initializer_range: PositiveFloat = 0.02
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def shared_intermediate_size(self) -> int:
+        """The shared experts are one fused MLP."""
+        return self.n_shared_experts * self.moe_intermediate_size
+
+    @model_validator(mode="after")
+    def _possible(self) -> ModelConfig:
+        if self.num_experts_per_tok > self.n_routed_experts:
+            raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} exceeds n_routed_experts {self.n_routed_experts}")
+        if self.first_k_dense_replace > self.num_hidden_layers:
+            raise ValueError(f"first_k_dense_replace {self.first_k_dense_replace} exceeds num_hidden_layers {self.num_hidden_layers}")
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim {self.qk_rope_head_dim} must be even: rotary embedding turns pairs")
+        return self
+
+
+class MuonConfig(Section):
+    momentum: Fraction = 0.95
+    nesterov: bool = True
+    newton_schulz: Literal["moonlight", "polar_express"] = "moonlight"  # coefficients
+    newton_schulz_steps: PositiveInt = 5
+    backend: Literal["plain", "gram"] = "plain"  # how the iteration is evaluated
+    blocks: Literal["whole", "per_head"] = "whole"  # Moonlight orthogonalises whole matrices
+    update_rms: PositiveFloat = 0.2  # the 0.2 of 0.2 * sqrt(max(rows, cols))
+    wire_dtype: Literal["bf16", "fp32"] = "bf16"
+    bucket_bytes: PositiveInt = 128 * 1024 * 1024  # cap of one exchange buffer
+    hsdp_split: Literal["auto", "on", "off"] = "off"  # replicas share the Newton-Schulz work
+
+
+class AdamWConfig(Section):
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: PositiveFloat = 1e-8
+
+
+class OptimizerConfig(Section):
+    """Muon for matrices, AdamW for the rest, with one learning rate and one weight decay (Moonlight's rule)."""
+
+    name: Literal["muon", "adamw"] = "muon"  # adamw: every parameter, for comparisons
+    weight_decay: NonNegativeFloat = 0.1
+    gradient_clip: NonNegativeFloat = 1.0  # global norm; 0 means no clipping
+    muon: MuonConfig = MuonConfig()
+    adamw: AdamWConfig = AdamWConfig()
+    qk_clip: PositiveFloat | None = None  # K2's threshold on attention logits (100); None: off
+
+
+class LearningRateStage(Section):
+    """From the end of the previous stage until `until_tokens` the rate goes from `start` to `end`."""
+
+    until_tokens: PositiveInt
+    shape: Literal["constant", "linear", "cosine"]
+    start: NonNegativeFloat
+    end: NonNegativeFloat
+
+
+class BatchStage(Section):
+    until_tokens: PositiveInt
+    sequences: PositiveInt  # global batch
+
+
+class BiasRateStage(Section):
+    until_tokens: PositiveInt
+    rate: NonNegativeFloat  # u of the router's selection-bias update
+
+
+class ScheduleConfig(Section):
+    """Pure functions of tokens seen. The last `until_tokens` of each list must reach `total_tokens`."""
+
+    total_tokens: PositiveInt
+    learning_rate: tuple[LearningRateStage, ...] = Field(min_length=1)
+    global_batch: tuple[BatchStage, ...] = Field(min_length=1)
+    bias_rate: tuple[BiasRateStage, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _covers_the_run(self) -> ScheduleConfig:
+        for name in ("learning_rate", "global_batch", "bias_rate"):
+            ends = [stage.until_tokens for stage in getattr(self, name)]
+            if any(later <= earlier for earlier, later in zip(ends, ends[1:])):
+                raise ValueError(f"{name}: until_tokens must increase from stage to stage, got {ends}")
+            if ends[-1] < self.total_tokens:
+                raise ValueError(f"{name}: ends at {ends[-1]} tokens but total_tokens is {self.total_tokens}")
+        return self
+
+
+class ParallelismConfig(Section):
+    """Meshes: dense parameters on (replicate, shard); experts on (replicate, efsdp, ep) with efsdp * ep = shard."""
+
+    replicate: PositiveInt = 1
+    shard: PositiveInt = 1
+    ep: PositiveInt = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.replicate * self.shard
+
+    @property
+    def efsdp(self) -> int:
+        return self.shard // self.ep
+
+    @model_validator(mode="after")
+    def _ep_divides_shard(self) -> ParallelismConfig:
+        if self.shard % self.ep:
+            raise ValueError(f"ep {self.ep} must divide shard {self.shard}: experts live on (efsdp, ep) with efsdp * ep = shard")
+        return self
+
+
+class TrainingConfig(Section):
+    sequence_length: PositiveInt = 8192  # tokens; divides data.sequence_length
+    micro_batch: PositiveInt = 1  # sequences per rank and forward pass
+    compute_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    compile: bool = False  # torch.compile per block
+    reshard_after_forward: bool = True
+    document_mask: bool = False  # attention stays inside a document of a packed row
+    aux_loss_weight: NonNegativeFloat = 1e-4  # sequence-wise balance loss
+    initial_weights: str | None = None  # Hugging Face folder to start from
+    skip_sequences: tuple[tuple[int, int], ...] = ()  # ranges [from, to) of global positions left out
+    max_skipped_steps: PositiveInt = 10  # non-finite steps in a row before the run stops
+    step_timeout_s: PositiveFloat = 1800.0  # heartbeat watchdog
+    log_every: PositiveInt = 10  # steps
+
+
+class CheckpointConfig(Section):
+    every_steps: PositiveInt = 1000
+    keep: PositiveInt = 3  # newest checkpoints kept; the last one of a run is never deleted
+    async_save: bool = True
+
+
+class EvaluationConfig(Section):
+    sequence_length: PositiveInt | None = None  # window of held-out text; None: training.sequence_length
+    max_tokens_per_source: PositiveInt = 10_000_000
+    batch: PositiveInt = 8  # windows per forward pass
+    checkpoint: Literal["last"] | int = "last"  # or a step
+
+
+class PublishingConfig(Section):
+    name: str = "moonlight"
+    max_loss: PositiveFloat | None = None  # gate on the held-out loss (nats per token)
+    promote: bool = True  # move latest.json to the new version
+    shard_bytes: PositiveInt = 5_000_000_000  # of one safetensors file
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    sample_prompts: tuple[str, ...] = ()
+    sample_tokens: PositiveInt = 64
+
+
+class ClusterConfig(Section):
+    """What the stages ask of Ray."""
+
+    use_gpu: bool = False
+    cpus_per_worker: PositiveFloat = 1.0
+    prepare_cpus: PositiveFloat = 1.0  # per unit task
+    prepare_memory_bytes: PositiveInt = 1_000_000_000
+    max_failures: Annotated[int, Field(ge=-1)] = 3  # restarts of the training group
+
+
+class RunConfig(Section):
+    """One run. `run_id` names it: the same run_id and settings continue, never repeat, what is already done."""
+
+    run_id: str
+    seed: int = 0
+    storage: StorageConfig = StorageConfig()
+    tokenizer: TokenizerConfig
+    corpus: CorpusConfig
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig
+    parallelism: ParallelismConfig = ParallelismConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    publishing: PublishingConfig = PublishingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @field_validator("run_id")
+    @classmethod
+    def _run_id_is_a_name(cls, run_id: str) -> str:
+        if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", run_id):
+            raise ValueError(f"run_id {run_id!r} must be 1-40 lower-case letters, digits or '-', starting with a letter (it names Kubernetes objects)")
+        return run_id
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> RunConfig:
+        problems = list(_disagreements(self))
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def _disagreements(run: RunConfig) -> list[str]:
+    """What no section can see alone. Each message starts with the key to change."""
+    found = []
+    model, training, parallelism = run.model, run.training, run.parallelism
+    if training.sequence_length > model.max_position_embeddings:
+        found.append(
+            f"training.sequence_length {training.sequence_length} exceeds model.max_position_embeddings {model.max_position_embeddings}"
+        )
+    if run.data.sequence_length % training.sequence_length:
+        found.append(
+            f"training.sequence_length {training.sequence_length} must divide data.sequence_length {run.data.sequence_length}: rows are cut into equal parts"
+        )
+    if run.evaluation.sequence_length and run.evaluation.sequence_length > model.max_position_embeddings:
+        found.append(
+            f"evaluation.sequence_length {run.evaluation.sequence_length} exceeds model.max_position_embeddings {model.max_position_embeddings}"
+        )
+    if model.n_routed_experts % parallelism.ep:
+        found.append(f"parallelism.ep {parallelism.ep} must divide model.n_routed_experts {model.n_routed_experts}")
+    if run.tokenizer.path is None and run.tokenizer.vocab_size != model.vocab_size:
+        found.append(f"tokenizer.vocab_size {run.tokenizer.vocab_size} must equal model.vocab_size {model.vocab_size}")
+    per_step = parallelism.world_size * training.micro_batch
+    for index, stage in enumerate(run.schedule.global_batch):
+        if stage.sequences % per_step:
+            found.append(
+                f"schedule.global_batch[{index}].sequences {stage.sequences} must be a multiple of replicate * shard * micro_batch = {per_step}"
+            )
+    return found
+
+
+def sequences_of(run: RunConfig) -> int:
+    """Training sequences the whole run consumes (the last global batch is whole)."""
+    return math.ceil(run.schedule.total_tokens / run.training.sequence_length)

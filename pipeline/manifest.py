@@ -1,0 +1,193 @@
+"""The typed records that stages hand to each other, and the digests that tie them together.
+
+A record is JSON. Its digest is sha256 over the canonical JSON (sorted keys, no spaces) of everything that determines
+the bytes downstream; what merely describes how they came about (times, host names, paths of the storage root) never
+enters it. So the same inputs give the same digest on a laptop folder and on S3.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+def canonical_json(value: Any) -> bytes:
+    """Bytes that depend on the value alone. NaN and infinity are refused: they have no JSON."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def digest_of(value: Any) -> str:
+    """sha256 (64 hex digits) of the canonical JSON; pydantic models are dumped first."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+class Record(BaseModel):
+    """A manifest. `VOLATILE` names the fields that describe the making, not the thing: they are left out of the digest."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    VOLATILE: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.model_dump(mode="json", exclude=set(self.VOLATILE)))
+
+    def to_json(self) -> bytes:
+        return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+
+
+class FileEntry(Record):
+    """An object in storage. `path` is relative to the storage root."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class TokenizerManifest(Record):
+    """`<root>/tokenizers/<identity>/manifest.json`"""
+
+    folder: str  # relative to the storage root
+    files: tuple[FileEntry, ...]  # tokenizer.json, tokenizer_config.json, tiktoken.model, ...
+    vocab_size: int
+    eos_id: int
+    special_tokens: dict[str, int]
+    sha256: str  # of tokenizer.json: the identity that data carries
+
+
+class PackedFile(FileEntry):
+    """A Parquet file of packed rows: whole row groups only, `rows = groups * rows_per_group`."""
+
+    rows: int
+    tokens: int  # without padding
+
+
+class HeldoutFile(FileEntry):
+    """A Parquet file of held-out documents (tokens, n_bytes, doc_id), never trained on."""
+
+    documents: int
+    tokens: int  # EOS not counted
+    text_bytes: int  # UTF-8 bytes of the text behind the tokens
+
+
+class DocumentCounts(Record):
+    """docs_in = docs_out + heldout + filtered + quarantined, checked per unit and in total."""
+
+    docs_in: int
+    docs_out: int
+    heldout: int
+    filtered: dict[str, int]  # by filter name
+    quarantined: dict[str, int]  # by reason
+
+    def balanced(self) -> bool:
+        return self.docs_in == self.docs_out + self.heldout + sum(self.filtered.values()) + sum(self.quarantined.values())
+
+
+class SourceManifest(Record):
+    name: str
+    packed: tuple[PackedFile, ...]  # in order: global row -> (file, row group, row) is arithmetic over these
+    heldout: tuple[HeldoutFile, ...]
+    documents: tuple[FileEntry, ...]  # ragged token files, for re-packing
+    counts: DocumentCounts
+    rows: int
+    tokens: int  # in packed rows, without padding
+    text_bytes: int
+    dropped_rows: int  # rows short of a whole row group
+
+    VOLATILE: ClassVar[frozenset[str]] = frozenset()
+
+
+class DatasetManifest(Record):
+    """`<root>/datasets/<identity>/dataset.json`: written last, and so the commit of the dataset."""
+
+    schema_version: Literal[1] = 1
+    identity: str  # digest of listing, corpus config, tokenizer and layout
+    tokenizer: TokenizerManifest
+    token_dtype: Literal["uint16", "uint32"]
+    sequence_length: int
+    rows_per_group: int
+    sources: tuple[SourceManifest, ...]
+    units: tuple[str, ...]  # digests of the unit manifests, sorted
+    versions: dict[str, str]  # format version and the libraries that decide bytes
+
+    @property
+    def rows(self) -> int:
+        return sum(source.rows for source in self.sources)
+
+    @property
+    def tokens(self) -> int:
+        return sum(source.tokens for source in self.sources)
+
+
+class CheckpointManifest(Record):
+    """`<root>/runs/<run_id>/train/step-00000400/manifest.json`: written last; without it the checkpoint does not exist."""
+
+    run_id: str
+    run_identity: str  # digest of what decides the losses: model, optimizer, schedule, data order, seed
+    step: int
+    next_sequence: int  # the loader's whole state
+    tokens_seen: int
+    dataset_digest: str
+    order_digest: str
+    content_sha256: str  # of the tensors, independent of world size and of how they are laid out in files
+    files: tuple[FileEntry, ...]
+    loss: float
+    world_size: int
+
+    VOLATILE: ClassVar[frozenset[str]] = frozenset({"files", "world_size"})
+
+
+class TrainManifest(Record):
+    """`<root>/runs/<run_id>/train/manifest.json`: the run reached `schedule.total_tokens`."""
+
+    identity: str
+    checkpoint: CheckpointManifest  # the last one
+    steps: int
+    metrics: tuple[FileEntry, ...]  # JSON lines, one record per logged step
+    skipped_steps: int
+
+
+class SourceScore(Record):
+    documents: int
+    tokens: int  # scored tokens, the closing EOS of each document included
+    text_bytes: int
+    loss: float  # nats per token
+    bits_per_byte: float
+
+
+class EvaluationManifest(Record):
+    """`<root>/runs/<run_id>/evaluate/step-00000400.json`"""
+
+    identity: str
+    checkpoint_digest: str
+    dataset_digest: str
+    step: int
+    sequence_length: int
+    overall: SourceScore
+    sources: dict[str, SourceScore]
+    unigram_entropy: float  # nats per token of the same held-out tokens under their own frequencies
+    baselines: dict[str, float]  # bits per byte of simple compressors, e.g. {"xz -9": 2.1}
+
+
+class ModelManifest(Record):
+    """`<root>/models/<name>/<version>/manifest.json`: every file of the published folder, and where it came from."""
+
+    name: str
+    version: str
+    files: tuple[FileEntry, ...]  # paths relative to the model's folder
+    checkpoint_digest: str
+    evaluation_digest: str
+    dataset_digest: str
+    tokenizer_sha256: str
+    run_identity: str
+    config: dict[str, Any]  # the run's configuration without storage and cluster
+    git_commit: str
+    step: int
+    loss: float
+    bits_per_byte: float
+
+    VOLATILE: ClassVar[frozenset[str]] = frozenset({"git_commit"})

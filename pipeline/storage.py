@@ -1,0 +1,243 @@
+"""Every byte in or out: one `Storage` rooted at a folder or at `s3://bucket/prefix`.
+
+Paths are relative to the root and use '/'. A write is atomic (readers see the old object, the new one, or none) and a
+commit is one conditional write: `create` succeeds for exactly one of any number of writers, `swap` replaces an object
+only if nobody changed it since it was read. Nothing is renamed or edited in place once it is visible.
+
+On a folder: temporary file + fsync + link/rename. On S3: one PUT with `If-None-Match: *` or `If-Match: <etag>`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+
+from pipeline.config.schema import StorageConfig
+
+CHUNK = 8 * 1024 * 1024
+
+
+class StorageError(ValueError):
+    """The storage cannot be used as configured; the message names the root and the remedy."""
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    path: str  # relative to the root
+    bytes: int
+    etag: str  # changes whenever the content does; opaque
+
+
+class Storage:
+    """Objects under one root. Construct with `open_storage(config)`."""
+
+    def __init__(self, config: StorageConfig) -> None:
+        self.config = config
+        self.root = config.root.rstrip("/") if config.is_s3 else str(Path(config.root).expanduser().absolute())
+        self.fs = filesystem(config.root, config)
+        self._prefix = self.root.removeprefix("s3://")
+
+    # -- names ---------------------------------------------------------------------------------------------------
+
+    def key(self, path: str) -> str:
+        """The full key that `self.fs` understands (no scheme)."""
+        assert not path.startswith("/") and ".." not in path.split("/"), path
+        return f"{self._prefix}/{path}" if path else self._prefix
+
+    def uri(self, path: str = "") -> str:
+        """What a user would type: an absolute path or an s3:// URI."""
+        return f"{self.root}/{path}" if path else self.root
+
+    # -- read ----------------------------------------------------------------------------------------------------
+
+    def read(self, path: str) -> bytes:
+        """The whole object. Raises FileNotFoundError."""
+        data: bytes = self.fs.cat_file(self.key(path))
+        return data
+
+    def read_or_none(self, path: str) -> bytes | None:
+        try:
+            return self.read(path)
+        except FileNotFoundError:
+            return None
+
+    def open(self, path: str) -> IO[bytes]:
+        """A seekable binary file; ranged reads on S3."""
+        file: IO[bytes] = self.fs.open(self.key(path), "rb")
+        return file
+
+    def exists(self, path: str) -> bool:
+        return bool(self.fs.exists(self.key(path)))
+
+    def list(self, prefix: str) -> list[ObjectInfo]:
+        """All objects below a folder, sorted by path. Unfinished temporaries are not shown."""
+        try:
+            found: dict[str, dict[str, Any]] = self.fs.find(self.key(prefix), detail=True)
+        except FileNotFoundError:
+            return []
+        start = len(self._prefix) + 1
+        entries = [
+            ObjectInfo(key[start:], int(info["size"]), _etag(info)) for key, info in found.items() if ".tmp-" not in key
+        ]
+        return sorted(entries, key=lambda entry: entry.path)
+
+    # -- write ---------------------------------------------------------------------------------------------------
+
+    def write(self, path: str, data: bytes) -> None:
+        """Put the object, replacing any. Atomic."""
+        if self.config.is_s3:
+            self.fs.pipe_file(self.key(path), data)
+            return
+        with self._temporary(path) as temporary:
+            temporary.write_bytes(data)
+            _sync(temporary)
+            os.replace(temporary, self.key(path))
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Put the object if there is none; False if there is. Of concurrent writers exactly one gets True."""
+        if self.config.is_s3:
+            return self._put_if(path, data, IfNoneMatch="*")
+        with self._temporary(path) as temporary:
+            temporary.write_bytes(data)
+            _sync(temporary)
+            try:
+                os.link(temporary, self.key(path))
+            except FileExistsError:
+                return False
+        return True
+
+    def swap(self, path: str, data: bytes, etag: str | None) -> bool:
+        """Replace the object if its etag still is `etag` (None: if it does not exist). False if somebody was faster."""
+        if etag is None:
+            return self.create(path, data)
+        if self.config.is_s3:
+            return self._put_if(path, data, IfMatch=etag)
+        import fcntl
+
+        lock = Path(self.key(path) + ".tmp-lock")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as handle:  # writers of a folder meet here; the kernel frees the lock of a dead one
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if self.etag(path) != etag:
+                return False
+            self.write(path, data)
+        return True
+
+    def etag(self, path: str) -> str | None:
+        """The content's tag, None without an object. On a folder: the sha256 of the content."""
+        try:
+            if self.config.is_s3:
+                return _etag(self.fs.info(self.key(path), refresh=True))
+            return hashlib.sha256(self.read(path)).hexdigest()
+        except FileNotFoundError:
+            return None
+
+    def upload(self, local: Path, path: str) -> None:
+        """Put a local file (multipart on S3 where large), replacing any. Atomic."""
+        if self.config.is_s3:
+            self.fs.put_file(str(local), self.key(path))
+            return
+        with self._temporary(path) as temporary:
+            with local.open("rb") as source, temporary.open("wb") as target:
+                while chunk := source.read(CHUNK):
+                    target.write(chunk)
+            _sync(temporary)
+            os.replace(temporary, self.key(path))
+
+    def delete(self, prefix: str) -> None:
+        """Remove an object or everything below a folder. Nothing there is fine."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm(self.key(prefix), recursive=True)
+
+    def check_writable(self) -> None:
+        """Write and delete one small object; raises StorageError that says why and what to change."""
+        probe = f".probe-{uuid.uuid4().hex}"
+        try:
+            self.write(probe, b"")
+            self.delete(probe)
+        except Exception as error:
+            raise StorageError(
+                f"storage.root: cannot write to {self.root} ({type(error).__name__}: {error}); "
+                "choose a writable folder, or an s3:// prefix whose credentials allow PutObject"
+            ) from error
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _temporary(self, path: str) -> Iterator[Path]:
+        target = Path(self.key(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex}")
+        try:
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _put_if(self, path: str, data: bytes, **condition: str) -> bool:
+        from botocore.exceptions import ClientError
+
+        bucket, _, name = self.key(path).partition("/")
+        try:
+            self.fs.call_s3("put_object", Bucket=bucket, Key=name, Body=data, **condition)
+        except (ClientError, FileExistsError, OSError) as error:
+            if _is_lost_race(error):
+                return False
+            raise
+        self.fs.invalidate_cache(self.fs._parent(self.key(path)))
+        return True
+
+
+def open_storage(config: StorageConfig) -> Storage:
+    return Storage(config)
+
+
+def filesystem(uri: str, config: StorageConfig) -> fsspec.AbstractFileSystem:
+    """The fsspec file system for a URI. Listings are never cached: another process may have written since."""
+    if not uri.startswith("s3://"):
+        return fsspec.filesystem("file")
+    client: dict[str, Any] = {}
+    if config.region:
+        client["region_name"] = config.region
+    retries = {"retries": {"max_attempts": 10, "mode": "adaptive"}}
+    return fsspec.filesystem(
+        "s3", endpoint_url=config.endpoint_url, client_kwargs=client, config_kwargs=retries, use_listings_cache=False
+    )
+
+
+def sha256_of(file: IO[bytes]) -> str:
+    """sha256 of a stream, in constant memory."""
+    digest = hashlib.sha256()
+    while chunk := file.read(CHUNK):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _etag(info: dict[str, Any]) -> str:
+    if "ETag" in info:
+        return str(info["ETag"]).strip('"')
+    return f"{info['size']}-{info.get('mtime', 0)!r}"
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def _is_lost_race(error: BaseException) -> bool:
+    """412 PreconditionFailed and 409 ConditionalRequestConflict, however deep s3fs wrapped them."""
+    while error is not None:
+        code = getattr(error, "response", {}).get("Error", {}).get("Code") if hasattr(error, "response") else None
+        if code in {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"} or isinstance(error, FileExistsError):
+            return True
+        if getattr(error, "errno", None) is not None and "PreconditionFailed" in str(error):
+            return True
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return False
