@@ -30,7 +30,9 @@ def run_distributed(fn: Callable[..., Any], world: int, *args: Any, timeout: flo
         processes, pipes = [], []
         for rank in range(world):
             ours, theirs = spawn.Pipe(duplex=False)
-            process = spawn.Process(target=_rank, args=(fn, args, rank, world, f"{folder}/store", theirs, timeout), daemon=True)
+            process = spawn.Process(
+                target=_rank, args=(fn, args, rank, world, f"{folder}/store", theirs, timeout), daemon=True
+            )
             process.start()
             theirs.close()
             processes.append(process)
@@ -67,7 +69,9 @@ def _collect(pipes: list[Any], deadline: float, timeout: float) -> list[Any]:
                 failures[rank] = value
                 deadline = min(deadline, time.monotonic() + GRACE_S)
     if failures:
-        raise RuntimeError("\n".join(f"rank {rank} of {len(pipes)} failed:\n{failures[rank]}" for rank in sorted(failures)))
+        raise RuntimeError(
+            "\n".join(f"rank {rank} of {len(pipes)} failed:\n{failures[rank]}" for rank in sorted(failures))
+        )
     return [results[rank] for rank in range(len(pipes))]
 
 
