@@ -13,6 +13,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -93,3 +94,6 @@ def _rank(fn: Callable[..., Any], args: tuple, rank: int, world: int, store: str
         pipe.send((False, traceback.format_exc()))
     finally:
         pipe.close()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # the result is delivered; the exit of a process with gloo threads can be noisy

@@ -93,7 +93,7 @@ def attend(q_BSHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, scale: float, layout:
         q, k, v = (_widen(t, max(width, value_width)).flatten(0, 1) for t in (q_BSHQ, k_BSHQ, v_BSHV))
         longest = layout.longest_document
         ends = layout.document_ends
-        o = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale, window_size=(-1, 0))
+        o: Tensor = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale, window_size=(-1, 0))
         return o[..., :value_width].view(B, S, H, value_width)
     if q_BSHQ.is_cuda:
         with sdpa_kernel(CUDA_BACKENDS, set_priority=True):

@@ -59,12 +59,15 @@ class Moonlight(nn.Module):
         )
         x_BSD = self.embed_tokens(input_ids_BS)
         aux_loss = torch.zeros((), dtype=torch.float32, device=x_BSD.device)
+        counts = []
         for block in self.layers:
             x_BSD, block_aux_loss, counts_E = block(x_BSD, layout)
             if block_aux_loss is not None:
                 aux_loss = aux_loss + block_aux_loss
-            if counts_E is not None and self.training:
-                block.mlp.router.tokens_per_expert += counts_E
+                counts.append(counts_E)
+        if self.training:
+            for (_, router), counts_E in zip(self.routers(), counts, strict=True):
+                router.tokens_per_expert += counts_E
         x_BSD = self.norm(x_BSD)
         if labels_BS is None:
             return self.lm_head(x_BSD)

@@ -52,7 +52,7 @@ def oracle_of(model: Moonlight) -> DeepseekV3ForCausalLM:
     """transformers' model holding the same weights (its experts are stacks with gate and up fused)."""
     config = hf_config(model.config, bos_token_id=None, eos_token_id=1, dtype="float32")
     oracle = DeepseekV3ForCausalLM(DeepseekV3Config.from_dict(config))
-    oracle.load_state_dict({name: tensor for name, tensor in _as_oracle(dict(model.state_dict()))})
+    oracle.load_state_dict(dict(_as_oracle(dict(model.state_dict()))))
     return oracle
 
 
