@@ -190,9 +190,7 @@ class Run:
         at, training = self.at, self.config.training
         now = at_step(self.config.schedule, training.sequence_length, at.step)
         assert (now.first_sequence, now.tokens_before) == (at.next_sequence, at.tokens_seen), (now, at)
-        batch = read_step(
-            self.loader, now.first_sequence, now.sequences, training.micro_batch, training.document_mask
-        )
+        batch = read_step(self.loader, now.first_sequence, now.sequences, training.micro_batch, training.document_mask)
         values = self.step(batch, now.learning_rate, now.bias_rate, stop)
         at.step += 1
         at.next_sequence += now.sequences
