@@ -49,9 +49,9 @@ class Attention(nn.Module):
         self.kv_a_layernorm = nn.RMSNorm(self.latent_dim, eps=LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(self.latent_dim, self.heads * (self.nope_dim + self.value_dim), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value_dim, hidden, bias=False)
-        self.max_logits_H: Tensor | None = (
-            None  # set to a tensor of -inf to have the largest logit of each head observed
-        )
+        self.observe_max_logits = False  # for QK-clip, pipeline/model/qk_clip.py
+        self.max_logits: Tensor  # [H], the largest logit of each head since it was last taken
+        self.register_buffer("max_logits", torch.full((self.heads,), -torch.inf), persistent=False)
 
     def forward(self, x_BSD: Tensor, layout: SequenceLayout) -> Tensor:
         B, S, _ = x_BSD.shape
