@@ -23,7 +23,24 @@ def layer_with_bias(bias: list[float]) -> MoE:
     return layer
 
 
-def run_rank(bias: list[float], tokens: list[int]) -> dict[str, torch.Tensor]:
+CASES = {
+    2: [
+        ([0.0] * 8, [6, 9]),
+        ([0.0] * 8, [0, 7]),  # rank 0 has no tokens but the experts of others
+        ([0.0] * 8, [0, 0]),
+    ],
+    4: [
+        ([0.0] * 8, [5, 6, 7, 1]),
+        ([9.0, 9, 9, 0, 0, 0, 0, 0], [6, 6, 6, 6]),  # ranks 2 and 3 hold experts that nobody chose
+    ],
+}
+
+
+def run_cases(world: int) -> list[dict[str, torch.Tensor]]:
+    return [run_case(bias, tokens) for bias, tokens in CASES[world]]
+
+
+def run_case(bias: list[float], tokens: list[int]) -> dict[str, torch.Tensor]:
     """This rank's tokens through a layer whose experts are spread over all ranks."""
     rank, world = dist.get_rank(), dist.get_world_size()
     layer = layer_with_bias(bias)
@@ -39,22 +56,18 @@ def run_rank(bias: list[float], tokens: list[int]) -> dict[str, torch.Tensor]:
     return {"out": out.x_BSD.detach(), "x": x_BSD.grad, "router": layer.router.weight.grad, **grads}
 
 
-@pytest.mark.parametrize(
-    ("world", "bias", "tokens"),
-    [
-        (2, [0.0] * 8, [6, 9]),
-        (4, [0.0] * 8, [5, 6, 7, 1]),
-        (4, [9.0, 9, 9, 0, 0, 0, 0, 0], [6, 6, 6, 6]),  # ranks 2 and 3 hold experts that nobody chose
-        (2, [0.0] * 8, [0, 7]),  # rank 0 has no tokens but the experts of others
-        (2, [0.0] * 8, [0, 0]),
-    ],
-)
-def test_outputs_and_gradients_equal_those_of_one_rank(world, bias, tokens):
-    ranks = run_distributed(run_rank, world, bias, tokens)
+@pytest.mark.parametrize("world", [2, 4])
+def test_outputs_and_gradients_equal_those_of_one_rank(world):
+    by_rank = run_distributed(run_cases, world, world)
+    for case, (bias, tokens) in enumerate(CASES[world]):
+        check_case(bias, tokens, [results[case] for results in by_rank])
+
+
+def check_case(bias: list[float], tokens: list[int], ranks: list[dict[str, torch.Tensor]]) -> None:
     layer = layer_with_bias(bias)
     assert isinstance(layer.experts.dispatcher, LocalDispatch)
     router_grad = torch.zeros_like(layer.router.weight)
-    for rank in range(world):
+    for rank in range(len(ranks)):
         x_BSD = inputs(rank, tokens[rank]).requires_grad_()
         out = layer(x_BSD).x_BSD
         out.square().sum().backward()
