@@ -18,7 +18,9 @@ def steps(root) -> list[int]:
 
 def test_another_configuration_is_refused_by_name(tmp_path):
     Watched().train(tiny(str(tmp_path)))
-    with pytest.raises(ForeignCheckpoint, match=r"optimizer.weight_decay is 0.3 here and 0.1 there. Choose another run_id"):
+    with pytest.raises(
+        ForeignCheckpoint, match=r"optimizer.weight_decay is 0.3 here and 0.1 there. Choose another run_id"
+    ):
         Watched().train(tiny(str(tmp_path), optimizer__weight_decay=0.3))
 
 
@@ -47,7 +49,9 @@ def test_asynchronous_saves_are_the_same_bytes(tmp_path):
     """The next steps change the live tensors while the thread writes: it must write what it was given."""
     saved = {}
     for asynchronous in (False, True):
-        config = tiny(str(tmp_path / str(asynchronous)), steps=8, checkpoint__async_save=asynchronous, checkpoint__keep=9)
+        config = tiny(
+            str(tmp_path / str(asynchronous)), steps=8, checkpoint__async_save=asynchronous, checkpoint__keep=9
+        )
         watched = Watched()
         watched.train(config)
         saved[asynchronous] = watched.checkpoints

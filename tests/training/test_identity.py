@@ -45,4 +45,7 @@ def test_ranges_left_out_later_do_not_matter_yet():
     assert differences(skipping, plain, position=110) == [
         "training.skip_sequences is [[100, 110]] here and [] there",
     ]
-    assert differences(of(training__skip_sequences=[[10, 20], [100, 120]]), of(training__skip_sequences=[[10, 20]]), 50) == []
+    assert (
+        differences(of(training__skip_sequences=[[10, 20], [100, 120]]), of(training__skip_sequences=[[10, 20]]), 50)
+        == []
+    )

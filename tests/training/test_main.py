@@ -53,7 +53,16 @@ def test_wrong_input_is_one_line(run, capsys, change, message):
 
 def test_torchrun(run):
     storage, arguments = run(steps=2, parallelism={"shard": 2, "ep": 2})
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pipeline.training"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "pipeline.training",
+    ]
     done = subprocess.run([*command, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     manifest = TrainManifest.model_validate_json(storage.read("runs/tiny/train/manifest.json"))
@@ -62,7 +71,9 @@ def test_torchrun(run):
 
 
 def test_sigterm_saves_and_leaves(run):
-    storage, arguments = run(steps=20_000, corpus__sources=[{"name": f"s{i}", "path": "none", "max_epochs": 1e6} for i in (0, 1)])
+    storage, arguments = run(
+        steps=20_000, corpus__sources=[{"name": f"s{i}", "path": "none", "max_epochs": 1e6} for i in (0, 1)]
+    )
     command = [sys.executable, "-m", "pipeline.training", *arguments, "checkpoint.every_steps=100000"]
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -3,16 +3,17 @@
 import json
 import math
 
+import pytest
 import torch
 
 from pipeline.config.schema import StorageConfig
 from pipeline.storage import Storage
-from pipeline.training.metrics import MetricsFiles, Pace, PendingRecord, StepRecord
+from pipeline.training.metrics import Fetch, MetricsFiles, Pace, PendingRecord, StepRecord
 
 
 def record(step: int, loss: float = 2.0) -> StepRecord:
     values = torch.tensor([loss, 0.5, 1.5, 3, 1, 0, 1.25, 2.0], dtype=torch.float64)
-    return PendingRecord(step, step * 100, 0.01, 0.001, 8, values).fetch()
+    return PendingRecord(step, step * 100, 0.01, 0.001, 8, Fetch(values)).fetch()
 
 
 def test_a_line_is_json_even_for_a_bad_step():
@@ -50,4 +51,4 @@ def test_a_restart_writes_the_same_files(tmp_path):
 def test_pace_counts_what_is_left():
     progress = Pace(tokens=0, steps=50, total_tokens=5000).progress(record(10))
     assert (progress.step, progress.steps, progress.tokens, progress.loss) == (10, 50, 1000, 2.0)
-    assert progress.eta_s * progress.tokens_per_second == 4000
+    assert progress.eta_s * progress.tokens_per_second == pytest.approx(4000)

@@ -55,7 +55,11 @@ def test_two_ranks(tmp_path):
             {"parallelism": {"shard": 2}},
             {"parallelism": {"replicate": 2}, "training__micro_batch": 1},
             {"parallelism": {"shard": 2, "ep": 2}, "training__micro_batch": 4},
-            {"parallelism": {"shard": 2, "ep": 2}, "training__micro_batch": 1, "training__activation_checkpointing": "full"},
+            {
+                "parallelism": {"shard": 2, "ep": 2},
+                "training__micro_batch": 1,
+                "training__activation_checkpointing": "full",
+            },
         ],
     )
 

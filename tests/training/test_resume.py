@@ -29,7 +29,7 @@ def stop_after(steps: int):
 def losses(root: str) -> list[float]:
     """From the stored metrics, in order."""
     storage = Storage(tiny(root).storage)
-    files = [info for info in storage.list(f"{train_folder('tiny')}/metrics")]
+    files = storage.list(f"{train_folder('tiny')}/metrics")
     lines = [json.loads(line) for info in files for line in storage.read(info.path).splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["loss"] for line in lines]

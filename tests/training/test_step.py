@@ -62,7 +62,9 @@ def skipped(root: str, dataset: DatasetManifest, world: int, value: float) -> No
     assert (good.skipped_steps, good.skipped_in_a_row) == (1, 0)
     assert good.loss < before.loss + 0.5
     moved = [name for name, tensor in held(run).items() if not torch.equal(tensor, after[name])]
-    assert {name for name, _ in run.model.named_parameters() if local_tensor(run.model.get_parameter(name)).numel()} <= set(moved)
+    assert {
+        name for name, _ in run.model.named_parameters() if local_tensor(run.model.get_parameter(name)).numel()
+    } <= set(moved)
     run.close()
 
 
@@ -93,7 +95,9 @@ def test_the_host_never_waits(tmp_path, monkeypatch):
     reads = []
     for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__"):
         original = getattr(Tensor, name)
-        monkeypatch.setattr(Tensor, name, lambda self, *a, o=original, n=name, **k: (reads.append(n), o(self, *a, **k))[1])
+        monkeypatch.setattr(
+            Tensor, name, lambda self, *a, o=original, n=name, **k: (reads.append(n), o(self, *a, **k))[1]
+        )
     batch = read_step(run.loader, 8, 8, 2, False)
     reads.clear()
     with NoHostReads():
