@@ -1,0 +1,85 @@
+"""Batches of training sequences for one rank, from the closed-form order and the block reader.
+
+`batch(start, count)` is a pure function of (order, dataset, start, count, rank, world): training sequences n in
+[start, start + count) with n % world == rank, in increasing n. The caller owns the only state, the next n. After each
+batch the blocks of the following ones are read in the background; the following batches are guessed to be of the same
+size, and a wrong guess costs reads, not correctness.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.dataset.order import Order
+from pipeline.dataset.reader import BlockId, BlockReader
+from pipeline.storage import Storage
+
+BATCHES_AHEAD = 2
+
+
+class Batch(NamedTuple):
+    """Legend: B sequences of this rank, S tokens each."""
+
+    tokens_BS: torch.Tensor  # int64
+    doc_lens: list[list[int]]  # per sequence, lengths of its documents or parts of documents; the rest is padding
+    sequences: NDArray[np.int64]  # [B] training sequence numbers
+
+
+class Loader:
+    """Reads for one of `world` ranks and keeps at most `data.cache_bytes` of decoded blocks."""
+
+    def __init__(self, order: Order, storage: Storage, rank: int, world: int) -> None:
+        assert 0 <= rank < world, (rank, world)
+        self.order = order
+        self.rank = rank
+        self.world = world
+        self.reader = BlockReader(order.dataset, storage, order.data.cache_bytes)
+
+    def batch(self, start: int, count: int) -> Batch:
+        """Sequences [start, start + count) of this rank. Raises CorruptBlock where stored bytes are damaged."""
+        sequences, blocks, rows, parts = self._plan(start, count)
+        data = self.reader.get(blocks)
+        length = self.order.sequence_length
+        tokens = np.empty((len(sequences), length), dtype=np.int64)
+        doc_lens = []
+        for i, (block, row, part) in enumerate(zip(blocks, rows, parts)):
+            tokens[i] = data[block].tokens[row, part * length : (part + 1) * length]
+            doc_lens.append(cut(data[block].document_lengths(row), part * length, (part + 1) * length))
+        for ahead in range(1, BATCHES_AHEAD + 1):
+            self.reader.prefetch(self._plan(start + ahead * count, count)[1])
+        return Batch(torch.from_numpy(tokens), doc_lens, sequences)
+
+    def close(self) -> None:
+        self.reader.close()
+
+    def _plan(self, start: int, count: int) -> tuple[NDArray[np.int64], list[BlockId], list[int], list[int]]:
+        first = start + (self.rank - start) % self.world
+        sequences = np.arange(first, start + count, self.world, dtype=np.int64)
+        location = self.order.locate(sequences)
+        number, row = np.divmod(location.row, self.order.rows_per_group)
+        blocks = [BlockId(s, b) for s, b in zip(location.source.tolist(), number.tolist())]
+        return sequences, blocks, row.tolist(), location.part.tolist()
+
+
+def cut(doc_lens: list[int], start: int, stop: int) -> list[int]:
+    """Lengths of the pieces of a row's documents that lie in its tokens [start, stop)."""
+    pieces, position = [], 0
+    for length in doc_lens:
+        piece = min(position + length, stop) - max(position, start)
+        if piece > 0:
+            pieces.append(piece)
+        position += length
+    return pieces
+
+
+def positions(doc_lens: list[list[int]], length: int) -> torch.Tensor:
+    """[B, S] int64 position of each token within its document; padding counts on from its own start."""
+    result = torch.empty((len(doc_lens), length), dtype=torch.int64)
+    for row, lengths in enumerate(doc_lens):
+        pieces = [*lengths, length - sum(lengths)]
+        result[row] = torch.cat([torch.arange(piece) for piece in pieces])
+    return result
