@@ -1,9 +1,9 @@
 """Row groups of packed files: one ranged read each, checksums verified, decoded without a Python loop over tokens.
 
 A block is one Parquet row group of R packed rows. Its number counts through the files of its source in manifest order, so
-block -> (file, row group) is a binary search over prefix sums. Opening a file reads its footer (one ranged read of at
-most 64 KiB for 400 row groups); the parsed footers of the last files are kept. Reading a block is one ranged read of its
-two adjacent column chunks. Every page's CRC is verified while decoding.
+block -> (file, row group) is a binary search over prefix sums. Opening a file reads its footer (one ranged read of the
+last 64 KiB, enough for 400 row groups); the parsed footers of the last files are kept. Reading a block is one ranged read
+of its two adjacent column chunks. The manifest's CRC-32 of these bytes is checked, and every page's own while decoding.
 
 The cache holds decoded blocks (u16 or u32 tokens as stored) in least-recently-used order under a byte bound; the blocks of
 one request are always held, however large. Prefetching fills the same cache from a few threads: it changes when a block
@@ -29,9 +29,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.manifest import DatasetManifest, PackedFile
+from pipeline.packed import HEX_DIGITS, crc32_hex, group_bounds
 from pipeline.storage import Storage
 
 _FOOTERS_KEPT = 128
+_TAIL_BYTES = 64 * 1024
 _READ_THREADS = 4
 
 
@@ -58,6 +60,11 @@ class Block:
         return self.lengths[self.offsets[row] : self.offsets[row + 1]].tolist()
 
 
+class _Footer(NamedTuple):
+    metadata: pq.FileMetaData
+    bounds: list[int]  # of the row groups, in bytes
+
+
 @dataclass
 class ReadCounters:
     """What went over the wire, for progress lines, benchmarks and tests."""
@@ -81,7 +88,7 @@ class BlockReader:
             for source in dataset.sources
         ]
         self._lock = threading.Lock()
-        self._footers: OrderedDict[str, pq.FileMetaData] = OrderedDict()
+        self._footers: OrderedDict[str, _Footer] = OrderedDict()
         self._cache: OrderedDict[BlockId, Block] = OrderedDict()
         self._cached_bytes = 0
         self._pending: dict[BlockId, Future[Block]] = {}
@@ -153,44 +160,88 @@ class BlockReader:
         return data
 
     def read(self, block: BlockId) -> Block:
-        """One block from storage, past the cache."""
+        """One block from storage, past the cache. Raises CorruptBlock."""
         entry, group = self.find(block)
+        footer = self._footer(entry)
+        start, stop = footer.bounds[group], footer.bounds[group + 1]
+        data = self._fetch(entry, start, stop)
+        expected = recorded_crc32(entry, group)
+        if expected and crc32_hex(data) != expected:
+            data = self._fetch(entry, start, stop)  # damaged on the way, perhaps: once more
+            if crc32_hex(data) != expected:
+                raise CorruptBlock(f"{entry.path}: row group {group}: CRC-32 is {crc32_hex(data)}, expected {expected}")
         try:
-            footer = self._footer(entry)
-            if footer.num_rows != entry.rows or footer.num_row_groups != entry.rows // self.dataset.rows_per_group:
-                raise CorruptBlock(
-                    f"{entry.path}: the footer says {footer.num_rows} rows in {footer.num_row_groups} row groups, "
-                    f"the manifest {entry.rows} in {entry.rows // self.dataset.rows_per_group}"
-                )
-            table = self._open(entry, footer).read_row_group(group, columns=["tokens", "doc_lens"], use_threads=False)
-            data = decode(table, self._dtype, self.dataset.sequence_length)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            if isinstance(error, (FileNotFoundError, PermissionError)):
-                raise
+            file = pq.ParquetFile(
+                pa.PythonFile(_Window(data, start, entry.bytes), mode="r"),
+                metadata=footer.metadata,
+                page_checksum_verification=True,
+            )
+            table = file.read_row_group(group, columns=["tokens", "doc_lens"], use_threads=False)
+            decoded = decode(table, self._dtype, self.dataset.rows_per_group, self.dataset.sequence_length)
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             raise CorruptBlock(f"{entry.path}: row group {group}: {error}") from error
         with self._lock:
             self.counters.blocks += 1
-        return data
+        return decoded
 
-    def _open(self, entry: PackedFile, footer: pq.FileMetaData | None) -> pq.ParquetFile:
-        file = pa.PythonFile(_RangedFile(self._storage, entry, self.counters, self._lock), mode="r")
-        return pq.ParquetFile(file, metadata=footer, pre_buffer=True, page_checksum_verification=True)
-
-    def _footer(self, entry: PackedFile) -> pq.FileMetaData:
+    def _footer(self, entry: PackedFile) -> _Footer:
         with self._lock:
             if entry.path in self._footers:
                 self._footers.move_to_end(entry.path)
                 return self._footers[entry.path]
-        footer = self._open(entry, None).metadata
+        footer = self._read_footer(entry)
         with self._lock:
             self._footers[entry.path] = footer
             if len(self._footers) > _FOOTERS_KEPT:
                 self._footers.popitem(last=False)
         return footer
 
+    def _read_footer(self, entry: PackedFile) -> _Footer:
+        tail = self._fetch(entry, max(0, entry.bytes - _TAIL_BYTES), entry.bytes)
+        length = int.from_bytes(tail[-8:-4], "little") + 8
+        if tail[-4:] != b"PAR1" or length > entry.bytes:
+            raise CorruptBlock(f"{entry.path}: footer: the file does not end as Parquet does")
+        if length > len(tail):
+            tail = self._fetch(entry, entry.bytes - length, entry.bytes)
+        try:
+            metadata = pq.read_metadata(pa.BufferReader(tail[-length:]))
+            bounds = group_bounds(metadata)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise CorruptBlock(f"{entry.path}: footer: {error}") from error
+        groups = entry.rows // self.dataset.rows_per_group
+        if (metadata.num_rows, metadata.num_row_groups) != (entry.rows, groups):
+            raise CorruptBlock(
+                f"{entry.path}: footer: {metadata.num_rows} rows in {metadata.num_row_groups} row groups, "
+                f"expected {entry.rows} in {groups}"
+            )
+        expected = recorded_crc32(entry, groups)
+        found = crc32_hex(tail[-length:])
+        if expected and (bounds[-1] != entry.bytes - length or found != expected):
+            raise CorruptBlock(f"{entry.path}: footer: CRC-32 is {found}, expected {expected}")
+        return _Footer(metadata, bounds)
 
-def decode(table: pa.Table, dtype: np.dtype, row_tokens: int) -> Block:
-    """Arrow columns to arrays; the tokens stay in Arrow's buffer. Raises ValueError on another schema than ours."""
+    def _fetch(self, entry: PackedFile, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a file in one request; retries are the file system's."""
+        data: bytes = self._storage.fs.cat_file(self._storage.key(entry.path), start=start, end=stop)
+        with self._lock:
+            self.counters.requests += 1
+            self.counters.bytes += len(data)
+        if len(data) != stop - start:
+            raise CorruptBlock(
+                f"{entry.path}: {len(data)} bytes at offset {start}, expected {stop - start}: the file is cut short"
+            )
+        return data
+
+
+def recorded_crc32(entry: PackedFile, part: int) -> str:
+    """The manifest's CRC-32 of a row group, or of the footer (part = number of row groups)."""
+    return entry.group_crc32[part * HEX_DIGITS : (part + 1) * HEX_DIGITS]
+
+
+def decode(table: pa.Table, dtype: np.dtype, rows: int, row_tokens: int) -> Block:
+    """Arrow columns to arrays; the tokens stay in Arrow's buffer. Raises ValueError on another shape than ours."""
+    if len(table) != rows:
+        raise ValueError(f"{len(table)} rows, expected {rows}")
     wide = pa.binary(row_tokens * dtype.itemsize)
     if table.schema.field("tokens").type != wide:
         raise ValueError(f"column tokens is {table.schema.field('tokens').type}, expected {wide}")
@@ -205,11 +256,11 @@ def decode(table: pa.Table, dtype: np.dtype, row_tokens: int) -> Block:
     return Block(flat.reshape(len(tokens), row_tokens), values, offsets - offsets[0])
 
 
-class _RangedFile:
-    """The part of a file object that Arrow needs, each read one ranged request; the size is the manifest's."""
+class _Window:
+    """A file of `size` bytes of which only those from `start` on are here: what Arrow needs to decode one row group."""
 
-    def __init__(self, storage: Storage, entry: PackedFile, counters: ReadCounters, lock: threading.Lock) -> None:
-        self._storage, self._entry, self._counters, self._lock = storage, entry, counters, lock
+    def __init__(self, data: bytes, start: int, size: int) -> None:
+        self._data, self._start, self._size = memoryview(data), start, size
         self._position = 0
         self.closed = False
 
@@ -223,25 +274,21 @@ class _RangedFile:
         return False
 
     def size(self) -> int:
-        return self._entry.bytes
+        return self._size
 
     def tell(self) -> int:
         return self._position
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        self._position = offset + (0, self._position, self._entry.bytes)[whence]
+        self._position = offset + (0, self._position, self._size)[whence]
         return self._position
 
-    def read(self, size: int = -1) -> bytes:
-        stop = self._entry.bytes if size < 0 else min(self._position + size, self._entry.bytes)
-        if stop <= self._position:
-            return b""
-        data: bytes = self._storage.fs.cat_file(self._storage.key(self._entry.path), start=self._position, end=stop)
-        with self._lock:
-            self._counters.requests += 1
-            self._counters.bytes += len(data)
-        self._position += len(data)
-        return data
+    def read(self, size: int) -> bytes:
+        first = self._position - self._start
+        if first < 0 or first + size > len(self._data):
+            raise ValueError(f"bytes {self._position} to {self._position + size} lie outside the row group")
+        self._position += size
+        return bytes(self._data[first : first + size])
 
     def close(self) -> None:
         self.closed = True

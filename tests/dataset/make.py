@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config.schema import CorpusConfig, DataConfig, MixtureStage, SourceConfig
 from pipeline.manifest import DatasetManifest, DocumentCounts, PackedFile, SourceManifest, TokenizerManifest
+from pipeline.packed import group_crc32
 from pipeline.storage import Storage
 
 EOS = 1
@@ -147,9 +148,15 @@ def write(
             data = packed_bytes(tokens, doc_lens, group)
             path = f"datasets/test/packed/s{s}-{f}.parquet"
             storage.write(path, data)
-            used = sum(map(sum, doc_lens))
             files.append(
-                PackedFile(path=path, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), rows=rows, tokens=used)
+                PackedFile(
+                    path=path,
+                    bytes=len(data),
+                    sha256=hashlib.sha256(data).hexdigest(),
+                    rows=rows,
+                    tokens=sum(map(sum, doc_lens)),
+                    group_crc32=group_crc32(io.BytesIO(data)),
+                )
             )
         sources.append(files)
     return manifest(sources, row_tokens, group, dtype)
