@@ -29,6 +29,15 @@ class Batch(NamedTuple):
     sequences: NDArray[np.int64]  # [B] training sequence numbers
 
 
+class Plan(NamedTuple):
+    """Where the sequences of a batch lie."""
+
+    sequences: NDArray[np.int64]
+    blocks: list[BlockId]
+    rows: list[int]  # within the block
+    parts: list[int]  # of the row
+
+
 class Loader:
     """Reads for one of `world` ranks and keeps at most `data.cache_bytes` of decoded blocks."""
 
@@ -41,28 +50,29 @@ class Loader:
 
     def batch(self, start: int, count: int) -> Batch:
         """Sequences [start, start + count) of this rank. Raises CorruptBlock where stored bytes are damaged."""
-        sequences, blocks, rows, parts = self._plan(start, count)
-        data = self.reader.get(blocks)
+        plan = self.plan(start, count)
+        data = self.reader.get(plan.blocks)
         length = self.order.sequence_length
-        tokens = np.empty((len(sequences), length), dtype=np.int64)
+        tokens = np.empty((len(plan.sequences), length), dtype=np.int64)
         doc_lens = []
-        for i, (block, row, part) in enumerate(zip(blocks, rows, parts)):
+        for i, (block, row, part) in enumerate(zip(plan.blocks, plan.rows, plan.parts)):
             tokens[i] = data[block].tokens[row, part * length : (part + 1) * length]
             doc_lens.append(cut(data[block].document_lengths(row), part * length, (part + 1) * length))
         for ahead in range(1, BATCHES_AHEAD + 1):
-            self.reader.prefetch(self._plan(start + ahead * count, count)[1])
-        return Batch(torch.from_numpy(tokens), doc_lens, sequences)
+            self.reader.prefetch(self.plan(start + ahead * count, count).blocks)
+        return Batch(torch.from_numpy(tokens), doc_lens, plan.sequences)
 
-    def close(self) -> None:
-        self.reader.close()
-
-    def _plan(self, start: int, count: int) -> tuple[NDArray[np.int64], list[BlockId], list[int], list[int]]:
+    def plan(self, start: int, count: int) -> Plan:
+        """Where the sequences of `batch(start, count)` lie; reads nothing."""
         first = start + (self.rank - start) % self.world
         sequences = np.arange(first, start + count, self.world, dtype=np.int64)
         location = self.order.locate(sequences)
         number, row = np.divmod(location.row, self.order.rows_per_group)
         blocks = [BlockId(s, b) for s, b in zip(location.source.tolist(), number.tolist())]
-        return sequences, blocks, row.tolist(), location.part.tolist()
+        return Plan(sequences, blocks, row.tolist(), location.part.tolist())
+
+    def close(self) -> None:
+        self.reader.close()
 
 
 def cut(doc_lens: list[int], start: int, stop: int) -> list[int]:
