@@ -70,16 +70,25 @@ class Block:
 
 
 def fetch_range(storage: Storage, entry: PackedFile, start: int, stop: int) -> bytes:
-    """Bytes [start, stop) of a file in one request; retries are the file system's."""
-    data: bytes = storage.fs.cat_file(storage.key(entry.path), start=start, end=stop)
+    """Bytes [start, stop) of a file in one request, fewer where it ends before; retries are the file system's."""
+    try:
+        data: bytes = storage.fs.cat_file(storage.key(entry.path), start=start, end=stop)
+    except OSError as error:
+        response = getattr(error.__cause__, "response", {})
+        if response.get("Error", {}).get("Code") == "InvalidRange":
+            return b""
+        raise
     return data
 
 
 def read_footer(fetch: Fetch, entry: PackedFile, layout: Layout) -> Footer:
     groups = entry.rows // layout.group_rows
-    tail = fetch(max(0, entry.bytes - _TAIL_BYTES), entry.bytes)
-    if tail[-4:] != b"PAR1":
-        raise CorruptBlock(entry.path, None, f"the {entry.bytes} bytes do not end as Parquet does")
+    start = max(0, entry.bytes - _TAIL_BYTES)
+    tail = fetch(start, entry.bytes)
+    if start + len(tail) != entry.bytes or tail[-4:] != b"PAR1":
+        raise CorruptBlock(
+            entry.path, None, f"no end of a Parquet file at byte {entry.bytes}: cut short or overwritten"
+        )
     length = int.from_bytes(tail[-8:-4], "little") + 8
     if length > entry.bytes:
         raise CorruptBlock(entry.path, None, f"a length of {length} in a file of {entry.bytes} bytes")
