@@ -18,7 +18,8 @@ from pipeline.dataset.order import Order
 from pipeline.dataset.reader import BlockId, BlockReader
 from pipeline.storage import Storage
 
-BATCHES_AHEAD = 2
+BATCHES_AHEAD = 2  # whose blocks are read in the background
+PLANNED_BATCHES = 16  # located at a time
 
 
 class Batch(NamedTuple):
@@ -37,30 +38,51 @@ class Plan(NamedTuple):
     rows: list[int]  # within the block
     parts: list[int]  # of the row
 
+    def cut(self, i: int, j: int) -> Plan:
+        return Plan(self.sequences[i:j], self.blocks[i:j], self.rows[i:j], self.parts[i:j])
+
 
 class Loader:
-    """Reads for one of `world` ranks and keeps at most `data.cache_bytes` of decoded blocks."""
+    """Reads for one of `world` ranks and keeps at most `data.cache_bytes` of decoded blocks.
 
-    def __init__(self, order: Order, storage: Storage, rank: int, world: int) -> None:
+    `end`: the number of training sequences, if known; nothing beyond is read ahead.
+    """
+
+    def __init__(self, order: Order, storage: Storage, rank: int, world: int, end: int | None = None) -> None:
         assert 0 <= rank < world, (rank, world)
         self.order = order
         self.rank = rank
         self.world = world
+        self.end = end
         self.reader = BlockReader(order.dataset, storage, order.data.cache_bytes)
+        self._plans: dict[tuple[int, int], Plan] = {}  # of the batches expected next
 
     def batch(self, start: int, count: int) -> Batch:
         """Sequences [start, start + count) of this rank. Raises CorruptBlock where stored bytes are damaged."""
-        plan = self.plan(start, count)
+        plan = self._plans.get((start, count)) or self.plan(start, count)
         data = self.reader.get(plan.blocks)
         length = self.order.sequence_length
         tokens = np.empty((len(plan.sequences), length), dtype=np.int64)
         doc_lens = []
         for i, (block, row, part) in enumerate(zip(plan.blocks, plan.rows, plan.parts)):
             tokens[i] = data[block].tokens[row, part * length : (part + 1) * length]
-            doc_lens.append(cut(data[block].document_lengths(row), part * length, (part + 1) * length))
-        for ahead in range(1, BATCHES_AHEAD + 1):
-            self.reader.prefetch(self.plan(start + ahead * count, count).blocks)
+            lengths = data[block].document_lengths(row)
+            doc_lens.append(lengths if self.order.parts == 1 else cut(lengths, part * length, (part + 1) * length))
+        self._read_ahead(start, count)
         return Batch(torch.from_numpy(tokens), doc_lens, plan.sequences)
+
+    def _read_ahead(self, start: int, count: int) -> None:
+        """Plan and prefetch the batches that come next if they are of this size. Locating many at a time costs little more
+        than locating one."""
+        ahead = [start + number * count for number in range(1, BATCHES_AHEAD + 1)]
+        if (ahead[-1], count) not in self._plans:
+            plan = self.plan(start + count, PLANNED_BATCHES * count)
+            starts = start + count * np.arange(1, PLANNED_BATCHES + 2)
+            bounds = np.searchsorted(plan.sequences, starts)
+            self._plans = {(int(first), count): plan.cut(i, j) for first, i, j in zip(starts, bounds, bounds[1:])}
+        for first in ahead:
+            if self.end is None or first + count <= self.end:
+                self.reader.prefetch(self._plans[first, count].blocks)
 
     def plan(self, start: int, count: int) -> Plan:
         """Where the sequences of `batch(start, count)` lie; reads nothing."""

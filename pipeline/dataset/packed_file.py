@@ -1,7 +1,8 @@
 """One packed Parquet file: its footer, and its row groups decoded without a Python loop over tokens.
 
 Reading takes a `fetch(start, stop) -> bytes`, so that the caller decides where bytes come from and counts them. The footer
-is one fetch of the file's last 64 KiB (enough for 400 row groups); a row group is one fetch of its adjacent column chunks.
+is one fetch of the file's last bytes, as many as our writer needs for the row groups announced; a row group is one fetch
+of its adjacent column chunks.
 Bytes are checked against the manifest's CRC-32 before anything interprets them, pages against their own while decoding.
 
 Errors: `CorruptBlock` (a ValueError) names the file, the row group or "footer", and what was found.
@@ -24,7 +25,7 @@ from pipeline.storage import Storage
 
 Fetch = Callable[[int, int], bytes]
 
-_TAIL_BYTES = 64 * 1024
+_FOOTER_BYTES, _FOOTER_BYTES_PER_GROUP = 1024, 160  # a generous guess: 120 and 125 without statistics
 
 
 class CorruptBlock(ValueError):
@@ -83,7 +84,7 @@ def fetch_range(storage: Storage, entry: PackedFile, start: int, stop: int) -> b
 
 def read_footer(fetch: Fetch, entry: PackedFile, layout: Layout) -> Footer:
     groups = entry.rows // layout.group_rows
-    start = max(0, entry.bytes - _TAIL_BYTES)
+    start = max(0, entry.bytes - _FOOTER_BYTES - _FOOTER_BYTES_PER_GROUP * groups)
     tail = fetch(start, entry.bytes)
     if start + len(tail) != entry.bytes or tail[-4:] != b"PAR1":
         raise CorruptBlock(

@@ -59,7 +59,7 @@ class BlockReader:
             for source in dataset.sources
         ]
         self._lock = threading.Lock()
-        self._footers: OrderedDict[str, Footer] = OrderedDict()
+        self._footers: OrderedDict[str, Future[Footer]] = OrderedDict()
         self._cache: OrderedDict[BlockId, Block] = OrderedDict()
         self._cached_bytes = 0
         self._pending: dict[BlockId, Future[Block]] = {}
@@ -125,22 +125,31 @@ class BlockReader:
 
     def _read(self, block: BlockId) -> Block:
         entry, group = self.find(block)
-        fetch = partial(self._fetch, entry)
-        with self._lock:
-            footer = self._footers.get(entry.path)
-            if footer is not None:
-                self._footers.move_to_end(entry.path)
-        if footer is None:
-            footer = read_footer(fetch, entry, self.layout)
-            with self._lock:
-                self.counters.footers += 1
-                self._footers[entry.path] = footer
-                if len(self._footers) > _FOOTERS_KEPT:
-                    self._footers.popitem(last=False)
-        decoded, _ = read_group(fetch, entry, self.layout, footer, group)
+        footer = self._footer(entry)
+        decoded, _ = read_group(partial(self._fetch, entry), entry, self.layout, footer, group)
         with self._lock:
             self.counters.blocks += 1
         return decoded
+
+    def _footer(self, entry: PackedFile) -> Footer:
+        """Read by the first thread that needs it; the others wait for it."""
+        with self._lock:
+            future = self._footers.get(entry.path)
+            if mine := future is None:
+                future = self._footers[entry.path] = Future()
+                self.counters.footers += 1
+                if len(self._footers) > _FOOTERS_KEPT:
+                    self._footers.popitem(last=False)
+            else:
+                self._footers.move_to_end(entry.path)
+        if mine:
+            try:
+                future.set_result(read_footer(partial(self._fetch, entry), entry, self.layout))
+            except BaseException as error:
+                with self._lock:
+                    self._footers.pop(entry.path, None)  # the next request tries again
+                future.set_exception(error)
+        return future.result()
 
     def _fetch(self, entry: PackedFile, start: int, stop: int) -> bytes:
         data = fetch_range(self._storage, entry, start, stop)
