@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.manifest import FileEntry, PackedFile
+from pipeline.packed import group_crc32
 from pipeline.storage import Storage, sha256_of
 
 DOCUMENT_ZSTD_LEVEL = 1  # read once or twice, by the packer
@@ -183,7 +184,11 @@ def put(storage: Storage, local: Path, path: str) -> FileEntry:
 
 def put_packed(storage: Storage, local: Path, path: str, rows: int, tokens: int) -> PackedFile:
     entry = put(storage, local, path)
-    return PackedFile(path=entry.path, bytes=entry.bytes, sha256=entry.sha256, rows=rows, tokens=tokens)
+    with local.open("rb") as file:
+        checksums = group_crc32(file)
+    return PackedFile(
+        path=entry.path, bytes=entry.bytes, sha256=entry.sha256, rows=rows, tokens=tokens, group_crc32=checksums
+    )
 
 
 def _fixed(data: bytes, width: int, count: int) -> pa.Array:

@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.schema import StorageConfig
+from pipeline.dataset.checks import check_block
 from pipeline.dataset.packed_file import Block, CorruptBlock
 from pipeline.dataset.reader import BlockId, BlockReader
-from pipeline.dataset.verify import check_block, tasks_of, verify
+from pipeline.dataset.verify import tasks_of, verify
 from pipeline.manifest import DatasetManifest, FileEntry, HeldoutFile
 from pipeline.packed import group_bounds
 from pipeline.storage import Storage, open_storage
