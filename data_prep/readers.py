@@ -128,8 +128,8 @@ def _lines(part: Slice, file: IO[bytes], limit: int) -> Iterator[tuple[int, byte
         try:
             chunk = stream.read(READ_BYTES)
         except (OSError, EOFError) as error:
-            if isinstance(error, OSError) and getattr(error, "errno", None) is not None:
-                raise  # the storage failed, not the data
+            if not _is_in_the_data(error):
+                raise
             yield line_start, f"{type(error).__name__}: {error}"
             return
         pieces = chunk.split(b"\n") if chunk else [b""]
@@ -152,6 +152,11 @@ def _lines(part: Slice, file: IO[bytes], limit: int) -> Iterator[tuple[int, byte
         yield line_start, (b"".join(pending) if pending_size <= limit else None)
 
 
+def _is_in_the_data(error: Exception) -> bool:
+    """Arrow raises ArrowInvalid or a bare OSError for damaged bytes. With an errno, or a subclass, the storage failed."""
+    return not isinstance(error, OSError) or (type(error) is OSError and error.errno is None)
+
+
 def _decompressed(path: str, file: IO[bytes]) -> Any:
     name = path.lower()
     if name.endswith(".gz"):
@@ -169,7 +174,7 @@ def row_group_bytes(file: IO[bytes]) -> list[int] | None:
     try:
         metadata = pq.ParquetFile(file).metadata
     except (pa.ArrowInvalid, OSError) as error:
-        if getattr(error, "errno", None) is not None:
+        if not _is_in_the_data(error):
             raise
         return None
     groups = (metadata.row_group(group) for group in range(metadata.num_row_groups))
@@ -200,8 +205,8 @@ def _read_parquet(part: Slice, file: IO[bytes], settings: ReaderSettings) -> Ite
 
 
 def _corrupt(path: str, row: int, error: Exception) -> Record:
-    if getattr(error, "errno", None) is not None:
-        raise error  # the storage failed, not the data
+    if not _is_in_the_data(error):
+        raise error
     return Record(f"{path}#{row}", reason="corrupt_file", excerpt=str(error).encode()[:200])
 
 

@@ -210,16 +210,29 @@ def test_fields_are_configurable() -> None:
     assert (record.text, record.doc_id) == (b"abc", "http://x")
 
 
-def test_a_failing_storage_is_not_a_bad_record() -> None:
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+@pytest.mark.parametrize(
+    "error", [OSError(5, "Input/output error"), ConnectionResetError("reset"), TimeoutError()], ids=repr
+)
+def test_a_failing_storage_is_not_a_bad_record(name: str, error: OSError) -> None:
     class Failing(io.RawIOBase):
         def readinto(self, buffer: object) -> int:
-            raise OSError(5, "Input/output error")
+            raise error
 
         def readable(self) -> bool:
             return True
 
-    with pytest.raises(OSError, match="Input/output error"):
-        list(read_slice(Slice("a.jsonl", 10, ""), io.BufferedReader(Failing()), SETTINGS))
+        def seekable(self) -> bool:
+            return True
+
+        def seek(self, offset: int, whence: int = 0) -> int:
+            return 1000
+
+        def tell(self) -> int:
+            return 1000
+
+    with pytest.raises(type(error)):
+        list(read_slice(Slice(name, 1000, ""), Failing(), SETTINGS))
 
 
 @pytest.mark.long
