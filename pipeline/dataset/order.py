@@ -228,11 +228,16 @@ class Order:
 
 
 def check_demand(config: RunConfig, dataset: DatasetManifest) -> dict[str, Demand]:
-    """Does the dataset hold what the run asks for? Needs the manifest only. Raises ValueError that says what is short."""
+    """Does the dataset fit the run and hold what it asks for? Needs the manifest only. Raises ValueError with the remedy."""
     mixture = config.corpus.mixture
     if mixture and mixture[-1].until_tokens < config.schedule.total_tokens:
         raise ValueError(
             f"corpus.mixture: ends at {mixture[-1].until_tokens} tokens but schedule.total_tokens is {config.schedule.total_tokens}"
+        )
+    if dataset.tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size {config.model.vocab_size} is too small for the dataset, whose tokenizer has "
+            f"{dataset.tokenizer.vocab_size} tokens: set it to that, or prepare a dataset with this tokenizer"
         )
     max_epochs = {source.name: source.max_epochs for source in config.corpus.sources}
     sequences = total_sequences(config.schedule, config.training.sequence_length)

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.load import load_config
-from pipeline.config.schema import StorageConfig
+from pipeline.config.schema import RunConfig, StorageConfig
 from pipeline.dataset.loader import Loader
-from pipeline.dataset.order import Order, check_demand, describe_difference, total_sequences
+from pipeline.dataset.order import Order, check_demand, describe_difference, step_sequences, total_sequences
 from pipeline.dataset.reader import BlockId, BlockReader
 from pipeline.manifest import DatasetManifest, PackedFile
 from pipeline.storage import open_storage
@@ -47,6 +47,37 @@ def test_every_row_at_most_once_per_source_epoch(blocks, group, lanes, window, b
         assert len(np.unique(seen, axis=1).T) == of_source.sum()
         source_lanes = max((d for d in range(1, lanes + 1) if lanes % d == 0 and count // d >= group), default=1)
         assert (seen[0] == 0).sum() == count // source_lanes * source_lanes
+
+
+@settings(derandomize=True, max_examples=30, deadline=None)
+@given(
+    blocks=st.lists(st.integers(1, 12), min_size=1, max_size=3),
+    weights=st.lists(st.integers(1, 9), min_size=3, max_size=3),
+    later=st.lists(st.integers(1, 9), min_size=3, max_size=3),
+    edge=st.integers(1, 30),
+    group=st.integers(1, 4),
+    lanes=st.sampled_from([1, 2, 5, 6, 8]),
+    window=st.integers(1, 3),
+    block=st.integers(18, 40),
+)
+def test_equals_the_slow_order_for_any_constants(blocks, weights, later, edge, group, lanes, window, block) -> None:
+    count = len(blocks)
+    stages = [(weights[:count], edge), (later[:count], None)]
+    constants = slow_order.Constants(
+        [f"s{s}" for s in range(count)], [b * group for b in blocks], stages, lanes, group, window, block, seed=edge
+    )
+    order = Order(
+        make.rows_only(constants.rows, 16, group),
+        make.layout(16, group, lanes=lanes, window=window, block=block),
+        make.corpus([1] * count, [((end or 10**6) * lanes * 16, weights) for weights, end in stages]),
+        16,
+        seed=edge,
+    )
+    n = np.arange(300)
+    location = order.locate(n)
+    assert list(zip(location.source, location.row, order.epochs(n))) == list(
+        islice(slow_order.rows_in_order(constants), 300)
+    )
 
 
 STAGED = slow_order.Constants(
@@ -212,19 +243,76 @@ def test_mixture_is_exact_in_every_block_of_every_stage() -> None:
         assert counts(start, start + block) == [[2, 2, 6]] * lanes
 
 
+def dataset_for(config: RunConfig, rows: list[int], dtype: str = "uint16") -> DatasetManifest:
+    """Manifests of a preset's sources, no data behind them."""
+    dataset = make.rows_only(rows, config.data.sequence_length, config.data.rows_per_group)
+    tokenizer = dataset.tokenizer.model_copy(update={"vocab_size": config.model.vocab_size})
+    names = [source.name for source in config.corpus.sources]
+    sources = tuple(
+        source.model_copy(update={"name": name}) for source, name in zip(dataset.sources, names, strict=True)
+    )
+    return dataset.model_copy(update={"tokenizer": tokenizer, "sources": sources, "token_dtype": dtype})
+
+
 def test_debug_preset_demand_and_total() -> None:
     config = load_config("debug")
-    names = [source.name for source in config.corpus.sources]
-    dataset = make.rows_only([4000, 4000, 2000], 512, 16)
-    dataset = dataset.model_copy(
-        update={"sources": tuple(s.model_copy(update={"name": name}) for s, name in zip(dataset.sources, names))}
-    )
+    dataset = dataset_for(config, [4000, 4000, 2000])
     assert total_sequences(config.schedule, 512) == 1920
     demand = check_demand(config, dataset)
-    assert [demand[name].rows for name in names] == [768, 768, 384]
+    assert [need.rows for need in demand.values()] == [768, 768, 384]
     order = Order.of_run(config, dataset)
-    drawn = np.bincount(order.locate(np.arange(1920)).source)
-    assert drawn.tolist() == [768, 768, 384]
+    assert np.bincount(order.locate(np.arange(1920)).source).tolist() == [768, 768, 384]
+
+
+def test_moonlight_preset() -> None:
+    """5.7 T tokens: the cooldown's mixture begins where it should, a rank's open blocks fit its cache, demand is met."""
+    config = load_config("moonlight-16b-a3b")
+    shares = [0.45, 0.20, 0.20, 0.10, 0.05]
+    dataset = dataset_for(config, [int(350e6 * share) // 256 * 256 for share in shares], "uint32")
+    order = Order.of_run(config, dataset)
+    starts = [segment["from_row"] * 8192 for segment in order.describe()["mixture"]]
+    assert abs(starts[-1] - 5.2e12) <= config.data.lanes * 8192 / 2
+    cooldown = order.locate(np.arange(starts[-1] // 8192, starts[-1] // 8192 + 2 * 2048 * 4096, 4097)).source
+    assert np.abs(np.bincount(cooldown) / len(cooldown) - [0.25, 0.10, 0.30, 0.25, 0.10]).max() < 0.02
+    block_bytes = 256 * 8192 * 4
+    assert order.blocks_open(config.parallelism.world_size) * block_bytes <= config.data.cache_bytes
+    demand = check_demand(config, dataset)
+    assert sum(need.rows for need in demand.values()) == total_sequences(config.schedule, 8192) >= 5.7e12 / 8192
+    assert all(1.5 < need.epochs < 2.5 for need in demand.values())
+
+
+def test_steps_and_sequences() -> None:
+    """Against stepping through the schedule; two batch sizes, the first stage's last step overshooting its end."""
+    config = load_config(
+        "debug",
+        ['schedule.global_batch=[{"until_tokens":50000,"sequences":16},{"until_tokens":983040,"sequences":48}]'],
+    )
+    first = 0
+    for step in range(1, 1000):
+        if first * 512 >= config.schedule.total_tokens:
+            break
+        batch = 16 if first * 512 < 50_000 else 48
+        assert step_sequences(config.schedule, 512, step) == (first, batch)
+        first += batch
+    assert total_sequences(config.schedule, 512) == first
+    with pytest.raises(ValueError, match=rf"step {step} is not one of the run's steps 1 to {step - 1}"):
+        step_sequences(config.schedule, 512, step)
+    with pytest.raises(ValueError, match="step 0 is not one of"):
+        step_sequences(config.schedule, 512, 0)
+
+
+def test_a_run_that_does_not_fit_the_dataset_is_refused() -> None:
+    config = load_config("debug")
+    dataset = dataset_for(config, [4000, 4000, 2000])
+    with pytest.raises(ValueError, match=r"source 'documentation' would be seen up to \d+\.\d+ times.*max_epochs is 8"):
+        check_demand(config, dataset_for(config, [4000, 4000, 32]))
+    tokenizer = dataset.tokenizer.model_copy(update={"vocab_size": 5000})
+    foreign = dataset.model_copy(update={"tokenizer": tokenizer})
+    with pytest.raises(ValueError, match=r"model\.vocab_size 4096 is too small .* whose tokenizer has 5000"):
+        check_demand(config, foreign)
+    short = load_config("debug", ['corpus.mixture=[{"until_tokens": 1000, "weights": {"documentation": 1.0}}]'])
+    with pytest.raises(ValueError, match=r"corpus\.mixture: ends at 1000 tokens but schedule\.total_tokens is 983040"):
+        check_demand(short, dataset)
 
 
 @settings(derandomize=True, max_examples=25, deadline=None)
