@@ -1,7 +1,6 @@
 """The same run on one process and on every mesh: same losses, same norms on all ranks, same router biases."""
 
 import pytest
-import torch
 
 from pipeline.manifest import DatasetManifest
 from pipeline.storage import Storage
@@ -40,7 +39,6 @@ MECHANICS = {"parallelism", "training__micro_batch", "training__activation_check
 
 def compare(root: str, world: int, cases: list[dict]) -> None:
     """`cases` on `world` ranks against the plain run of this process: whole batches, no checkpointing, no mesh."""
-    torch.set_num_threads(1)
     dataset = tiny_dataset(Storage(tiny(root).storage))
     plain: dict[str, Outcome] = {}
     by_rank = run_distributed(all_trained, world, root, dataset, cases, timeout=280)
@@ -105,7 +103,6 @@ def compiled(root: str, dataset: DatasetManifest) -> list[float]:
 
 @pytest.mark.long
 def test_compiled_blocks(tmp_path):
-    torch.set_num_threads(1)
     dataset = tiny_dataset(Storage(tiny(str(tmp_path)).storage))
     expected = [record.loss for record in trained(str(tmp_path), dataset, {})[0]]
     losses = run_distributed(compiled, 2, str(tmp_path), dataset, timeout=280)[0]
@@ -119,7 +116,6 @@ def reduced(root: str, dataset: DatasetManifest) -> list[float]:
 
 def test_mixed_precision_stays_near(tmp_path):
     """bf16 weights and activations over fp32 masters: 8 bits of mantissa, hence losses within 1e-2."""
-    torch.set_num_threads(1)
     dataset = tiny_dataset(Storage(tiny(str(tmp_path)).storage))
     expected = [record.loss for record in trained(str(tmp_path), dataset, {})[0]]
     losses = run_distributed(reduced, 2, str(tmp_path), dataset)[0]

@@ -4,7 +4,6 @@ import itertools
 import json
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from pipeline.storage import Storage
@@ -38,7 +37,6 @@ def losses(root: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    torch.set_num_threads(1)
     root = str(tmp_path_factory.mktemp("undisturbed"))
     manifest = Watched().train(tiny(root, steps=STEPS))
     return manifest, losses(root)
@@ -115,7 +113,6 @@ BATCH_OF_12 = {
 
 def test_any_number_of_ranks_and_any_expert_degree(tmp_path):
     """4 ranks (ep 2) -> 2 (ep 2) -> 3 (ep 1, uneven shards) -> 1, against one process throughout."""
-    torch.set_num_threads(1)
     whole, resized = str(tmp_path / "whole"), str(tmp_path / "resized")
     part(whole, {}, 100)
     for world, ep in [(4, 2), (2, 2), (3, 1)]:
