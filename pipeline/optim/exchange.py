@@ -78,8 +78,10 @@ class Exchange:
         self.other_pieces: list[Piece] = []
         self.replica_splits = [0] * replicas
         if replica_group is not None:
-            computed = [(s.block.replica, _piece(s, me)) for s in bucket.shares if s.pieces[me]]
-            others = [[p for worker, p in computed if worker == r and r != replica] for r in range(replicas)]
+            stored = sorted(
+                (s for s in bucket.shares if s.pieces[me]), key=lambda s: s.block.owner
+            )  # as they pack them
+            others = [[_piece(s, me) for s in stored if s.block.replica == r != replica] for r in range(replicas)]
             self.replica_splits = [sum(numel(p.region) for p in row) for row in others]
             self.other_pieces = [piece for row in others for piece in row]
         self.replica = replica

@@ -223,7 +223,7 @@ def _geometry(
     shards = [(layout.box(c), c) for c in layout.shard_coordinates()]
     holders = [[c for box, c in shards if intersect(box, block)] for block in boxes]
     cutting = [a for a in layout.cut_order if layout.axes[a][1] > 1]
-    exchanged = tuple(a for a in cutting if any(len({c[a] for c in found}) > 1 for found in holders))
+    exchanged: tuple[int, ...] = tuple(a for a in cutting if any(len({c[a] for c in found}) > 1 for found in holders))
     if not exchanged and len(shards) > len(boxes):
         exchanged = cutting[-1:] and (
             cutting[-1],

@@ -29,6 +29,7 @@ import math
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -205,6 +206,7 @@ class Muon:
         """The phases of one bucket; yields what has to be waited for before it is resumed."""
         send = torch.empty(sum(exchange.send_splits), dtype=self.wire, device=exchange.device)
         self._directions(exchange.pieces, exchange.slots(send), ok)
+        self._momentum([piece for piece in exchange.other_pieces if self._gradient(piece) is not None], ok)
         received, handle = exchange.forth(send)
         yield handle
         results = [orthogonalize(x_BMN, self.schedule, self.config.backend) for x_BMN in exchange.assemble(received)]
@@ -221,26 +223,33 @@ class Muon:
             updates = updates + cut(theirs, [piece.region for piece in exchange.other_pieces])
         self._apply(pieces, updates, lr, ok, measure)
 
-    def _directions(self, pieces: Sequence[Piece], slots: Sequence[Tensor], ok: Tensor | None) -> None:
-        """Momentum of the pieces, and their Nesterov direction into the slots."""
-        mu = self.config.momentum
-        live = [(piece, slot) for piece, slot in zip(pieces, slots) if self._gradient(piece) is not None]
-        for piece, slot in zip(pieces, slots):
-            if self._gradient(piece) is None:
-                slot.zero_()
-        if not live:
-            return
-        gradients = [self._view(self._gradient(piece), piece) for piece, _ in live]
-        momenta = [self._view(self.momentum[piece.block.parameter], piece) for piece, _ in live]
+    def _momentum(self, pieces: Sequence[Piece], ok: Tensor | None) -> list[Tensor]:
+        """Advances the momentum of the pieces (which have gradients) and returns it; not ok: as if it had advanced."""
+        momenta = [self._view(self.momentum[piece.block.parameter], piece) for piece in pieces]
+        gradients = [self._view(self._gradient(piece), piece) for piece in pieces]
+        if not momenta:
+            return []
         if ok is None:
-            torch._foreach_lerp_(momenta, gradients, 1 - mu)
-            new = momenta
-        else:
-            new = list(torch._foreach_lerp(momenta, gradients, 1 - mu))
-            _select(ok, new, momenta)
+            torch._foreach_lerp_(momenta, gradients, 1 - self.config.momentum)
+            return momenta
+        advanced = list(torch._foreach_lerp(momenta, gradients, 1 - self.config.momentum))
+        _select(ok, advanced, momenta)
+        return advanced
+
+    def _directions(self, pieces: Sequence[Piece], slots: Sequence[Tensor], ok: Tensor | None) -> None:
+        """Advances momentum and writes the (Nesterov) direction into the slots; zero where there is no gradient."""
+        has_gradient = [self._gradient(piece) is not None for piece in pieces]
+        live = list(compress(pieces, has_gradient))
+        for slot, found in zip(slots, has_gradient):
+            if not found:
+                slot.zero_()
+        directions = self._momentum(live, ok)
+        if not directions:
+            return
         if self.config.nesterov:
-            new = list(torch._foreach_lerp(gradients, new, mu))
-        torch._foreach_copy_([slot for _, slot in live], new)
+            gradients = [self._view(self._gradient(piece), piece) for piece in live]
+            directions = list(torch._foreach_lerp(gradients, directions, self.config.momentum))
+        torch._foreach_copy_(list(compress(slots, has_gradient)), directions)
 
     def _apply(
         self, pieces: Sequence[Piece], updates: Sequence[Tensor], lr: float, ok: Tensor | None, measure: bool
