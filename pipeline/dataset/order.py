@@ -228,11 +228,16 @@ class Order:
 
 
 def check_demand(config: RunConfig, dataset: DatasetManifest) -> dict[str, Demand]:
-    """Does the dataset hold what the run asks for? Needs the manifest only. Raises ValueError that says what is short."""
+    """Does the dataset fit the run and hold what it asks for? Needs the manifest only. Raises ValueError with the remedy."""
     mixture = config.corpus.mixture
     if mixture and mixture[-1].until_tokens < config.schedule.total_tokens:
         raise ValueError(
             f"corpus.mixture: ends at {mixture[-1].until_tokens} tokens but schedule.total_tokens is {config.schedule.total_tokens}"
+        )
+    if dataset.tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size {config.model.vocab_size} is too small for the dataset, whose tokenizer has "
+            f"{dataset.tokenizer.vocab_size} tokens: set it to that, or prepare a dataset with this tokenizer"
         )
     max_epochs = {source.name: source.max_epochs for source in config.corpus.sources}
     sequences = total_sequences(config.schedule, config.training.sequence_length)
@@ -241,12 +246,28 @@ def check_demand(config: RunConfig, dataset: DatasetManifest) -> dict[str, Deman
 
 def total_sequences(schedule: ScheduleConfig, sequence_length: int) -> int:
     """Training sequences of the whole run: whole global batches until `total_tokens` are reached."""
-    sequences = 0
+    return sum(steps * sequences for steps, sequences in _batches(schedule, sequence_length))
+
+
+def step_sequences(schedule: ScheduleConfig, sequence_length: int, step: int) -> tuple[int, int]:
+    """First sequence number and global batch of optimizer step `step` = 1, 2, ..."""
+    first, left = 0, step - 1
+    for steps, sequences in _batches(schedule, sequence_length):
+        if 0 <= left < steps:
+            return first + left * sequences, sequences
+        first, left = first + steps * sequences, left - steps
+    raise ValueError(f"step {step} is not one of the run's steps 1 to {step - 1 - left}")
+
+
+def _batches(schedule: ScheduleConfig, sequence_length: int) -> list[tuple[int, int]]:
+    """(steps, sequences per step) of each stage: a stage ends with the first step at or after `until_tokens`."""
+    stages, seen = [], 0
     for stage in schedule.global_batch:
-        until = min(stage.until_tokens, schedule.total_tokens)
-        missing = max(0, until - sequences * sequence_length)
-        sequences += math.ceil(missing / (stage.sequences * sequence_length)) * stage.sequences
-    return sequences
+        missing = max(0, min(stage.until_tokens, schedule.total_tokens) - seen)
+        steps = -(-missing // (stage.sequences * sequence_length))
+        stages.append((steps, stage.sequences))
+        seen += steps * stage.sequences * sequence_length
+    return stages
 
 
 def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any], _prefix: str = "") -> str:

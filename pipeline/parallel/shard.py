@@ -51,6 +51,7 @@ def shard_model(model: Moonlight, meshes: Meshes, training: TrainingConfig, devi
 
     Raises ValueError where an expert stack cannot be cut evenly, or reduced precision is asked of an unsharded model.
     """
+    dtype = compute_dtype(training, device)
     layers = [cast(Block, block) for block in model.layers]
     if meshes.ep is not None:
         for block in layers:
@@ -59,9 +60,8 @@ def shard_model(model: Moonlight, meshes: Meshes, training: TrainingConfig, devi
     for block in layers:
         block.activation_checkpointing = training.activation_checkpointing
         if training.compile:
-            block._run = torch.compile(block._run)  # type: ignore[method-assign]
+            _compile(block, dtype)
 
-    dtype = compute_dtype(training, device)
     if meshes.dense is None:
         if dtype != torch.float32:
             raise ValueError(
@@ -93,6 +93,13 @@ def shard_model(model: Moonlight, meshes: Meshes, training: TrainingConfig, devi
             module.set_force_sum_reduction_for_comms(True)
     if device.type == "cuda":
         _set_prefetch_order(model)
+
+
+def _compile(block: Block, dtype: torch.dtype) -> None:
+    """Compile what a block computes; FSDP's hooks and the checkpoint stay outside. Compiled `grouped_mm` knows bf16 only."""
+    if isinstance(block.mlp, MoE) and dtype != torch.bfloat16:
+        block.mlp.experts.forward = torch.compiler.disable(block.mlp.experts.forward)  # type: ignore[method-assign]
+    block._run = torch.compile(block._run)  # type: ignore[method-assign]
 
 
 def _spread_experts(experts: Experts, ep: DeviceMesh) -> None:

@@ -30,6 +30,7 @@ from pipeline.manifest import CheckpointManifest, DatasetManifest, TrainManifest
 from pipeline.model.hf import load_hf
 from pipeline.model.moonlight import Moonlight
 from pipeline.optim.muon import MoonlightOptimizer, build_optimizer
+from pipeline.optim.rules import moonlight_rules
 from pipeline.optim.schedule import at_step, total_steps
 from pipeline.parallel.mesh import Meshes, build_meshes
 from pipeline.parallel.shard import shard_model
@@ -221,7 +222,8 @@ def build(config: RunConfig, meshes: Meshes, device: torch.device) -> tuple[Moon
     model.to_empty(device=device)
     model.reset_parameters(config.seed)
     model.train()
-    return model, build_optimizer(list(model.named_parameters()), config.optimizer)
+    rules = moonlight_rules(config.model, config.optimizer)
+    return model, build_optimizer(model.named_parameters(), config.optimizer, rules)
 
 
 def import_weights(model: Moonlight, folder: str, storage: Storage) -> None:
