@@ -8,7 +8,7 @@ shard). Of two documents with the same tokens the first is named.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,22 +48,21 @@ class Provenance:
     pieces: list[Piece]
 
 
-def sequences(order: Order, storage: Storage, numbers: Sequence[int]) -> list[Provenance]:
-    """The sequences by number, with the documents they were cut from."""
+def sequences(order: Order, storage: Storage, numbers: Sequence[int]) -> Iterator[Provenance]:
+    """The sequences by number, one by one, with the documents they were cut from. Each costs the reading of a block and of
+    the document shard behind it."""
     reader = BlockReader(order.dataset, storage, order.data.cache_bytes)
     location, epochs = order.locate(np.array(numbers)), order.epochs(np.array(numbers))
-    found = []
-    for n, s, row, part, epoch in zip(numbers, location.source, location.row, location.part, epochs):
-        block_id = BlockId(int(s), int(row) // order.rows_per_group)
-        block = reader.get([block_id])[block_id]
-        entry, group = reader.find(block_id)
-        within = int(row) % order.rows_per_group
-        start, stop = int(part) * order.sequence_length, (int(part) + 1) * order.sequence_length
-        doc_lens = cut(block.document_lengths(within), start, stop)
-        pieces = documents_of(storage, entry, _pieces(block, within), order.dataset.tokenizer.eos_id)
-        covered = _overlapping(block.document_lengths(within), start, stop)
-        found.append(
-            Provenance(
+    try:
+        for n, s, row, part, epoch in zip(numbers, location.source, location.row, location.part, epochs):
+            block_id = BlockId(int(s), int(row) // order.rows_per_group)
+            block = reader.get([block_id])[block_id]
+            entry, group = reader.find(block_id)
+            within = int(row) % order.rows_per_group
+            start, stop = int(part) * order.sequence_length, (int(part) + 1) * order.sequence_length
+            lengths = block.document_lengths(within)
+            pieces = documents_of(storage, entry, _pieces(block, within), order.dataset.tokenizer.eos_id)
+            yield Provenance(
                 number=int(n),
                 source=order.source_names[int(s)],
                 epoch=int(epoch),
@@ -71,12 +70,11 @@ def sequences(order: Order, storage: Storage, numbers: Sequence[int]) -> list[Pr
                 row_group=group,
                 row=within,
                 part=int(part),
-                doc_lens=doc_lens,
-                pieces=[pieces[i] for i in covered],
+                doc_lens=cut(lengths, start, stop),
+                pieces=[pieces[i] for i in _overlapping(lengths, start, stop)],
             )
-        )
-    reader.close()
-    return found
+    finally:
+        reader.close()
 
 
 def row_tokens(order: Order, storage: Storage, source: str, row: int) -> tuple[NDArray[np.int64], list[int]]:

@@ -51,8 +51,8 @@ def test_documents_of_a_step_contain_its_text(prepared: Prepared) -> None:
 def test_shorter_sequences_name_their_part_of_the_row(prepared: Prepared) -> None:
     config = prepared.config
     order = Order(prepared.dataset, config.data, config.corpus, 128, config.seed)
-    whole = sequences(Order.of_run(config, prepared.dataset), prepared.storage, range(6))
-    parts = sequences(order, prepared.storage, range(24))
+    whole = list(sequences(Order.of_run(config, prepared.dataset), prepared.storage, range(6)))
+    parts = list(sequences(order, prepared.storage, range(24)))
     for row in range(6):
         cut = parts[4 * row : 4 * row + 4]
         assert [found.part for found in cut] == [0, 1, 2, 3]
@@ -68,6 +68,10 @@ def test_the_commands_print_lines(prepared: Prepared, capsys: pytest.CaptureFixt
     assert code == 0
     assert out.startswith("step 1: sequences 0 to 15\n0: ")
     assert len(re.findall(r"^\d+: (even|odd), epoch 0, datasets/packed/", out, re.MULTILINE)) == 16
+
+    code, one, _ = run(prepared, capsys, "sequence", "3")
+    assert code == 0
+    assert one in out
 
     code, out, _ = run(prepared, capsys, "mixture")
     assert code == 0
