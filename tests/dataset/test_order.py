@@ -106,6 +106,7 @@ def test_equals_the_slow_order_over_stages_and_epochs() -> None:
     expected = list(islice(slow_order.rows_in_order(STAGED), count))
     location = staged().locate(np.arange(count))
     assert list(zip(location.source, location.row, staged().epochs(np.arange(count)))) == expected
+    assert len(set(expected)) == count  # each row once per epoch of its source
     assert len({(s, epoch) for s, _, epoch in expected}) > 12
     halves = staged(8).locate(np.arange(2 * count))
     assert list(zip(halves.source, halves.row, halves.part)) == [
