@@ -95,14 +95,14 @@ def row_tokens(order: Order, storage: Storage, source: str, row: int) -> tuple[N
 
 def mixture_table(order: Order, total: int, max_epochs: Mapping[str, float]) -> list[str]:
     """Lines of text: what each stretch of the mixture and the whole run draw from each source. Reads nothing."""
-    description = order.describe()
-    edges = [(segment["from_row"] * order.parts, segment) for segment in description["mixture"]]
-    lines = []
-    for (start, segment), stop in zip(edges, [edge for edge, _ in edges[1:]] + [total]):
-        if start < min(stop, total):
-            shares = ", ".join(f"{name} {count}" for name, count in segment["counts"].items() if count)
+    segments, lines = order.mixture.segments, []
+    starts = [segment.start * order.lanes * order.parts for segment in segments]
+    for segment, start, stop in zip(segments, starts, [*starts[1:], total]):
+        if start < total:
+            counts = zip(order.source_names, segment.counts)
+            shares = ", ".join(f"{name} {count}" for name, count in counts if count)
             tokens = f"{start * order.sequence_length:,} to {min(stop, total) * order.sequence_length:,}"
-            lines.append(f"tokens {tokens}: of every {segment['block']} sequences of a lane: {shares}")
+            lines.append(f"tokens {tokens}: of every {segment.block} rows of a lane: {shares}")
     demand = order.demand(total, max_epochs)
     lines.append(f"{'source':24s} {'rows drawn':>14s} {'share':>7s} {'rows':>14s} {'epochs':>8s} {'allowed':>8s}")
     drawn = sum(need.rows for need in demand.values())

@@ -21,9 +21,6 @@ from pipeline.storage import Storage
 VOCABULARY = 60_000
 EOS = VOCABULARY - 1
 PLENTY = DocumentCounts(docs_in=10**6, docs_out=10**6, heldout=0, filtered={}, quarantined={})
-TOKENIZER = TokenizerManifest(
-    folder="tokenizers/t", files=(), vocab_size=VOCABULARY, eos_id=EOS, special_tokens={"[EOS]": EOS}, sha256="0" * 64
-)
 
 
 def corpus(
@@ -56,11 +53,23 @@ def layout(
 
 
 def manifest(
-    sources: Sequence[Sequence[PackedFile]], row_tokens: int, group: int, dtype: str = "uint16"
+    sources: Sequence[Sequence[PackedFile]],
+    row_tokens: int,
+    group: int,
+    dtype: str = "uint16",
+    vocab_size: int = VOCABULARY,
+    eos_id: int = EOS,
 ) -> DatasetManifest:
     return DatasetManifest(
         identity="test",
-        tokenizer=TOKENIZER,
+        tokenizer=TokenizerManifest(
+            folder="tokenizers/t",
+            files=(),
+            vocab_size=vocab_size,
+            eos_id=eos_id,
+            special_tokens={"[EOS]": eos_id},
+            sha256="0" * 64,
+        ),
         token_dtype=dtype,
         sequence_length=row_tokens,
         rows_per_group=group,

@@ -75,7 +75,7 @@ def test_the_commands_print_lines(prepared: Prepared, capsys: pytest.CaptureFixt
 
     code, out, _ = run(prepared, capsys, "mixture")
     assert code == 0
-    assert "of every 6 sequences of a lane: even 4, odd 2" in out
+    assert "of every 6 rows of a lane: even 4, odd 2" in out
     order = Order.of_run(prepared.config, prepared.dataset)
     drawn = np.bincount(order.locate(np.arange(960)).source)
     assert re.search(rf"^even +{drawn[0]} .*\nodd +{drawn[1]} ", out, re.MULTILINE)

@@ -13,9 +13,10 @@ from pipeline.manifest import CheckpointManifest, DatasetManifest, PackedFile, T
 from pipeline.storage import Storage
 from pipeline.training.metrics import TrainProgress
 from pipeline.training.trainer import train
-from tests.dataset.make import EOS, documents, manifest, packed_bytes
+from tests.dataset.make import documents, manifest, packed_bytes
 
 VOCABULARY = 64
+EOS = 1
 SEQUENCE = 16
 BATCH = 8
 
@@ -73,7 +74,7 @@ def tiny_dataset(storage: Storage, rows: int = 64) -> DatasetManifest:
         sources.append(
             [PackedFile(path=path, bytes=len(data), sha256=sha256, rows=rows, tokens=sum(map(sum, doc_lens)))]
         )
-    return manifest(sources, SEQUENCE, 4, "uint16")
+    return manifest(sources, SEQUENCE, 4, "uint16", VOCABULARY, EOS)
 
 
 class Watched:
