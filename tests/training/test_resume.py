@@ -105,7 +105,7 @@ def part(root: str, parallelism: dict, last: int) -> int:
 BATCH_OF_12 = {
     "schedule__total_tokens": 8 * 12 * 16,
     "schedule__global_batch": [{"until_tokens": 8 * 12 * 16, "sequences": 12}],
-    "schedule__learning_rate": [{"until_tokens": 8 * 12 * 16, "shape": "linear", "start": 0.01, "end": 0.001}],
+    "schedule__learning_rate": [{"until_tokens": 8 * 12 * 16, "shape": "linear", "start": 1e-3, "end": 1e-4}],
     "schedule__bias_rate": [{"until_tokens": 8 * 12 * 16, "rate": 0.01}],
     "checkpoint__every_steps": 100,
 }
