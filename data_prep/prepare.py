@@ -68,6 +68,7 @@ def prepare(
     heldout, packed = _resolve_and_pack(config, storage, plan, units, tokenized, map_units, report)
     dataset = _dataset(config, plan, units, tokenized, heldout, packed)
     storage.create(dataset_path(dataset_identity), dataset.to_json())
+    storage.sweep("datasets")
     return DatasetManifest.model_validate_json(storage.read(dataset_path(dataset_identity)))
 
 
