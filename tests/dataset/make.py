@@ -57,17 +57,15 @@ def manifest(
     row_tokens: int,
     group: int,
     dtype: str = "uint16",
-    vocab_size: int = VOCABULARY,
-    eos_id: int = EOS,
 ) -> DatasetManifest:
     return DatasetManifest(
         identity="test",
         tokenizer=TokenizerManifest(
             folder="tokenizers/t",
             files=(),
-            vocab_size=vocab_size,
-            eos_id=eos_id,
-            special_tokens={"[EOS]": eos_id},
+            vocab_size=VOCABULARY,
+            eos_id=EOS,
+            special_tokens={"[EOS]": EOS},
             sha256="0" * 64,
         ),
         token_dtype=dtype,
@@ -96,7 +94,7 @@ def rows_only(rows: Sequence[int], row_tokens: int = 16, group: int = 4) -> Data
     """A manifest with no files behind it: enough for everything but reading."""
     return manifest(
         [
-            [PackedFile(path=f"none/{i}", bytes=1, sha256="", rows=count, tokens=count * row_tokens)]
+            [PackedFile(path=f"none/{i}", bytes=1, sha256="", rows=count, tokens=count * row_tokens, group_crc32="")]
             for i, count in enumerate(rows)
         ],
         row_tokens,
