@@ -2,7 +2,7 @@
 
 packed     rows and row groups as announced; tokens below the vocabulary's size; document lengths positive and within the
            row; EOS at the ends of documents only; a piece without EOS (a long document goes on elsewhere) fills its row to
-           the end; padding is EOS; token count as announced
+           the end; padding is EOS; token count as announced; no held-out document (leakage.py)
 held-out   no EOS, tokens below the vocabulary's size, positive byte counts, totals as announced
 others     size and SHA-256 (tokenizer, document shards, quarantine)
 records    of the packs that the dataset names by digest: its unit's record as it was, document counts balanced, packed
@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.dataset.leakage import HeldoutIndex
 from pipeline.dataset.packed_file import Block, CorruptBlock, Layout, fetch_range, read_footer, read_group
 from pipeline.manifest import DatasetManifest, DocumentCounts, FileEntry, HeldoutFile, PackedFile, digest_of
 from pipeline.storage import Storage
@@ -68,7 +69,7 @@ class FileReport:
     findings: list[Finding] = field(default_factory=list)
 
 
-def check(dataset: DatasetManifest, storage: Storage, task: Task) -> FileReport:
+def check(dataset: DatasetManifest, heldout: HeldoutIndex, storage: Storage, task: Task) -> FileReport:
     """Check one file; what is wrong is in the report, not raised."""
     if task.kind == "records":
         return _check_records(dataset, storage, task)
@@ -76,7 +77,7 @@ def check(dataset: DatasetManifest, storage: Storage, task: Task) -> FileReport:
     report = FileReport(task, entry.path)
     try:
         if isinstance(entry, PackedFile):
-            _check_packed(dataset, storage, entry, report)
+            _check_packed(dataset, heldout, storage, entry, report)
         elif isinstance(entry, HeldoutFile):
             _check_heldout(dataset, storage, entry, report)
         else:
@@ -138,7 +139,9 @@ def _check_bytes(storage: Storage, entry: FileEntry, report: FileReport) -> bool
     return not report.findings
 
 
-def _check_packed(dataset: DatasetManifest, storage: Storage, entry: PackedFile, report: FileReport) -> None:
+def _check_packed(
+    dataset: DatasetManifest, heldout: HeldoutIndex, storage: Storage, entry: PackedFile, report: FileReport
+) -> None:
     layout, digest = Layout.of(dataset), hashlib.sha256()
 
     def fetch(start: int, stop: int) -> bytes:
@@ -157,6 +160,7 @@ def _check_packed(dataset: DatasetManifest, storage: Storage, entry: PackedFile,
             continue
         digest.update(data)
         problem, ended = check_block(block, dataset.tokenizer.eos_id, dataset.tokenizer.vocab_size)
+        problem = problem or heldout.find(block)
         if problem:
             report.findings.append(Finding(entry.path, group, problem))
         report.rows += len(block.tokens)
