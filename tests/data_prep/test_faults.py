@@ -157,6 +157,7 @@ def run_through_kills(config: RunConfig, kills: int, seed: int) -> str:
     rng = random.Random(seed)
     storage = open_storage(config.storage)
     committed: dict[str, str] = {}
+    sizes = set()  # how much was committed when something was killed
     done = 0
     while True:
         driver = start(config)
@@ -185,7 +186,9 @@ def run_through_kills(config: RunConfig, kills: int, seed: int) -> str:
         now = {entry.path: entry.etag for kind in ("units", "packs") for entry in storage.list(f"datasets/{kind}")}
         assert committed.items() <= now.items(), "a committed unit was done again"
         committed = now
+        sizes.add(len(now))
         if done >= kills and driver.returncode == 0:
+            assert len(sizes) > 4, "the kills did not hit the work"
             return output
 
 

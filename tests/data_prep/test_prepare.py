@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,26 @@ def test_a_killed_run_goes_on(jsonl: Path, tmp_path: Path, run_config: Make, sur
     after = {entry.path: entry.etag for entry in storage.list("datasets")}
     assert before.items() <= after.items()
     assert objects(storage) == objects(open_storage(clean.storage))
+
+
+def test_two_runs_at_once_converge(jsonl: Path, tmp_path: Path, run_config: Make) -> None:
+    clean = run_config(jsonl, storage__root=str(tmp_path / "clean"))
+    dataset = prepare(clean, open_storage(clean.storage))
+    config = run_config(jsonl)
+    with ThreadPoolExecutor(3) as pool:
+        runs = [pool.submit(prepare, config, open_storage(config.storage)) for _ in range(3)]
+        assert {run.result().digest for run in runs} == {dataset.digest}
+    assert objects(open_storage(config.storage)) == objects(open_storage(clean.storage))
+
+
+def test_a_file_that_changes_under_the_run(jsonl: Path, run_config: Make) -> None:
+    def meddling(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        (jsonl / "part-1.jsonl").write_text("{}")
+        yield from map_in_process(function, items)
+
+    config = run_config(jsonl)
+    with pytest.raises(RuntimeError, match=r"part-1\.jsonl is not the file that was listed any more"):
+        prepare(config, open_storage(config.storage), map_units=meddling)
 
 
 def test_units_in_any_order(jsonl: Path, tmp_path: Path, run_config: Make) -> None:
