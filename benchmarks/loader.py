@@ -37,7 +37,8 @@ import numpy as np
 import psutil
 import torch
 
-from data_prep.writer import PackedWriter, put_packed
+from data_prep.pack_unit import put_packed
+from data_prep.writer import PackedWriter
 from pipeline.config.schema import CorpusConfig, DataConfig, SourceConfig, StorageConfig
 from pipeline.dataset.loader import Loader
 from pipeline.dataset.order import Order
@@ -165,11 +166,11 @@ def write_packed(storage: Storage, folder: Path, tokens: np.ndarray, dtype: str,
     """The tokens as the data stage writes them: one document a row."""
     local = folder / f"local-{dtype}-{group}"
     local.mkdir()
-    writer = PackedWriter(local, "packed", tokens.shape[1], np.dtype(dtype), 0, group, 256, 3)
+    writer = PackedWriter(local, local.name, tokens.shape[1], np.dtype(dtype), 0, group, 256, 3)
     for row in tokens:
         writer.add([row], [len(row)])
     writer.close()
-    files = [put_packed(storage, path, f"{local.name}/{path.name}", rows, used) for path, rows, used in writer.files]
+    files = [put_packed(storage, local.name, file) for file in writer.files]
     return manifest([files], dtype, tokens.shape[1], group)
 
 

@@ -1,8 +1,8 @@
 """What training sees, for people: which rows and documents formed a step, what a mixture would draw, what a row says.
 
-Packed rows hold no document names. A row's file is named after its pack, whose record names the unit, whose document
-shard holds tokens and names: the pieces of the row are searched for there (a byte search, fractions of a second per
-shard). Of two documents with the same tokens the first is named.
+Packed rows hold no document names. A row's file is named after its pack (or after a tail, whose record lists the packs it
+was gathered from), whose record names the unit, whose document shard holds tokens and names: the pieces of the row are
+searched for there (a byte search, fractions of a second per shard). Of two documents with the same tokens the first is named.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.dataset.checks import PACKS
+from pipeline.dataset.checks import PACKS, TAILS
 from pipeline.dataset.loader import cut
 from pipeline.dataset.order import Order
 from pipeline.dataset.packed_file import Block
@@ -61,7 +61,13 @@ def sequences(order: Order, storage: Storage, numbers: Sequence[int]) -> Iterato
             within = int(row) % order.rows_per_group
             start, stop = int(part) * order.sequence_length, (int(part) + 1) * order.sequence_length
             lengths = block.document_lengths(within)
-            pieces = documents_of(storage, entry, _pieces(block, within), order.dataset.tokenizer.eos_id)
+            pieces = documents_of(
+                storage,
+                entry,
+                group * order.rows_per_group + within,
+                _pieces(block, within),
+                order.dataset.tokenizer.eos_id,
+            )
             yield Provenance(
                 number=int(n),
                 source=order.source_names[int(s)],
@@ -115,10 +121,10 @@ def mixture_table(order: Order, total: int, max_epochs: Mapping[str, float]) -> 
 
 
 def documents_of(
-    storage: Storage, entry: PackedFile, pieces: list[NDArray[np.unsignedinteger]], eos_id: int
+    storage: Storage, entry: PackedFile, row: int, pieces: list[NDArray[np.unsignedinteger]], eos_id: int
 ) -> list[Piece]:
-    """The document of each piece of a row, searched for in the document shard the row was packed from."""
-    pack_id = entry.path.rpartition("/")[2].rpartition("-")[0]
+    """The document of each piece of row `row` of a file, searched for in the document shard it was packed from."""
+    pack_id = _pack_of(storage, entry, row)
     pack = json.loads(storage.read(f"{PACKS}/{pack_id[:2]}/{pack_id}.json"))
     unit = json.loads(storage.read(f"datasets/units/{pack['unit'][:2]}/{pack['unit']}.json"))
     found = [Piece(None, 0, len(piece)) for piece in pieces]
@@ -138,6 +144,19 @@ def documents_of(
                         found[i] = Piece(names[number], start, stop)
                         exact[i] = start == 0
     return found
+
+
+def _pack_of(storage: Storage, entry: PackedFile, row: int) -> str:
+    """The pack that a row of a file comes from: the file's own, or for a tail the one whose rest held the row."""
+    name = entry.path.rpartition("/")[2].rpartition("-")[0]
+    data = storage.read_or_none(f"{TAILS}/{name[:2]}/{name}.json")
+    if data is None:
+        return name
+    tail = json.loads(data)
+    row += sum(file["rows"] for file in tail["packed"][: [file["path"] for file in tail["packed"]].index(entry.path)])
+    ends = np.cumsum([rest["rows"] for rest in tail["rests"]])
+    rest = tail["rests"][int(np.searchsorted(ends, row, side="right"))]
+    return str(rest["path"]).rpartition("/")[2].rpartition("-")[0]
 
 
 def _search(

@@ -42,10 +42,13 @@ def loads(data):
 def test_bad_requests_and_cut_connections(jsonl: Path, bucket: tuple[str, str], run_config: Make) -> None:
     """Far more faults than S3 has: 10 % errors, 5 % cut connections."""
     endpoint, name = bucket
-    clean = run_config(jsonl)
+    (jsonl / "part-3.jsonl").unlink()
+    clean = run_config(jsonl, storage__root=str(jsonl.parent / "clean"), corpus__unit_bytes=1_000_000)
     dataset = prepare(clean, open_storage(clean.storage))
     with FaultyS3(endpoint, 0.10, 0.05) as proxy:
-        config = run_config(jsonl, storage__root=f"s3://{name}/faulty", storage__endpoint_url=proxy.url)
+        config = run_config(
+            jsonl, storage__root=f"s3://{name}/faulty", storage__endpoint_url=proxy.url, corpus__unit_bytes=1_000_000
+        )
         assert prepare(config, open_storage(config.storage)).digest == dataset.digest
         assert proxy.faults > 10
     direct = run_config(jsonl, storage__root=f"s3://{name}/faulty", storage__endpoint_url=endpoint)
@@ -157,6 +160,7 @@ def run_through_kills(config: RunConfig, kills: int, seed: int) -> str:
     rng = random.Random(seed)
     storage = open_storage(config.storage)
     committed: dict[str, str] = {}
+    sizes = set()  # how much was committed when something was killed
     done = 0
     while True:
         driver = start(config)
@@ -185,7 +189,9 @@ def run_through_kills(config: RunConfig, kills: int, seed: int) -> str:
         now = {entry.path: entry.etag for kind in ("units", "packs") for entry in storage.list(f"datasets/{kind}")}
         assert committed.items() <= now.items(), "a committed unit was done again"
         committed = now
+        sizes.add(len(now))
         if done >= kills and driver.returncode == 0:
+            assert len(sizes) > 4, "the kills did not hit the work"
             return output
 
 

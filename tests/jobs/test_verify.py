@@ -56,8 +56,12 @@ def test_damaged_records_are_named(prepared: Prepared) -> None:
     assert findings() == []
     packs = len(dataset.units)
     for path, change, expected in (
-        (pack_path, None, f"datasets/packs: {packs - 1} of the dataset's {packs} packs have their record"),
-        (pack_path, ("rows", 1), f"datasets/packs: {packs - 1} of the dataset's {packs} packs have their record"),
+        (pack_path, None, f"datasets/packs: {packs - 1} of the dataset's {packs} packs and tails have their record"),
+        (
+            pack_path,
+            ("padding", -1),
+            f"datasets/packs: {packs - 1} of the dataset's {packs} packs and tails have their record",
+        ),
         (unit_path, None, f"{pack_path}: {unit_path} is missing"),
         (unit_path, ("tokens", 1), f"{pack_path}: {unit_path} has digest "),
     ):
