@@ -64,6 +64,7 @@ class PackedFile(FileEntry):
 
     rows: int
     tokens: int  # without padding
+    group_crc32: str  # 8 hex digits per row group and 8 for the footer (pipeline/packed.py)
 
 
 class HeldoutFile(FileEntry):
