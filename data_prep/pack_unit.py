@@ -66,7 +66,8 @@ def pack_unit(settings: PackSettings, task: PackTask) -> PackManifest:
     unit = UnitManifest.model_validate_json(storage.read(task.unit))
     excluded = _excluded(storage, settings, task, unit)
     identity = {
-        "documents": unit.documents.sha256 if unit.documents else unit.id,
+        "unit": unit.id,
+        "documents": unit.documents.sha256 if unit.documents else None,
         "excluded": hashlib.sha256(excluded.ordinals.astype("<i8").tobytes()).hexdigest(),
         "heldout": excluded.heldout,
         "layout": layout(settings.data),

@@ -23,6 +23,8 @@ from pipeline.dataset.reader import BlockId, BlockReader
 from pipeline.manifest import PackedFile
 from pipeline.storage import Storage
 
+TAILS = "datasets/tails"  # where data_prep commits what the last rows of packs were gathered into
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -61,7 +63,8 @@ def sequences(order: Order, storage: Storage, numbers: Sequence[int]) -> Iterato
             within = int(row) % order.rows_per_group
             start, stop = int(part) * order.sequence_length, (int(part) + 1) * order.sequence_length
             lengths = block.document_lengths(within)
-            pieces = documents_of(storage, entry, _pieces(block, within), order.dataset.tokenizer.eos_id)
+            pack_id = pack_of(storage, entry, group * order.rows_per_group + within)
+            pieces = documents_of(storage, pack_id, _pieces(block, within), order.dataset.tokenizer.eos_id)
             yield Provenance(
                 number=int(n),
                 source=order.source_names[int(s)],
@@ -114,11 +117,28 @@ def mixture_table(order: Order, total: int, max_epochs: Mapping[str, float]) -> 
     return lines
 
 
-def documents_of(
-    storage: Storage, entry: PackedFile, pieces: list[NDArray[np.unsignedinteger]], eos_id: int
-) -> list[Piece]:
+def pack_of(storage: Storage, entry: PackedFile, row: int) -> str:
+    """The pack of row number `row` of a file: the file is the pack's own, or a tail of the last rows of many packs."""
+    name = _owner(entry.path)
+    tail = storage.read_or_none(f"{TAILS}/{name[:2]}/{name}.json")
+    if tail is None:
+        return name
+    record = json.loads(tail)
+    row += sum(file["rows"] for file in record["packed"] if file["path"] < entry.path)
+    for path, rows in record["rests"]:
+        if row < rows:
+            return _owner(path)
+        row -= rows
+    raise ValueError(f"{entry.path}: {TAILS}/{name[:2]}/{name}.json accounts for fewer rows than the file has")
+
+
+def _owner(path: str) -> str:
+    """`.../<id>-00000.parquet` and `.../<id>-rest.parquet` belong to <id>."""
+    return path.rpartition("/")[2].rpartition("-")[0]
+
+
+def documents_of(storage: Storage, pack_id: str, pieces: list[NDArray[np.unsignedinteger]], eos_id: int) -> list[Piece]:
     """The document of each piece of a row, searched for in the document shard the row was packed from."""
-    pack_id = entry.path.rpartition("/")[2].rpartition("-")[0]
     pack = json.loads(storage.read(f"{PACKS}/{pack_id[:2]}/{pack_id}.json"))
     unit = json.loads(storage.read(f"datasets/units/{pack['unit'][:2]}/{pack['unit']}.json"))
     found = [Piece(None, 0, len(piece)) for piece in pieces]
