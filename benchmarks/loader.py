@@ -37,8 +37,7 @@ import numpy as np
 import psutil
 import torch
 
-from data_prep.pack_unit import put_packed
-from data_prep.writer import PackedWriter
+from data_prep.writer import PackedWriter, put_packed
 from pipeline.config.schema import CorpusConfig, DataConfig, SourceConfig, StorageConfig
 from pipeline.dataset.loader import Loader
 from pipeline.dataset.order import Order

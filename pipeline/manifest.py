@@ -116,7 +116,7 @@ class DatasetManifest(Record):
     sequence_length: int
     rows_per_group: int
     sources: tuple[SourceManifest, ...]
-    units: tuple[str, ...]  # digests of the unit manifests, sorted
+    units: tuple[str, ...]  # digests of the records of packs (one per unit) and tails, sorted
     versions: dict[str, str]  # format version and the libraries that decide bytes
 
     @property

@@ -237,7 +237,7 @@ def _foreign_files(record: dict[str, Any], ours: set[PackedFile]) -> Iterator[st
 
 
 def _check_tail(tail: dict[str, Any]) -> Iterator[str]:
-    rows = sum(rest["rows"] for rest in tail["rests"])
+    rows = sum(rows for _, rows in tail["rests"])
     kept = sum(file["rows"] for file in tail["packed"])
     if rows != kept + tail["dropped_rows"]:
         yield f"{rows} rows went in, {kept} came out and {tail['dropped_rows']} were dropped"

@@ -1,8 +1,8 @@
 """What training sees, for people: which rows and documents formed a step, what a mixture would draw, what a row says.
 
-Packed rows hold no document names. A row's file is named after its pack (or after a tail, whose record lists the packs it
-was gathered from), whose record names the unit, whose document shard holds tokens and names: the pieces of the row are
-searched for there (a byte search, fractions of a second per shard). Of two documents with the same tokens the first is named.
+Packed rows hold no document names. A row's file is named after its pack, whose record names the unit, whose document
+shard holds tokens and names: the pieces of the row are searched for there (a byte search, fractions of a second per
+shard). Of two documents with the same tokens the first is named.
 """
 
 from __future__ import annotations
@@ -61,13 +61,8 @@ def sequences(order: Order, storage: Storage, numbers: Sequence[int]) -> Iterato
             within = int(row) % order.rows_per_group
             start, stop = int(part) * order.sequence_length, (int(part) + 1) * order.sequence_length
             lengths = block.document_lengths(within)
-            pieces = documents_of(
-                storage,
-                entry,
-                group * order.rows_per_group + within,
-                _pieces(block, within),
-                order.dataset.tokenizer.eos_id,
-            )
+            pack_id = pack_of(storage, entry, group * order.rows_per_group + within)
+            pieces = documents_of(storage, pack_id, _pieces(block, within), order.dataset.tokenizer.eos_id)
             yield Provenance(
                 number=int(n),
                 source=order.source_names[int(s)],
@@ -120,11 +115,28 @@ def mixture_table(order: Order, total: int, max_epochs: Mapping[str, float]) -> 
     return lines
 
 
-def documents_of(
-    storage: Storage, entry: PackedFile, row: int, pieces: list[NDArray[np.unsignedinteger]], eos_id: int
-) -> list[Piece]:
-    """The document of each piece of row `row` of a file, searched for in the document shard it was packed from."""
-    pack_id = _pack_of(storage, entry, row)
+def pack_of(storage: Storage, entry: PackedFile, row: int) -> str:
+    """The pack of row number `row` of a file: the file is the pack's own, or a tail of the last rows of many packs."""
+    name = _owner(entry.path)
+    tail = storage.read_or_none(f"{TAILS}/{name[:2]}/{name}.json")
+    if tail is None:
+        return name
+    record = json.loads(tail)
+    row += sum(file["rows"] for file in record["packed"] if file["path"] < entry.path)
+    for path, rows in record["rests"]:
+        if row < rows:
+            return _owner(path)
+        row -= rows
+    raise ValueError(f"{entry.path}: {TAILS}/{name[:2]}/{name}.json accounts for fewer rows than the file has")
+
+
+def _owner(path: str) -> str:
+    """`.../<id>-00000.parquet` and `.../<id>-rest.parquet` belong to <id>."""
+    return path.rpartition("/")[2].rpartition("-")[0]
+
+
+def documents_of(storage: Storage, pack_id: str, pieces: list[NDArray[np.unsignedinteger]], eos_id: int) -> list[Piece]:
+    """The document of each piece of a row, searched for in the document shard the row was packed from."""
     pack = json.loads(storage.read(f"{PACKS}/{pack_id[:2]}/{pack_id}.json"))
     unit = json.loads(storage.read(f"datasets/units/{pack['unit'][:2]}/{pack['unit']}.json"))
     found = [Piece(None, 0, len(piece)) for piece in pieces]
@@ -144,19 +156,6 @@ def documents_of(
                         found[i] = Piece(names[number], start, stop)
                         exact[i] = start == 0
     return found
-
-
-def _pack_of(storage: Storage, entry: PackedFile, row: int) -> str:
-    """The pack that a row of a file comes from: the file's own, or for a tail the one whose rest held the row."""
-    name = entry.path.rpartition("/")[2].rpartition("-")[0]
-    data = storage.read_or_none(f"{TAILS}/{name[:2]}/{name}.json")
-    if data is None:
-        return name
-    tail = json.loads(data)
-    row += sum(file["rows"] for file in tail["packed"][: [file["path"] for file in tail["packed"]].index(entry.path)])
-    ends = np.cumsum([rest["rows"] for rest in tail["rests"]])
-    rest = tail["rests"][int(np.searchsorted(ends, row, side="right"))]
-    return str(rest["path"]).rpartition("/")[2].rpartition("-")[0]
 
 
 def _search(

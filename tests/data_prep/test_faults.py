@@ -181,7 +181,7 @@ def run_through_kills(config: RunConfig, kills: int, seed: int) -> str:
             kill([relatives[0]] if what == "driver" else relatives[::-1])
             break
         if driver.poll() is None and done >= kills:
-            output, _ = driver.communicate(timeout=200)
+            output, _ = driver.communicate(timeout=400)
         else:
             output = driver.stdout.read() if driver.poll() == 0 else ""
         driver.wait()
@@ -214,7 +214,7 @@ def large(tmp_path: Path, texts: list[str]) -> Path:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_twenty_kills_on_a_folder(large: Path, tmp_path: Path, run_config: Make) -> None:
     clean = run_config(large, storage__root=str(tmp_path / "clean"))
     dataset = prepare(clean, open_storage(clean.storage))
@@ -225,13 +225,14 @@ def test_twenty_kills_on_a_folder(large: Path, tmp_path: Path, run_config: Make)
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_twenty_kills_on_a_faulty_s3(large: Path, tmp_path: Path, bucket: tuple[str, str], run_config: Make) -> None:
     endpoint, name = bucket
-    clean = run_config(large, storage__root=str(tmp_path / "clean"))
+    fewer = {"corpus__unit_bytes": 1_000_000, "data__groups_per_file": 256}  # requests: moto is slow
+    clean = run_config(large, storage__root=str(tmp_path / "clean"), **fewer)
     dataset = prepare(clean, open_storage(clean.storage))
     with FaultyS3(endpoint) as proxy:
-        config = run_config(large, storage__root=f"s3://{name}/killed", storage__endpoint_url=proxy.url)
+        config = run_config(large, storage__root=f"s3://{name}/killed", storage__endpoint_url=proxy.url, **fewer)
         assert f"digest {dataset.digest}" in run_through_kills(config, 20, seed=2)
         assert proxy.faults > 50
     direct = run_config(large, storage__root=f"s3://{name}/killed", storage__endpoint_url=endpoint)
