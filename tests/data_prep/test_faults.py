@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -155,44 +156,65 @@ def kill(processes: list[psutil.Process]) -> None:
             continue
 
 
-def run_through_kills(config: RunConfig, kills: int, seed: int) -> str:
-    """Start the driver again and again, killing workers, the driver or all of Ray at random moments; returns its last word."""
+class Driver:
+    """A started driver, its output so far, and every process it has had."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.process = start(config)
+        self.lines: list[str] = []
+        self.at_work = threading.Event()
+        self.relatives: list[psutil.Process] = []
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if line.startswith(("tokenize: ", "digest")):
+                self.at_work.set()
+        self.at_work.set()
+
+    def running(self) -> bool:
+        self.relatives = family(self.process) or self.relatives
+        return self.process.poll() is None
+
+    def workers(self) -> list[psutil.Process]:
+        return [process for process in self.relatives[1:] if "ray::" in "".join(_cmdline(process))]
+
+
+def run_through_kills(config: RunConfig, kills: int, longest_pause: float, seed: int) -> str:
+    """Start the driver again and again, killing workers, the driver or all of Ray at random moments; its last words."""
     rng = random.Random(seed)
     storage = open_storage(config.storage)
     committed: dict[str, str] = {}
-    sizes = set()  # how much was committed when something was killed
+    sizes = set()  # how much was committed when a driver was killed
     done = 0
     while True:
-        driver = start(config)
-        relatives = family(driver)
-        assert driver.stdout is not None
-        driver.stdout.readline()  # Ray is up, or about to be
-        while done < kills and driver.poll() is None:
-            time.sleep(rng.uniform(0.2, 3.0))
-            relatives = family(driver) or relatives
-            if driver.poll() is not None:
+        driver = Driver(config)
+        driver.at_work.wait(60)
+        while done < kills and driver.running():
+            time.sleep(rng.uniform(0, longest_pause))
+            if not driver.running():
                 break
             done += 1
-            workers = [process for process in relatives[1:] if "ray::" in "".join(_cmdline(process))]
-            what = rng.choice(["worker", "worker", "driver", "cluster"])
+            what, workers = rng.choice(["worker", "driver", "cluster"]), driver.workers()
             if what == "worker" and workers:
                 kill([rng.choice(workers)])
                 continue
-            kill([relatives[0]] if what == "driver" else relatives[::-1])
+            kill([driver.relatives[0]] if what == "driver" else driver.relatives[::-1])
             break
-        if driver.poll() is None and done >= kills:
-            output, _ = driver.communicate(timeout=400)
-        else:
-            output = driver.stdout.read() if driver.poll() == 0 else ""
-        driver.wait()
-        kill(relatives[::-1])
+        if done >= kills:
+            driver.process.wait(timeout=600)
+        driver.process.wait()
+        kill(driver.relatives[::-1])
         now = {entry.path: entry.etag for kind in ("units", "packs") for entry in storage.list(f"datasets/{kind}")}
         assert committed.items() <= now.items(), "a committed unit was done again"
         committed = now
         sizes.add(len(now))
-        if done >= kills and driver.returncode == 0:
-            assert len(sizes) > 4, "the kills did not hit the work"
-            return output
+        if driver.process.returncode == 0:
+            assert done == kills, f"the work was done after {done} kills"
+            assert len(sizes) > 4, f"the kills did not hit the work: {sizes}"
+            return driver.lines[-1]
 
 
 def _cmdline(process: psutil.Process) -> list[str]:
@@ -204,10 +226,10 @@ def _cmdline(process: psutil.Process) -> list[str]:
 
 @pytest.fixture
 def large(tmp_path: Path, texts: list[str]) -> Path:
-    """40 files of varied text, 16 MB: a run takes long enough to be killed in."""
+    """80 files of varied text, 32 MB: a run takes long enough to be killed in."""
     folder = tmp_path / "large"
     folder.mkdir()
-    for part in range(40):
+    for part in range(80):
         lines = [json.dumps({"text": f"{part} {text}"}) for text in texts[part % 7 :: 3]]
         (folder / f"{part:02d}.jsonl").write_text("\n".join(lines) + "\n")
     return folder
@@ -219,7 +241,7 @@ def test_twenty_kills_on_a_folder(large: Path, tmp_path: Path, run_config: Make)
     clean = run_config(large, storage__root=str(tmp_path / "clean"))
     dataset = prepare(clean, open_storage(clean.storage))
     config = run_config(large)
-    assert f"digest {dataset.digest}" in run_through_kills(config, 20, seed=1)
+    assert f"digest {dataset.digest}" in run_through_kills(config, 20, 1.0, seed=1)
     assert objects(open_storage(config.storage)) == objects(open_storage(clean.storage))
     assert not list(Path(config.storage.root).rglob("*.tmp-*"))
 
@@ -233,7 +255,7 @@ def test_twenty_kills_on_a_faulty_s3(large: Path, tmp_path: Path, bucket: tuple[
     dataset = prepare(clean, open_storage(clean.storage))
     with FaultyS3(endpoint) as proxy:
         config = run_config(large, storage__root=f"s3://{name}/killed", storage__endpoint_url=proxy.url, **fewer)
-        assert f"digest {dataset.digest}" in run_through_kills(config, 20, seed=2)
+        assert f"digest {dataset.digest}" in run_through_kills(config, 20, 3.0, seed=2)
         assert proxy.faults > 50
     direct = run_config(large, storage__root=f"s3://{name}/killed", storage__endpoint_url=endpoint)
     assert objects(open_storage(direct.storage)) == objects(open_storage(clean.storage))
