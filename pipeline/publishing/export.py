@@ -278,36 +278,32 @@ def count_parameters(model: Moonlight) -> ParameterCount:
 # -- what stands beside the weights -------------------------------------------------------------------------------------
 
 
-def _special_ids(config: RunConfig, tokenizer: TokenizerManifest) -> dict[str, tuple[str, int] | None]:
-    """(text, id) of the special tokens by role; the end of text also pads when there is no [PAD]."""
+def _special_tokens(config: RunConfig, tokenizer: TokenizerManifest) -> dict[str, tuple[str, int]]:
+    """Role -> (text, id), for the roles that the tokenizer has; without a [PAD] the end of text pads."""
     known = tokenizer.special_tokens
-    eos = (config.tokenizer.eos_token, tokenizer.eos_id)
-    assert known[eos[0]] == eos[1], f"tokenizer: {eos[0]} is {known[eos[0]]}, eos_id is {eos[1]}"
-
-    def role(token: str) -> tuple[str, int] | None:
-        return (token, known[token]) if token in known else None
-
-    return {"bos": role("[BOS]"), "eos": eos, "pad": role("[PAD]") or eos, "unk": role("[UNK]")}
+    eos = config.tokenizer.eos_token
+    assert known[eos] == tokenizer.eos_id, f"tokenizer: {eos} is {known[eos]}, eos_id is {tokenizer.eos_id}"
+    texts = {"bos": "[BOS]", "eos": eos, "pad": "[PAD]" if "[PAD]" in known else eos, "unk": "[UNK]"}
+    return {role: (text, known[text]) for role, text in texts.items() if text in known}
 
 
 def _config_json(config: RunConfig, tokenizer: TokenizerManifest) -> dict[str, Any]:
-    special = _special_ids(config, tokenizer)
-    bos, eos, pad = special["bos"], special["eos"], special["pad"]
-    assert eos is not None and pad is not None
+    special = _special_tokens(config, tokenizer)
+    bos = special["bos"][1] if "bos" in special else None
     dtype = str(DTYPES[config.publishing.dtype]).removeprefix("torch.")
-    fields = hf_config(config.model, bos_token_id=bos[1] if bos else None, eos_token_id=eos[1], dtype=dtype)
-    return {**fields, "dtype": dtype, "pad_token_id": pad[1]}
+    fields = hf_config(config.model, bos_token_id=bos, eos_token_id=tokenizer.eos_id, dtype=dtype)
+    return {**fields, "dtype": dtype, "pad_token_id": special["pad"][1]}
 
 
 def _generation_config(config: RunConfig, tokenizer: TokenizerManifest) -> dict[str, Any]:
-    special = _special_ids(config, tokenizer)
-    ids = {f"{role}_token_id": special[role][1] for role in ("bos", "eos", "pad") if special[role]}  # type: ignore[index]
+    special = _special_tokens(config, tokenizer)
+    ids = {f"{role}_token_id": token_id for role, (_, token_id) in special.items() if role != "unk"}
     return {**ids, "max_length": config.model.max_position_embeddings}
 
 
 def _tokenizer_config(config: RunConfig, tokenizer: TokenizerManifest, stored: bytes | None) -> dict[str, Any]:
     """What `AutoTokenizer` needs; a chat template and other settings that came with the tokenizer are kept."""
-    texts = {f"{role}_token": found[0] for role, found in _special_ids(config, tokenizer).items() if found}
+    texts = {f"{role}_token": text for role, (text, _) in _special_tokens(config, tokenizer).items()}
     return {
         **(orjson.loads(stored) if stored else {}),
         **texts,

@@ -39,7 +39,7 @@ SEQUENCE = 64
 TEXTS = {
     "code": [
         "def area(width, height):\n    return width * height\n\n\nclass Circle:\n    def __init__(self, r):\n        self.r = r\n",
-        "for i in range(10):\n    print(i, i ** 2)\n" * 5,
+        "for i in range(10):\n    print(i, i ** 2)\n" * 25,
         "x = 1\n",
     ],
     "prose": [
