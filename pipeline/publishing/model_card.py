@@ -130,8 +130,8 @@ def _results(evaluation: EvaluationManifest) -> str:
         "Documents that were kept out of training, chosen by hash. Loss is in nats per token, over windows of "
         f"{evaluation.sequence_length:,} tokens; bits per byte compare across tokenizers. The columns on the right are bits per byte "
         "of the same text under compressors, which have seen nothing else, and under the frequencies of its own tokens "
-        f"({evaluation.unigram_entropy:.3f} nats per token; the model is {below:.3f} nats "
-        f"{'below' if below >= 0 else 'above (!)'} that)."
+        f"({evaluation.unigram_entropy:.3f} nats per token; the model is {abs(below):.3f} nats "
+        f"{'below' if below >= 0 else 'ABOVE'} that)."
     )
 
 
@@ -175,7 +175,7 @@ def _data(config: RunConfig, dataset: DatasetManifest) -> str:
         ]
         for source in dataset.sources
     ]
-    head = ["source", "weight", "documents", "bytes of text", "tokens", "held out"]
+    head = ["source", "weight", "documents", "text (bytes)", "tokens", "held out"]
     stages = [
         f"Until {compact(stage.until_tokens)} tokens: "
         + ", ".join(f"{name} {weight:g}" for name, weight in stage.weights.items())

@@ -44,7 +44,7 @@ TEXTS = {
     ],
     "prose": [
         "The moon rose late. 月亮升起来了。 It lit the road, the field and the 17 houses behind it. [EOS] is only text here.\n"
-        * 3,
+        * 40,
         "Ein kurzer Satz mit Umlauten: äöüß – and an emoji 🌙.",
     ],
 }
