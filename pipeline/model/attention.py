@@ -49,9 +49,9 @@ class Attention(nn.Module):
         self.kv_a_layernorm = nn.RMSNorm(self.latent_dim, eps=LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(self.latent_dim, self.heads * (self.nope_dim + self.value_dim), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value_dim, hidden, bias=False)
-        self.max_logits_H: Tensor | None = (
-            None  # set to a tensor of -inf to have the largest logit of each head observed
-        )
+        self.observe_max_logits = False  # for QK-clip, pipeline/model/qk_clip.py
+        self.max_logits: Tensor  # [H], the largest logit of each head since it was last taken
+        self.register_buffer("max_logits", torch.full((self.heads,), -torch.inf), persistent=False)
 
     def forward(self, x_BSD: Tensor, layout: SequenceLayout) -> Tensor:
         B, S, _ = x_BSD.shape
@@ -64,9 +64,9 @@ class Attention(nn.Module):
         q_BSHQ = torch.cat([q_nope, rotate_pairs(q_rope, layout)], dim=-1)
         k_rope_BS1R = rotate_pairs(k_rope_BSR.unsqueeze(2), layout)
         k_BSHQ = torch.cat([k_nope, k_rope_BS1R.expand(-1, -1, self.heads, -1)], dim=-1)
-        if self.max_logits_H is not None:
-            observed = largest_logits(q_BSHQ.detach(), k_BSHQ.detach(), self.scale, layout)
-            torch.maximum(self.max_logits_H, observed, out=self.max_logits_H)
+        if self.observe_max_logits:  # a maximum, so seeing a batch again in a recomputed block changes nothing
+            observed_H = largest_logits(q_BSHQ.detach(), k_BSHQ.detach(), self.scale, layout)
+            self.max_logits.copy_(torch.maximum(self.max_logits, observed_H))
 
         o_BSHV = attend(q_BSHQ, k_BSHQ, v_BSHV, self.scale, layout)
         return self.o_proj(o_BSHV.reshape(B, S, -1))
@@ -91,9 +91,9 @@ def attend(q_BSHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, scale: float, layout:
         from torch.nn.attention.varlen import varlen_attn
 
         q, k, v = (_widen(t, max(width, value_width)).flatten(0, 1) for t in (q_BSHQ, k_BSHQ, v_BSHV))
-        longest = layout.longest_document
-        ends = layout.document_ends
-        o: Tensor = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale, window_size=(-1, 0))
+        ends, longest = layout.document_ends, layout.longest_document
+        o = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale, window_size=(-1, 0))
+        assert isinstance(o, Tensor)  # a tuple only where auxiliary outputs are asked for
         return o[..., :value_width].view(B, S, H, value_width)
     if q_BSHQ.is_cuda:
         with sdpa_kernel(CUDA_BACKENDS, set_priority=True):

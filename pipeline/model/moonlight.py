@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.schema import ModelConfig
+from pipeline.model.attention import Attention
 from pipeline.model.block import Block
 from pipeline.model.experts import MoE
 from pipeline.model.init import initialise
@@ -81,9 +82,12 @@ class Moonlight(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
-        """Draw all weights; zero router biases and counts. Works on shards, after `to_empty`, and needs no communication."""
+        """Draw all weights; reset router biases, counts and observed logits. Works on shards, after `to_empty`, and needs no communication."""
         for name, parameter in self.named_parameters():
             initialise(parameter, name, seed, self.config.initializer_range)
         for _, router in self.routers():
             router.e_score_correction_bias.zero_()
             router.tokens_per_expert.zero_()
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.max_logits.fill_(-torch.inf)

@@ -41,7 +41,7 @@ def configs(draw):
     )
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(config=configs(), seed=st.integers(0, 1000), length=st.integers(8, 33))
 def test_logits_loss_and_gradients_equal_transformers(config, seed, length):
     model = random_model(config, seed)
