@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import ray.train
 import torch
@@ -59,8 +59,8 @@ def train_with_ray(
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # workers keep the job's working directory; Ray carries this one to them
     cluster, folder = config.cluster, train_folder(config.run_id)
     resources = {"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.use_gpu else {})}
-    trainer = TorchTrainer(
-        _worker,
+    trainer: Any = TorchTrainer(
+        cast(Any, _worker),
         train_loop_config={
             "config": config.model_dump(mode="json"),
             "dataset": dataset.model_dump_json(),

@@ -20,7 +20,8 @@ reduction. Sources: PyTorch FSDP2; torchtitan's measurements of explicit prefetc
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -29,6 +30,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from pipeline.config.schema import TrainingConfig
+from pipeline.model.block import Block
 from pipeline.model.experts import Experts, MoE
 from pipeline.model.moonlight import Moonlight
 from pipeline.parallel.dispatch import AllToAllDispatch
@@ -49,14 +51,15 @@ def shard_model(model: Moonlight, meshes: Meshes, training: TrainingConfig, devi
 
     Raises ValueError where an expert stack cannot be cut evenly, or reduced precision is asked of an unsharded model.
     """
+    layers = [cast(Block, block) for block in model.layers]
     if meshes.ep is not None:
-        for block in model.layers:
+        for block in layers:
             if isinstance(block.mlp, MoE):
                 _spread_experts(block.mlp.experts, meshes.ep)
-    for block in model.layers:
+    for block in layers:
         block.activation_checkpointing = training.activation_checkpointing
         if training.compile:
-            block._run = torch.compile(block._run)
+            block._run = torch.compile(block._run)  # type: ignore[method-assign]
 
     dtype = compute_dtype(training, device)
     if meshes.dense is None:
@@ -74,12 +77,12 @@ def shard_model(model: Moonlight, meshes: Meshes, training: TrainingConfig, devi
     dense = {"mesh": meshes.dense_fsdp, **common}
 
     fully_shard(model.embed_tokens, **dense)
-    for index, block in enumerate(model.layers):
+    for index, block in enumerate(layers):
         if isinstance(block.mlp, MoE):
             experts = block.mlp.experts
             mesh = meshes.dense_fsdp if meshes.ep is None else meshes.expert_fsdp
-            placement = Shard(_expert_dim(f"layers.{index}.mlp.experts", experts, meshes))
-            fully_shard(experts, mesh=mesh, shard_placement_fn=lambda _, placement=placement: placement, **common)
+            dim = _expert_dim(f"layers.{index}.mlp.experts", experts, meshes)
+            fully_shard(experts, mesh=mesh, shard_placement_fn=partial(_placement, dim), **common)
         fully_shard(block, **dense)
     fully_shard([model.norm, model.lm_head], mesh=meshes.dense_fsdp, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, **dense)
@@ -118,6 +121,10 @@ def _expert_dim(name: str, experts: nn.Module, meshes: Meshes) -> int:
             )
         return 1
     return 0
+
+
+def _placement(dim: int, _: nn.Parameter) -> Shard:
+    return Shard(dim)
 
 
 def _set_prefetch_order(model: Moonlight) -> None:

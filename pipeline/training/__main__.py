@@ -79,7 +79,7 @@ def join_ranks(config: RunConfig) -> None:
     if "RANK" not in os.environ:
         if not config.cluster.use_gpu:
             return
-        options = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        options = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
     elif not config.cluster.use_gpu:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     dist.init_process_group(backend, **options)

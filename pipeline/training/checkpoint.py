@@ -25,9 +25,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from pipeline.config.schema import CheckpointConfig
 from pipeline.manifest import CheckpointManifest, FileEntry, canonical_json
@@ -119,7 +121,7 @@ class Checkpointer:
             self._storage.write(f"{folder}/{RUN}", canonical_json(self._facts.identity))
         self._barrier()
         writer = CheckpointWriter(self._storage, folder)
-        dcp.save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+        save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
         shares = self._gather((local_sums(state, self._rank), writer.entries))
         manifest = None
         if shares is not None:
@@ -213,7 +215,10 @@ def load_state(
     """
     folder = step_folder(manifest.run_id, manifest.step)
     reader = CheckpointReader(storage, folder)
-    stored = {name: tuple(facts.size) for name, facts in reader.read_metadata().state_dict_metadata.items()}
+    stored = {
+        name: tuple(facts.size) if isinstance(facts, TensorStorageMetadata) else ()
+        for name, facts in reader.read_metadata().state_dict_metadata.items()
+    }
     for name in sorted(state.keys() | stored.keys()):
         where = f"checkpoint {storage.uri(folder)}: {name}"
         if name not in stored:
@@ -228,4 +233,4 @@ def load_state(
             raise ValueError(
                 f"{where} has shape {stored[name]}, expected {tuple(state[name].shape)}; check the model section"
             )
-    dcp.load(state, storage_reader=reader, process_group=group, no_dist=group is None)
+    load(state, storage_reader=reader, process_group=group, no_dist=group is None)

@@ -66,7 +66,7 @@ def _rows_sum(name: str, tensor: Tensor) -> int:
     )
     indices = _global_indices(*leading)
     width = local.numel() * local.element_size() // max(len(indices), 1)
-    data = memoryview(local.reshape(-1).view(torch.uint8).numpy())
+    data = memoryview(local.reshape(-1).view(torch.uint8).numpy().data)
     prefix = name.encode() + b"\0"
     total = 0
     for row, index in enumerate(indices):

@@ -15,8 +15,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.filesystem import FileSystemBase
+from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import StorageMeta
 
 from pipeline.manifest import FileEntry
 from pipeline.storage import Storage
@@ -30,6 +30,10 @@ class CheckpointWriter(FileSystemWriter):
         self.fs: Any = _Files(storage)
         self.path: Any = storage.key(folder)
         self._folder = folder
+
+    def storage_meta(self) -> StorageMeta:
+        """What torch would fill with the absolute path and a random id: the same state gives the same bytes anywhere."""
+        return StorageMeta(checkpoint_id=self._folder, save_id="")
 
     @property
     def entries(self) -> list[FileEntry]:

@@ -18,16 +18,18 @@ them one step later and never waits here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from pipeline.config.schema import OptimizerConfig
 from pipeline.model.loss import LossOutput
 from pipeline.model.moonlight import Moonlight
+from pipeline.model.qk_clip import observe_max_logits, qk_clip_, take_max_logits
 from pipeline.model.router import update_router_bias
+from pipeline.optim.muon import MoonlightOptimizer
 from pipeline.parallel.grad_norm import clip_, local_gradients, local_squared_norm
 from pipeline.parallel.mesh import Meshes
 from pipeline.training.batches import MicroBatch, StepBatch
@@ -38,16 +40,24 @@ class Step:
     """Callable; owns nothing but references to the parts it drives."""
 
     def __init__(
-        self, model: Moonlight, optimizer: Any, guard: Guard, meshes: Meshes, gradient_clip: float, device: torch.device
+        self,
+        model: Moonlight,
+        optimizer: MoonlightOptimizer,
+        guard: Guard,
+        meshes: Meshes,
+        config: OptimizerConfig,
+        device: torch.device,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.guard = guard
         self.meshes = meshes
-        self.gradient_clip = gradient_clip
+        self.gradient_clip = config.gradient_clip
+        self.qk_clip = config.qk_clip
         self.device = device
         self.parameters = list(model.parameters())
         self.routers = dict(model.routers())
+        observe_max_logits(model, self.qk_clip is not None)
 
     def __call__(self, batch: StepBatch, learning_rate: float, bias_rate: float, stop: bool) -> Tensor:
         """Train on one global batch; the figures of the step as a device vector (see metrics.FIXED)."""
@@ -103,6 +113,16 @@ class Step:
         for router in self.routers.values():
             router.tokens_per_expert.zero_()
 
+        if self.qk_clip is not None:
+            self.clip_logits(self.qk_clip, ok)
+
         imbalance_L = counts_LE.amax(1) / counts_LE.mean(1)
         skipped = torch.stack([self.guard.skipped, self.guard.in_a_row]).double()
         return torch.cat([torch.stack([loss, aux_loss, norm]), skipped, stopping.unsqueeze(0), imbalance_L])
+
+    def clip_logits(self, threshold: float, ok: Tensor) -> None:
+        """QK-clip by the largest logits of the whole global batch; a skipped step clips nothing. One more small all-reduce."""
+        max_logits_LH = take_max_logits(self.model)
+        if self.meshes.world_size > 1:
+            dist.all_reduce(max_logits_LH, dist.ReduceOp.MAX)
+        qk_clip_(self.model, torch.where(ok.bool(), max_logits_LH, -torch.inf), threshold)

@@ -38,7 +38,7 @@ from pipeline.training.batches import read_step
 from pipeline.training.checkpoint import Checkpointer, RunFacts, train_folder
 from pipeline.training.guard import Guard, check_skipped
 from pipeline.training.identity import identity_digest, identity_of
-from pipeline.training.metrics import MetricsFiles, Pace, PendingRecord, StepRecord, TrainProgress
+from pipeline.training.metrics import Fetch, MetricsFiles, Pace, PendingRecord, StepRecord, TrainProgress
 from pipeline.training.step import Step
 from pipeline.training.watchdog import Watchdog
 
@@ -117,9 +117,7 @@ class Run:
             self.loss = resume_from.loss
         elif config.training.initial_weights:
             import_weights(self.model, config.training.initial_weights, storage)
-        self.step = Step(
-            self.model, self.optimizer, self.guard, self.meshes, config.optimizer.gradient_clip, self.device
-        )
+        self.step = Step(self.model, self.optimizer, self.guard, self.meshes, config.optimizer, self.device)
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that a restart needs, by name; sharing memory with the live ones."""
@@ -190,14 +188,12 @@ class Run:
         at, training = self.at, self.config.training
         now = at_step(self.config.schedule, training.sequence_length, at.step)
         assert (now.first_sequence, now.tokens_before) == (at.next_sequence, at.tokens_seen), (now, at)
-        batch = read_step(
-            self.loader, now.first_sequence, now.sequences, training.micro_batch, training.document_mask
-        )
+        batch = read_step(self.loader, now.first_sequence, now.sequences, training.micro_batch, training.document_mask)
         values = self.step(batch, now.learning_rate, now.bias_rate, stop)
         at.step += 1
         at.next_sequence += now.sequences
         at.tokens_seen += now.sequences * training.sequence_length
-        return PendingRecord(at.step, at.tokens_seen, now.learning_rate, now.bias_rate, now.sequences, values)
+        return PendingRecord(at.step, at.tokens_seen, now.learning_rate, now.bias_rate, now.sequences, Fetch(values))
 
     def finish(self, files: MetricsFiles) -> TrainManifest:
         """Commit the run: its manifest names the last checkpoint."""

@@ -43,6 +43,8 @@ def tiny(root: str, *, steps: int = 4, **overrides: Any) -> RunConfig:
         "training": {"sequence_length": SEQUENCE, "micro_batch": 2, "log_every": 1, "step_timeout_s": 100.0},
         "checkpoint": {"every_steps": 2, "keep": 3, "async_save": False},
     }  # fmt: skip
+    if "experts" in overrides:
+        values["model"]["n_routed_experts"] = overrides.pop("experts")
     for name, value in overrides.items():
         section, _, key = name.partition("__")
         if key:
