@@ -4,7 +4,7 @@ A reader yields `Record`s in file order: a document (UTF-8 bytes, an id, its loc
 the reason. Locations are `path@offset` (byte offset in the decompressed stream) for JSONL, `path#row` for Parquet, `path`
 for a text file. Reasons: invalid_json, invalid_utf8, lone_surrogates, missing_field, non_string_field, empty_document,
 too_large (a line or document over `corpus.max_document_bytes`; its bytes are skipped, never held), corrupt_file (the rest
-of a damaged file is one record).
+of a damaged stream, or of a damaged Parquet row group, is one record).
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def _lines(part: Slice, file: IO[bytes], limit: int) -> Iterator[tuple[int, byte
         try:
             chunk = stream.read(READ_BYTES)
         except (OSError, EOFError) as error:
-            if isinstance(error, OSError) and getattr(error, "errno", None) is not None:
-                raise  # the storage failed, not the data
+            if not _is_in_the_data(error):
+                raise
             yield line_start, f"{type(error).__name__}: {error}"
             return
         pieces = chunk.split(b"\n") if chunk else [b""]
@@ -152,6 +152,11 @@ def _lines(part: Slice, file: IO[bytes], limit: int) -> Iterator[tuple[int, byte
         yield line_start, (b"".join(pending) if pending_size <= limit else None)
 
 
+def _is_in_the_data(error: Exception) -> bool:
+    """Arrow raises ArrowInvalid or a bare OSError for damaged bytes. With an errno, or a subclass, the storage failed."""
+    return not isinstance(error, OSError) or (type(error) is OSError and error.errno is None)
+
+
 def _decompressed(path: str, file: IO[bytes]) -> Any:
     name = path.lower()
     if name.endswith(".gz"):
@@ -169,7 +174,7 @@ def row_group_bytes(file: IO[bytes]) -> list[int] | None:
     try:
         metadata = pq.ParquetFile(file).metadata
     except (pa.ArrowInvalid, OSError) as error:
-        if getattr(error, "errno", None) is not None:
+        if not _is_in_the_data(error):
             raise
         return None
     groups = (metadata.row_group(group) for group in range(metadata.num_row_groups))
@@ -179,21 +184,30 @@ def row_group_bytes(file: IO[bytes]) -> list[int] | None:
 
 
 def _read_parquet(part: Slice, file: IO[bytes], settings: ReaderSettings) -> Iterator[Record]:
-    row = 0
+    """Row group by row group: where a page is damaged, the rest of its row group is one record, and the next goes on."""
     try:
         parquet = pq.ParquetFile(file, page_checksum_verification=True)
-        metadata = parquet.metadata
-        stop = metadata.num_row_groups if part.stop is None else part.stop
-        row = sum(metadata.row_group(group).num_rows for group in range(part.start))
-        columns = parquet.schema_arrow.names
-        wanted = [name for name in (settings.text_field, settings.id_field) if name in columns]
-        for batch in parquet.iter_batches(PARQUET_BATCH_ROWS, list(range(part.start, stop)), wanted, use_threads=False):
-            yield from _rows(part.path, row, batch, settings)
-            row += batch.num_rows
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        if getattr(error, "errno", None) is not None:
-            raise
-        yield Record(f"{part.path}#{row}", reason="corrupt_file", excerpt=str(error).encode()[:200])
+    except (pa.ArrowInvalid, OSError) as error:
+        yield _corrupt(part.path, 0, error)
+        return
+    metadata = parquet.metadata
+    wanted = [name for name in (settings.text_field, settings.id_field) if name in parquet.schema_arrow.names]
+    row = sum(metadata.row_group(group).num_rows for group in range(part.start))
+    for group in range(part.start, metadata.num_row_groups if part.stop is None else part.stop):
+        end = row + metadata.row_group(group).num_rows
+        try:
+            for batch in parquet.iter_batches(PARQUET_BATCH_ROWS, [group], wanted, use_threads=False):
+                yield from _rows(part.path, row, batch, settings)
+                row += batch.num_rows
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+            yield _corrupt(part.path, row, error)
+        row = end
+
+
+def _corrupt(path: str, row: int, error: Exception) -> Record:
+    if not _is_in_the_data(error):
+        raise error
+    return Record(f"{path}#{row}", reason="corrupt_file", excerpt=str(error).encode()[:200])
 
 
 def _rows(path: str, first_row: int, batch: pa.RecordBatch, settings: ReaderSettings) -> Iterator[Record]:

@@ -73,7 +73,7 @@ def s3_server() -> Iterator[str]:
 
 
 @pytest.fixture
-def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, run_config: Any) -> Iterator[tuple[str, str]]:
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
     """(endpoint, bucket name) of an empty bucket."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
@@ -81,7 +81,7 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, run_config: Any) -> 
     name = f"bucket-{uuid.uuid4().hex[:12]}"
     storage = load_config("debug", ["storage.root=s3://x/y", f"storage.endpoint_url={s3_server}"]).storage
     filesystem("s3://", storage).mkdir(name)
-    yield s3_server, name
+    return s3_server, name
 
 
 @pytest.fixture(scope="session")
