@@ -99,12 +99,11 @@ def evaluate(
     storage: Storage,
     *,
     report: Callable[[EvaluationProgress], None],
-    device: torch.device | None = None,
 ) -> EvaluationManifest:
     """Score a checkpoint and commit the result; a result of the same identity is returned as it is.
 
-    Runs in one process (the whole model in fp32 on `device`, the CPU by default) or on every rank of an initialised
-    process group. Raises ValueError when no held-out document can be scored.
+    Runs in one process (the whole network in fp32) or on every rank of an initialised process group, sharded as in
+    training; all ranks return the same. Raises ValueError when no held-out document can be scored.
     """
     wanted = identity(config, dataset, checkpoint)
     found = storage.read_or_none(manifest_path(config, checkpoint))
@@ -118,14 +117,16 @@ def evaluate(
             f"corpus.heldout_fraction {config.corpus.heldout_fraction}: dataset {dataset.identity[:8]} holds out no document; "
             "raise the fraction and prepare again"
         )
-    model = load_model(config.model, checkpoint, storage, device=device)
+    model = load_model(config, checkpoint, storage)
     nats = score(
         model, texts, eos=encoder.eos_id, length=window_length(config), batch=config.evaluation.batch, report=report
     )
-    manifest = _manifest(config, dataset, checkpoint, texts, nats, encoder)
     if not dist.is_initialized() or dist.get_rank() == 0:
+        manifest = _manifest(config, dataset, checkpoint, texts, nats, encoder)
         storage.write(manifest_path(config, checkpoint), manifest.to_json())
-    return manifest
+    if dist.is_initialized():
+        dist.barrier()
+    return EvaluationManifest.model_validate_json(storage.read(manifest_path(config, checkpoint)))
 
 
 def read_heldout(source: SourceManifest, dataset: DatasetManifest, config: RunConfig, storage: Storage) -> HeldoutText:
@@ -184,7 +185,7 @@ def score(
         inputs_BS, labels_BS = _tensors(group, eos, device)
         if turn >= len(batches):  # nothing left for this rank: keep the others' collectives company
             labels_BS.fill_(IGNORED)
-        with torch.inference_mode():
+        with torch.no_grad():
             nats[index] += model(inputs_BS, labels_BS).loss_sum.double()
         mine += int((labels_BS != IGNORED).sum())
         done += sum(len(window) - 1 for _, others in batches[start : start + world] for window in others)

@@ -12,8 +12,9 @@ Every byte follows from the manifests and the configuration, and the version's n
 was killed is cured by running it again: it writes the same bytes over the half-written folder. A version that exists is
 not written again; only its promotion is completed.
 
-The tensors are walked one by one in the model's order and cut into files of at most `publishing.shard_bytes` (one larger
-tensor makes a file of its own). Memory: the model in fp32 plus one file. Files pass through a temporary local file.
+The tensors are read from the checkpoint block by block, in the network's order, and cut into files of at most
+`publishing.shard_bytes` (one larger tensor makes a file of its own). Memory: one block in fp32 and one file (Moonlight:
+8 GB); only samples of text need the whole network. A file passes through the local temporary folder.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ import orjson
 import torch
 from safetensors.torch import save_file
 
-from pipeline.config.schema import RunConfig
-from pipeline.evaluation.weights import load_model
+from pipeline.config.schema import ModelConfig, RunConfig
+from pipeline.evaluation.weights import empty_model, load_model, stream_tensors
 from pipeline.manifest import (
     CheckpointManifest,
     DatasetManifest,
@@ -41,7 +42,7 @@ from pipeline.manifest import (
     TrainManifest,
     digest_of,
 )
-from pipeline.model.hf import hf_config, hf_shapes, hf_tensors
+from pipeline.model.hf import hf_config, hf_shapes, hf_split
 from pipeline.model.moonlight import Moonlight
 from pipeline.publishing import registry
 from pipeline.publishing.model_card import ParameterCount, Sample, model_card
@@ -171,8 +172,7 @@ def _write(
         storage.write(f"{folder}/{name}", data)
         files.append(FileEntry(path=name, bytes=len(data), sha256=registry.sha256_bytes(data)))
 
-    model = load_model(config.model, checkpoint, storage)
-    files += write_weights(model, config, storage, folder, report)
+    files += write_weights(config, checkpoint, storage, folder, report)
     put("config.json", registry.pretty_json(_config_json(config, dataset.tokenizer)))
     put("generation_config.json", registry.pretty_json(_generation_config(config, dataset.tokenizer)))
     put("tokenizer.json", storage.read(f"{dataset.tokenizer.folder}/tokenizer.json"))
@@ -184,8 +184,11 @@ def _write(
     heldout = (checkpoint.tokens_seen, evaluation.overall.loss)
     title = f"{config.publishing.name}, step {checkpoint.step:,}"
     put("loss.png", loss_plot(curve, heldout, evaluation.unigram_entropy, title))
-    samples = write_samples(model, config, Encoder.load(dataset.tokenizer.folder, storage))
-    parameters = count_parameters(model)
+    samples = []
+    if config.publishing.sample_prompts:
+        model = load_model(config, checkpoint, storage)
+        samples = write_samples(model, config, Encoder.load(dataset.tokenizer.folder, storage))
+    parameters = count_parameters(config.model)
     put("README.md", model_card(config, dataset, train, checkpoint, evaluation, parameters, samples).encode())
 
     manifest = ModelManifest(
@@ -227,14 +230,20 @@ def plan_shards(sizes: Iterable[tuple[str, int]], limit: int) -> list[list[str]]
 
 
 def write_weights(
-    model: Moonlight, config: RunConfig, storage: Storage, folder: str, report: Callable[[PublishProgress], None]
+    config: RunConfig,
+    checkpoint: CheckpointManifest,
+    storage: Storage,
+    folder: str,
+    report: Callable[[PublishProgress], None],
 ) -> Iterator[FileEntry]:
     """Write the safetensors files and their index; yields an entry for each as soon as it is in storage."""
-    dtype = config.publishing.dtype
-    sizes = {name: prod(shape) * published_dtype(name, dtype).itemsize for name, shape in hf_shapes(model).items()}
+    dtype, shapes = config.publishing.dtype, hf_shapes(empty_model(config.model))
+    sizes = {name: prod(shape) * published_dtype(name, dtype).itemsize for name, shape in shapes.items()}
     shards = plan_shards(sizes.items(), config.publishing.shard_bytes)
     total, done = sum(sizes.values()), 0
-    tensors = hf_tensors(model)
+    tensors = (
+        part for name, full in stream_tensors(config.model, checkpoint, storage) for part in hf_split(name, full)
+    )
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -242,13 +251,13 @@ def write_weights(
         contents = {}
         for expected in names:
             name, tensor = next(tensors)
-            assert name == expected, f"hf_tensors gave {name} where hf_shapes announced {expected}"
-            contents[name] = tensor.detach().to("cpu", published_dtype(name, dtype)).contiguous()
+            assert name == expected, f"the checkpoint gives {name} where {expected} was announced"
+            contents[name] = tensor.to(published_dtype(name, dtype), copy=True)  # a view would hold its whole stack
             weight_map[name] = file
             done += sizes[name]
         yield _upload(contents, storage, folder, file)
     index = {
-        "metadata": {"total_parameters": sum(prod(shape) for shape in hf_shapes(model).values()), "total_size": total},
+        "metadata": {"total_parameters": sum(map(prod, shapes.values())), "total_size": total},
         "weight_map": weight_map,
     }
     data = registry.pretty_json(index)
@@ -267,11 +276,11 @@ def _upload(contents: dict[str, torch.Tensor], storage: Storage, folder: str, fi
     return entry
 
 
-def count_parameters(model: Moonlight) -> ParameterCount:
+def count_parameters(config: ModelConfig) -> ParameterCount:
     """All parameters, and those that one token passes through."""
-    config = model.config
-    total = sum(parameter.numel() for parameter in model.parameters())
-    experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".mlp.experts." in name)
+    sizes = {name: parameter.numel() for name, parameter in empty_model(config).named_parameters()}
+    total = sum(sizes.values())
+    experts = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
     return ParameterCount(total, total - experts + experts * config.num_experts_per_tok // config.n_routed_experts)
 
 

@@ -55,7 +55,7 @@ def loss_plot(train: list[tuple[int, float]], heldout: tuple[int, float], unigra
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color("#cbd2d9")
         axes.tick_params(colors=MUTED)
-        axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.9))
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.99), ncols=2, borderaxespad=0.2)
         buffer = io.BytesIO()
         FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()

@@ -28,7 +28,7 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     ids = [eos, *prompt]
     for _ in range(max_new_tokens):
-        with torch.inference_mode():
+        with torch.no_grad():
             logits_V = model(torch.tensor([ids[-max_positions:]], device=device))[0, -1].double().cpu()
         if temperature > 0:
             token = int(torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=generator))
