@@ -65,6 +65,7 @@ class HeldoutText:
 class EvaluationProgress:
     """Windows of all sources are scored in one go; `loss` is the mean over this process's tokens so far (nats)."""
 
+    new_tokens: int  # since the last report
     done_tokens: int
     total_tokens: int
     loss: float
@@ -88,6 +89,15 @@ def manifest_path(config: RunConfig, checkpoint: CheckpointManifest) -> str:
     return f"runs/{config.run_id}/evaluate/step-{checkpoint.step:08d}.json"
 
 
+def committed(
+    config: RunConfig, dataset: DatasetManifest, checkpoint: CheckpointManifest, storage: Storage
+) -> EvaluationManifest | None:
+    """The result of these inputs, if there is one."""
+    data = storage.read_or_none(manifest_path(config, checkpoint))
+    found = None if data is None else EvaluationManifest.model_validate_json(data)
+    return found if found and found.identity == identity(config, dataset, checkpoint) else None
+
+
 def window_length(config: RunConfig) -> int:
     return config.evaluation.sequence_length or config.training.sequence_length
 
@@ -103,13 +113,11 @@ def evaluate(
     """Score a checkpoint and commit the result; a result of the same identity is returned as it is.
 
     Runs in one process (the whole network in fp32) or on every rank of an initialised process group, sharded as in
-    training; all ranks return the same. Raises ValueError when no held-out document can be scored.
+    training; all ranks return the same, rank 0 reports. Raises ValueError when no held-out document can be scored.
     """
-    wanted = identity(config, dataset, checkpoint)
-    found = storage.read_or_none(manifest_path(config, checkpoint))
-    if found is not None and (manifest := EvaluationManifest.model_validate_json(found)).identity == wanted:
-        return manifest
-
+    found = committed(config, dataset, checkpoint, storage)
+    if found is not None:
+        return found
     encoder = Encoder.load(dataset.tokenizer.folder, storage)
     texts = [text for source in dataset.sources if (text := read_heldout(source, dataset, config, storage)).documents]
     if not texts:
@@ -188,8 +196,10 @@ def score(
         with torch.no_grad():
             nats[index] += model(inputs_BS, labels_BS).loss_sum.double()
         mine += int((labels_BS != IGNORED).sum())
-        done += sum(len(window) - 1 for _, others in batches[start : start + world] for window in others)
-        report(EvaluationProgress(done, total, float(nats.sum()) / max(mine, 1)))
+        new = sum(len(window) - 1 for _, others in batches[start : start + world] for window in others)
+        done += new
+        if rank == 0:
+            report(EvaluationProgress(new, done, total, float(nats.sum()) / max(mine, 1)))
     if world > 1:
         dist.all_reduce(nats)
     return nats.tolist()

@@ -75,6 +75,7 @@ def test_score_is_the_sum_over_documents(batch: int, length: int):
     total = sum(text.scored_tokens for text in texts())
     assert total == 40 + 0 + 3 + 17 + 33 + 5 + 16 + 15 + 14 + 3
     assert (seen[-1].done_tokens, seen[-1].total_tokens) == (total, total)
+    assert sum(progress.new_tokens for progress in seen) == total
     assert seen[-1].loss == pytest.approx(sum(nats) / total)
 
 
