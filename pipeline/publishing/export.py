@@ -30,8 +30,9 @@ import orjson
 import torch
 from safetensors.torch import save_file
 
-from pipeline.config.schema import ModelConfig, RunConfig
-from pipeline.evaluation.weights import empty_model, load_model, stream_tensors
+from pipeline.config.schema import RunConfig
+from pipeline.evaluation.report import read_metrics
+from pipeline.evaluation.weights import count_parameters, empty_model, load_model, stream_tensors
 from pipeline.manifest import (
     CheckpointManifest,
     DatasetManifest,
@@ -45,7 +46,7 @@ from pipeline.manifest import (
 from pipeline.model.hf import hf_config, hf_shapes, hf_split
 from pipeline.model.moonlight import Moonlight
 from pipeline.publishing import registry
-from pipeline.publishing.model_card import ParameterCount, Sample, model_card
+from pipeline.publishing.model_card import Sample, model_card
 from pipeline.publishing.plots import loss_plot
 from pipeline.publishing.sample import generate
 from pipeline.storage import Storage, sha256_of
@@ -180,7 +181,9 @@ def _write(
     put("tokenizer_config.json", registry.pretty_json(_tokenizer_config(config, dataset.tokenizer, stored)))
 
     report(PublishProgress("samples and model card", 0, 0))
-    curve = training_curve(train, storage)
+    curve = [
+        (record["tokens"], record["loss"]) for record in read_metrics(train, storage) if record["loss"] is not None
+    ]
     heldout = (checkpoint.tokens_seen, evaluation.overall.loss)
     title = f"{config.publishing.name}, step {checkpoint.step:,}"
     put("loss.png", loss_plot(curve, heldout, evaluation.unigram_entropy, title))
@@ -276,14 +279,6 @@ def _upload(contents: dict[str, torch.Tensor], storage: Storage, folder: str, fi
     return entry
 
 
-def count_parameters(config: ModelConfig) -> ParameterCount:
-    """All parameters, and those that one token passes through."""
-    sizes = {name: parameter.numel() for name, parameter in empty_model(config).named_parameters()}
-    total = sum(sizes.values())
-    experts = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
-    return ParameterCount(total, total - experts + experts * config.num_experts_per_tok // config.n_routed_experts)
-
-
 # -- what stands beside the weights -------------------------------------------------------------------------------------
 
 
@@ -321,17 +316,6 @@ def _tokenizer_config(config: RunConfig, tokenizer: TokenizerManifest, stored: b
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-
-
-def training_curve(train: TrainManifest, storage: Storage) -> list[tuple[int, float]]:
-    """(tokens seen, loss) of the logged steps, in order; a step logged again after a restart counts once."""
-    found: dict[int, tuple[int, float]] = {}
-    for file in train.metrics:
-        for line in storage.read(file.path).splitlines():
-            record = orjson.loads(line)
-            if record["loss"] is not None:  # a skipped step has none
-                found[record["step"]] = (record["tokens"], record["loss"])
-    return [found[step] for step in sorted(found)]
 
 
 def write_samples(model: Moonlight, config: RunConfig, encoder: Encoder) -> list[Sample]:

@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 
 from pipeline.config.schema import RunConfig
+from pipeline.evaluation.charts import compact
+from pipeline.evaluation.weights import ParameterCount
 from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, SourceScore, TrainManifest
 
 
@@ -25,12 +27,6 @@ class Sample:
     sampled: str
     temperature: float
     seed: int
-
-
-@dataclass(frozen=True)
-class ParameterCount:
-    total: int
-    active: int  # used by one token: all but the experts it is not sent to
 
 
 def model_card(
@@ -71,14 +67,6 @@ def table(head: list[str], rows: Iterable[list[str]], right: int = 1) -> str:
     """A Markdown table whose columns from index `right` on are right-aligned."""
     rule = [":--" if column < right else "--:" for column in range(len(head))]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *rows])
-
-
-def compact(number: float) -> str:
-    """12 345 678 -> 12.3M"""
-    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= limit:
-            return f"{number / limit:.3g}{suffix}"
-    return f"{number:.3g}"
 
 
 def _header(name: str, evaluation: EvaluationManifest) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.evaluation.weights import empty_model, load_model, stream_tensors
+from pipeline.config.load import load_config
+from pipeline.evaluation.weights import count_parameters, empty_model, load_model, stream_tensors
 from tests.evaluation.make import MadeRun
 
 
@@ -37,3 +38,11 @@ def test_a_checkpoint_of_another_network_is_named(made: MadeRun):
 
 def test_the_empty_model_takes_no_memory(made: MadeRun):
     assert {parameter.device.type for parameter in empty_model(made.config.model).parameters()} == {"meta"}
+
+
+def test_moonlight_has_the_published_number_of_parameters():
+    found = count_parameters(load_config("moonlight-16b-a3b").model)
+    assert (found.total, found.active) == (
+        15_960_108_544,
+        2_914_774_528,
+    )  # config.json and the paper's tables, with both embeddings

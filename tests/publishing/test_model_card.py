@@ -7,7 +7,8 @@ import re
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
-from pipeline.publishing.model_card import ParameterCount, Sample, compact, model_card, table
+from pipeline.evaluation.weights import ParameterCount
+from pipeline.publishing.model_card import Sample, model_card, table
 from pipeline.publishing.plots import loss_plot
 from tests.publishing.conftest import PROMPTS, PublishedRun
 
@@ -71,9 +72,8 @@ def test_fences_survive_text_with_fences(run: PublishedRun):
     assert "continuation of `'p'`" in card
 
 
-def test_table_and_compact_numbers():
+def test_table():
     assert table(["a", "b"], [["x", "1"]]) == "| a | b |\n| :-- | --: |\n| x | 1 |"
-    assert [compact(n) for n in (999, 12_800, 1.6e10, 5.7e12)] == ["999", "12.8k", "16B", "5.7T"]
 
 
 def test_plot_is_a_png_that_depends_on_the_numbers_alone():
