@@ -7,6 +7,7 @@ the manifest is created last. Memory: one batch of text (8 MB, or one document),
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -114,14 +115,25 @@ def _records(settings: TokenizeSettings, unit: Unit) -> Iterator[Record]:
     reader = ReaderSettings(source.format, source.text_field, source.id_field, settings.max_document_bytes)
     for part in unit.slices:
         with open_input(settings.root, part.path, settings.storage) as file:
+            if _size(file) != part.bytes:
+                raise RuntimeError(
+                    f"{settings.root}/{part.path} is not the file that was listed any more; run prepare again"
+                )
             yield from read_slice(part, file, reader)
 
 
 def open_input(root: str, path: str, storage: StorageConfig) -> IO[bytes]:
+    """Binary and seekable; on S3 ranged reads, ahead of the reader."""
     fs = filesystem(root, storage)
     key = f"{root.removeprefix('s3://')}/{path}"
     file: IO[bytes] = fs.open(key, "rb", block_size=S3_READ_BYTES) if root.startswith("s3://") else fs.open(key, "rb")
     return file
+
+
+def _size(file: IO[bytes]) -> int:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    return size
 
 
 def _usable(

@@ -17,6 +17,8 @@ import binascii
 import json
 from typing import Any
 
+import orjson
+
 from pipeline.config.schema import TokenizerConfig
 from pipeline.tokenizer.pattern import SPLIT_PATTERN, to_bytes, to_characters
 
@@ -68,8 +70,7 @@ def parse_ranks(data: bytes) -> Ranks:
 
 
 def format_ranks(ranks: Ranks) -> bytes:
-    ordered = sorted(ranks.items(), key=lambda item: item[1])
-    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ordered)
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in _by_id(ranks))
 
 
 def moonshot_special_tokens(n_ranks: int) -> dict[str, int]:
@@ -147,20 +148,21 @@ def ranks_of(document: dict[str, Any]) -> Ranks:
 
 
 def _tokenizer_json(ranks: Ranks, special_tokens: dict[str, int]) -> dict[str, Any]:
+    ordered_tokens = sorted(ranks, key=ranks.__getitem__)
+    names = [to_characters(token) for token in ordered_tokens]
     merges = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        splits = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        pairs = [(ranks[left], ranks[right], left, right) for left, right in splits if left in ranks and right in ranks]
-        merges += [[to_characters(left), to_characters(right)] for _, _, left, right in sorted(pairs)]
+    for token in ordered_tokens:
+        splits = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+        pairs = sorted((ranks[left], ranks[right]) for left, right in splits if left in ranks and right in ranks)
+        merges += [[names[left], names[right]] for left, right in pairs]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    ordered = sorted(special_tokens.items(), key=lambda item: item[1])
     byte_level = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated", "invert": False}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": token_id, "content": token, **flags} for token, token_id in ordered],
+        "added_tokens": [{"id": token_id, "content": token, **flags} for token, token_id in _by_id(special_tokens)],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel", **byte_level}]},
         "post_processor": None,
@@ -174,10 +176,14 @@ def _tokenizer_json(ranks: Ranks, special_tokens: dict[str, int]) -> dict[str, A
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": True,
-            "vocab": {to_characters(token): rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])},
+            "vocab": {name: rank for rank, name in enumerate(names)},
             "merges": merges,
         },
     }
+
+
+def _by_id(ids: dict[Any, int]) -> list[tuple[Any, int]]:
+    return sorted(ids.items(), key=lambda item: item[1])
 
 
 def _tokenizer_config(special_tokens: dict[str, int], config: TokenizerConfig) -> dict[str, Any]:
@@ -196,4 +202,4 @@ def _tokenizer_config(special_tokens: dict[str, int], config: TokenizerConfig) -
 
 
 def _json(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False, indent=1).encode() + b"\n"
+    return orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)

@@ -39,12 +39,12 @@ def byte_alphabet() -> list[str]:
     return table
 
 
-_TO_CHARACTER = byte_alphabet()
-_TO_BYTE = {character: byte for byte, character in enumerate(_TO_CHARACTER)}
+_TO_CHARACTER = dict(enumerate(byte_alphabet()))
+_TO_BYTE = {character: byte for byte, character in _TO_CHARACTER.items()}
 
 
 def to_characters(token: bytes) -> str:
-    return "".join(_TO_CHARACTER[byte] for byte in token)
+    return token.decode("latin-1").translate(_TO_CHARACTER)
 
 
 def to_bytes(token: str) -> bytes:
