@@ -1,12 +1,32 @@
 """The last two stages on a real Ray give what the library gives, and its errors."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
+import ray
 
 from jobs.evaluate import evaluate_with_ray
 from jobs.publish import publish_with_ray
 from pipeline.evaluation.heldout import evaluate, manifest_path
 from pipeline.publishing.export import GateError
 from tests.evaluation.make import make_run, run_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A small local Ray, unless one is running already."""
+    if ray.is_initialized():
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        env = {"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}}
+        ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=10**8, runtime_env=env)
+        yield
+        ray.shutdown()
 
 
 @pytest.mark.usefixtures("cluster")
