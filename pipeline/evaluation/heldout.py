@@ -138,26 +138,26 @@ def evaluate(
 
 
 def read_heldout(source: SourceManifest, dataset: DatasetManifest, config: RunConfig, storage: Storage) -> HeldoutText:
-    """Whole documents in stored order; one that would exceed `evaluation.max_tokens_per_source` is passed over."""
-    budget = config.evaluation.max_tokens_per_source
-    text = HeldoutText(source.name, [], [])
-    smallest: int | None = None
+    """Whole documents in stored order; one that would exceed `evaluation.max_tokens_per_source` is passed over.
+
+    If none fits, the shortest is taken: a finished training run does not fail for the want of a short document.
+    """
+    dtype = np.dtype(dataset.token_dtype).newbyteorder("<")
+    found: list[tuple[Tokens, int]] = []
     for file in source.heldout:
         with storage.open(file.path) as handle:
             table = pq.read_table(handle, columns=["tokens", "n_bytes"])
-        for raw, n_bytes in zip(table["tokens"].to_pylist(), table["n_bytes"].to_pylist()):
-            tokens = np.frombuffer(raw, dtype=np.dtype(dataset.token_dtype).newbyteorder("<")).astype(np.int64)
-            smallest = len(tokens) + 1 if smallest is None else min(smallest, len(tokens) + 1)
-            if len(tokens) + 1 <= budget:
-                budget -= len(tokens) + 1
-                text.documents.append(tokens)
-                text.text_bytes.append(n_bytes)
-    if smallest is not None and not text.documents:
-        raise ValueError(
-            f"evaluation.max_tokens_per_source {config.evaluation.max_tokens_per_source}: the shortest held-out document "
-            f"of source {source.name!r} has {smallest} tokens; allow at least that many"
-        )
-    return text
+        tokens = (np.frombuffer(raw, dtype=dtype).astype(np.int64) for raw in table["tokens"].to_pylist())
+        found += zip(tokens, table["n_bytes"].to_pylist())
+    budget = config.evaluation.max_tokens_per_source
+    kept = []
+    for document in found:
+        if len(document[0]) + 1 <= budget:
+            budget -= len(document[0]) + 1
+            kept.append(document)
+    if found and not kept:
+        kept = [min(found, key=lambda document: len(document[0]))]
+    return HeldoutText(source.name, [tokens for tokens, _ in kept], [n_bytes for _, n_bytes in kept])
 
 
 def windows(document: Tokens, eos: int, length: int) -> Iterator[Tokens]:
