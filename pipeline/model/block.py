@@ -28,7 +28,7 @@ KEPT = {
     aten.mm.default,
     aten.addmm.default,
     aten.bmm.default,
-    aten._grouped_mm.default,
+    torch.ops.moonlight.grouped_rows.default,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_efficient_attention.default,
