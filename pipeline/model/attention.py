@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.config.schema import ModelConfig
+from pipeline.model import cpu_attention
 from pipeline.model.sequences import SequenceLayout
 
 CUDA_BACKENDS = [
@@ -101,8 +102,11 @@ def attend(q_BSHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, scale: float, layout:
                 q_BSHQ.transpose(1, 2), k_BSHQ.transpose(1, 2), v_BSHV.transpose(1, 2), is_causal=True, scale=scale
             )
         return o_BHSV.transpose(1, 2)
-    q, k, v = (_widen(t, max(width, value_width)).transpose(1, 2) for t in (q_BSHQ, k_BSHQ, v_BSHV))
     mask = layout.mask_B1SS
+    if S <= cpu_attention.LONGEST and q_BSHQ.dtype == torch.float32:
+        q, k, v = (t.transpose(1, 2) for t in (q_BSHQ, k_BSHQ, v_BSHV))
+        return cpu_attention.causal_attention(q, k, v, scale, mask).transpose(1, 2)
+    q, k, v = (_widen(t, max(width, value_width)).transpose(1, 2) for t in (q_BSHQ, k_BSHQ, v_BSHV))
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     return o[..., :value_width].transpose(1, 2)
 
