@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.config.schema import ModelConfig
 from pipeline.model import cpu_attention
+from pipeline.model.norm import RMSNorm
 from pipeline.model.sequences import SequenceLayout
 
 CUDA_BACKENDS = [
@@ -47,7 +48,7 @@ class Attention(nn.Module):
         hidden = config.hidden_size
         self.q_proj = nn.Linear(hidden, self.heads * config.qk_head_dim, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, self.latent_dim + self.rope_dim, bias=False)
-        self.kv_a_layernorm = nn.RMSNorm(self.latent_dim, eps=LATENT_NORM_EPS)
+        self.kv_a_layernorm = RMSNorm(self.latent_dim, eps=LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(self.latent_dim, self.heads * (self.nope_dim + self.value_dim), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value_dim, hidden, bias=False)
         self.observe_max_logits = False  # for QK-clip, pipeline/model/qk_clip.py

@@ -103,6 +103,7 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float, Tensor | None], output: tuple[Tensor, Tensor]) -> None:
     q_BHSQ, k_BHSQ, v_BHSV, ctx.scale, _ = inputs
+    ctx.set_materialize_grads(False)  # the probabilities have no gradient; zeros in their place would cost a pass
     ctx.save_for_backward(q_BHSQ, k_BHSQ, v_BHSV, output[1])
 
 
