@@ -64,6 +64,7 @@ class PackedFile(FileEntry):
 
     rows: int
     tokens: int  # without padding
+    group_crc32: str = ""  # 8 hex digits per row group and 8 for the footer (pipeline/packed.py)
 
 
 class HeldoutFile(FileEntry):
@@ -84,7 +85,9 @@ class DocumentCounts(Record):
     quarantined: dict[str, int]  # by reason
 
     def balanced(self) -> bool:
-        return self.docs_in == self.docs_out + self.heldout + sum(self.filtered.values()) + sum(self.quarantined.values())
+        return self.docs_in == self.docs_out + self.heldout + sum(self.filtered.values()) + sum(
+            self.quarantined.values()
+        )
 
 
 class SourceManifest(Record):
@@ -92,6 +95,8 @@ class SourceManifest(Record):
     packed: tuple[PackedFile, ...]  # in order: global row -> (file, row group, row) is arithmetic over these
     heldout: tuple[HeldoutFile, ...]
     documents: tuple[FileEntry, ...]  # ragged token files, for re-packing
+    quarantine: tuple[FileEntry, ...] = ()  # JSON lines: location, reason, excerpt of records that could not be used
+    failed_units: tuple[str, ...] = ()  # units that killed their worker; each is one quarantined record
     counts: DocumentCounts
     rows: int
     tokens: int  # in packed rows, without padding

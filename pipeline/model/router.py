@@ -68,7 +68,7 @@ class Router(nn.Module):
 
 
 @torch.no_grad()
-def update_router_bias(model: nn.Module, counts_per_layer: Mapping[str, Tensor], rate: float) -> None:
+def update_router_bias(model: nn.Module, counts_per_layer: Mapping[str, Tensor], rate: float | Tensor) -> None:
     """b += rate * (sign(mean load - load) - mean of those signs), once per optimizer step.
 
     `counts_per_layer` maps the name of a router (`layers.3.mlp.router`) to its tokens per expert of the whole step,
