@@ -85,6 +85,8 @@ def _strict(schema: Any, top: bool = False) -> Any:
     if schema.pop("x-kubernetes-int-or-string", False):
         schema.pop("type", None)
         schema["type"] = ["integer", "string"]
+    if "(?i)" in str(schema.get("pattern", "")):  # Go allows the flag anywhere, Python only at the start
+        schema["pattern"] = "(?i)" + schema["pattern"].replace("(?i)", "")
     if top:
         schema["properties"] |= {
             "apiVersion": {"type": "string"},
