@@ -108,7 +108,7 @@ def _fits(objects: list[Manifest], job: Manifest) -> Iterator[str]:
         return
     used: dict[tuple[str, str], float] = defaultdict(float)
     counts = {
-        f"worker group {group['groupName']}": group["maxReplicas"]
+        f"worker group {group['groupName']}": group.get("maxReplicas", 1)
         for group in job["spec"]["rayClusterSpec"].get("workerGroupSpecs", [])
     }
     for place, pod in pod_templates(job).items():
