@@ -84,7 +84,9 @@ class DocumentCounts(Record):
     quarantined: dict[str, int]  # by reason
 
     def balanced(self) -> bool:
-        return self.docs_in == self.docs_out + self.heldout + sum(self.filtered.values()) + sum(self.quarantined.values())
+        return self.docs_in == self.docs_out + self.heldout + sum(self.filtered.values()) + sum(
+            self.quarantined.values()
+        )
 
 
 class SourceManifest(Record):

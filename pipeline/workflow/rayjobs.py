@@ -29,6 +29,7 @@ from typing import Any, Literal
 from pipeline.config.schema import RunConfig
 from pipeline.workflow.rayjobs_api import ApiUnavailable, RayJobApi, Refused, connect
 from pipeline.workflow.rayjobs_template import (
+    ARGUMENTS_ANNOTATION,
     QUEUE_ANNOTATION,
     QUEUE_LABEL,
     RUN_LABEL,
@@ -277,11 +278,12 @@ def _create(
 
 def _check_same_request(job: RayJob, stage: str, arguments: Sequence[str]) -> None:
     """A run_id means one configuration: refuse to follow a job that was started with another."""
-    name, found = job["metadata"]["name"], shlex.split(job["spec"]["entrypoint"])
-    if arguments and found[-len(arguments) :] != list(arguments):
+    name = job["metadata"]["name"]
+    found = job["metadata"].get("annotations", {}).get(ARGUMENTS_ANNOTATION)
+    if found != shlex.join(arguments):
         raise StageFailed(
             Outcome.USAGE,
-            f"{stage}: {name} is running with other arguments ({' '.join(found)}); wait for it, delete it (kubectl delete rayjob {name}), or use another run_id",
+            f"{stage}: {name} is running with other arguments ({found}); wait for it, delete it (kubectl delete rayjob {name}), or use another run_id",
         )
 
 

@@ -30,6 +30,10 @@ DOMAIN = "moonlight.ai"
 TEMPLATE_LABEL = f"{DOMAIN}/template"
 RUN_LABEL, STAGE_LABEL, ATTEMPT_LABEL = f"{DOMAIN}/run-id", f"{DOMAIN}/stage", f"{DOMAIN}/attempt"
 QUEUE_ANNOTATION = f"{DOMAIN}/queue"
+OVERRIDES_ANNOTATION = (
+    f"{DOMAIN}/overrides"  # section.key=value ... that the stage's hardware needs, after the run's own
+)
+ARGUMENTS_ANNOTATION = f"{DOMAIN}/arguments"  # on a job: what it was asked for
 QUEUE_LABEL, PRIORITY_LABEL = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 ELASTIC_ANNOTATION = "kueue.x-k8s.io/elastic-job"
 GPU = "nvidia.com/gpu"
@@ -102,7 +106,9 @@ def instantiate(
     namespace = template["metadata"]["namespace"]
     spec = copy.deepcopy(template["spec"])
     spec.pop("suspend", None)
-    spec["entrypoint"] = " ".join([spec["entrypoint"], shlex.join(arguments)]).strip()
+    annotations = dict(template["metadata"].get("annotations", {}))
+    overrides = shlex.split(annotations.pop(OVERRIDES_ANNOTATION, ""))
+    spec["entrypoint"] = " ".join([spec["entrypoint"], shlex.join([*arguments, *overrides])]).strip()
     job_metadata = {
         "job_name": f"{config.run_id}: {stage}",
         "run_id": config.run_id,
@@ -113,7 +119,6 @@ def instantiate(
     if stage == "train":
         size_workers(spec["rayClusterSpec"], config)
     labels = dict(template["metadata"].get("labels", {}))
-    annotations = dict(template["metadata"].get("annotations", {}))
     labels.pop(TEMPLATE_LABEL, None)
     labels |= {
         "app.kubernetes.io/managed-by": "moonlight-driver",
@@ -133,7 +138,7 @@ def instantiate(
         "name": job_name(config.run_id, stage, attempt),
         "namespace": namespace,
         "labels": {key: value for key, value in labels.items() if not key.startswith("argocd.argoproj.io/")},
-        "annotations": kept,
+        "annotations": {**kept, ARGUMENTS_ANNOTATION: shlex.join(arguments)},
     }
     if owner:
         metadata["ownerReferences"] = [owner]

@@ -64,7 +64,8 @@ def server() -> Iterator[str]:
 def put(url: str, data: bytes = b"") -> None:
     import urllib.request
 
-    urllib.request.urlopen(urllib.request.Request(url, data, method="PUT"), timeout=30).close()
+    headers = {"Content-Type": "application/octet-stream"}
+    urllib.request.urlopen(urllib.request.Request(url, data, headers, method="PUT"), timeout=30).close()
 
 
 def verify(server: str, root: str) -> subprocess.CompletedProcess[str]:
@@ -89,7 +90,7 @@ def test_verify_wants_every_file_whole(server: str) -> None:
     )
     put(f"{model}/latest.json", json.dumps({"version": "v1"}).encode())
     done = verify(server, "e2e")
-    assert (done.returncode, done.stdout.split(",")[0]) == (0, "published: moonlight-debug v1")
+    assert (done.returncode, done.stdout.split(",")[0], done.stderr) == (0, "published: moonlight-debug v1", "")
     put(f"{model}/v1/config.json", b"[]")
     done = verify(server, "e2e")
     assert done.returncode == 1

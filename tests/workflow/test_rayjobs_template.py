@@ -70,12 +70,15 @@ def test_an_attempt_is_the_template_with_little_added(stage: str) -> None:
         "2",
     )
     assert "moonlight.ai/template" not in labels
-    assert set(job["metadata"]["annotations"]) == ({"kueue.x-k8s.io/elastic-job"} if stage == "prepare" else set())
+    elastic = {"kueue.x-k8s.io/elastic-job"} if stage == "prepare" else set()
+    assert set(job["metadata"]["annotations"]) == {"moonlight.ai/arguments"} | elastic
     assert "suspend" not in spec  # fact 8: Kueue is its only writer
-    assert (
-        spec["entrypoint"]
-        == f"python -m jobs.{stage} --config debug storage.root=s3://bucket/runs 'tokenizer.eos_token=[a b]'"
-    )
+    assert spec[
+        "entrypoint"
+    ] == f"python -m jobs.{stage} --config debug storage.root=s3://bucket/runs 'tokenizer.eos_token=[a b]'" + {
+        "evaluate": " parallelism.replicate=1 parallelism.shard=4 parallelism.ep=4",
+        "publish": " cluster.use_gpu=false",
+    }.get(stage, "")
     assert spec["metadata"]["job_name"] == f"debug: {stage}"
     if crds.FOLDER:
         assert crds.problems(job) == []
