@@ -64,7 +64,7 @@ def server() -> Iterator[str]:
 def put(url: str, data: bytes = b"") -> None:
     import urllib.request
 
-    headers = {"Content-Type": "application/octet-stream"}
+    headers = {"Content-Type": "application/octet-stream", "Authorization": "AWS local:local"}
     urllib.request.urlopen(urllib.request.Request(url, data, headers, method="PUT"), timeout=30).close()
 
 
