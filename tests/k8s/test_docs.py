@@ -47,7 +47,7 @@ def test_command_starts_with_a_tool(line: str) -> None:
     assert words[0] in TOOLS or "=" in words[0], line
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake ([a-z0-9-]+)", PAGE))))
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"(?m)(?:`|^)make ([a-z0-9-]+)", PAGE))))
 def test_make_target_exists(target: str) -> None:
     assert re.search(rf"^{target}:", (REPOSITORY / "k8s/k8s.mk").read_text(), re.M)
 
