@@ -7,23 +7,26 @@
 # Everything installs from wheels, so nothing here needs a compiler and none is added.
 ARG BASE=rayproject/ray:2.60.0-py311-gpu
 FROM ${BASE}
+USER root
 
 # Dependencies first and alone: this layer changes only with the lock file. The base already holds ray; pip leaves what fits.
 ARG PIP_ARGS=""
 COPY pyproject.toml constraints.txt /tmp/build/
 RUN python -c "import tomllib; print(*tomllib.load(open('/tmp/build/pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
-      > "$HOME/requirements.txt" \
+      > /tmp/requirements.txt \
     && python -m pip install --no-cache-dir --only-binary :all: ${PIP_ARGS} \
-      --requirement "$HOME/requirements.txt" --constraint /tmp/build/constraints.txt \
-    && rm "$HOME/requirements.txt"
+      --requirement /tmp/requirements.txt --constraint /tmp/build/constraints.txt \
+    && rm -r /tmp/requirements.txt /tmp/build
 
-# The code belongs to root and the process is uid 1000: it cannot change what it runs.
-COPY --chown=0:0 pipeline /opt/moonlight/pipeline
-COPY --chown=0:0 data_prep /opt/moonlight/data_prep
-COPY --chown=0:0 jobs /opt/moonlight/jobs
+# Code and dependencies belong to root and the process is uid 1000: it cannot change what it runs.
+COPY pipeline /opt/moonlight/pipeline
+COPY data_prep /opt/moonlight/data_prep
+COPY jobs /opt/moonlight/jobs
 
-# With a read-only root only /tmp is writable (an emptyDir in the cluster, --tmpfs /tmp with docker): caches go there.
-ENV PYTHONPATH=/opt/moonlight \
+# With a read-only root only /tmp is writable (an emptyDir in the cluster, --tmpfs /tmp with docker): caches go there, and so does
+# the token that a local Ray writes into its home.
+ENV HOME=/tmp/home \
+    PYTHONPATH=/opt/moonlight \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     XDG_CACHE_HOME=/tmp/cache \
