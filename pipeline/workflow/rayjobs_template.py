@@ -37,6 +37,7 @@ ARGUMENTS_ANNOTATION = f"{DOMAIN}/arguments"  # on a job: what it was asked for
 QUEUE_LABEL, PRIORITY_LABEL = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 ELASTIC_ANNOTATION = "kueue.x-k8s.io/elastic-job"
 GPU = "nvidia.com/gpu"
+LOGS_CONTAINER = "logs"  # jobs.logs beside the head
 
 
 def template_name(stage: str) -> str:
@@ -116,6 +117,9 @@ def instantiate(
         "attempt": str(attempt),
     }
     spec["metadata"] = {**spec.get("metadata", {}), **job_metadata}
+    for container in spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]:
+        if container["name"] == LOGS_CONTAINER:
+            container["args"] = ["--name", job_name(config.run_id, stage, attempt), *arguments]
     if stage == "train":
         size_workers(spec["rayClusterSpec"], config)
     labels = dict(template["metadata"].get("labels", {}))

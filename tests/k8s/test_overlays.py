@@ -79,7 +79,9 @@ def test_images_are_rewritten_everywhere() -> None:
     images = set(images_of(objects))
     assert len(images) == 1
     assert "@sha256:" in images.pop()
-    assert sum(1 for _ in images_of(objects)) == 4 * 2 + 1 + 3  # four stages, the submit cluster, three steps
+    assert (
+        sum(1 for _ in images_of(objects)) == 4 * 3 + 1 + 3
+    )  # four stages (head, logs, worker), the submit cluster, three steps
 
 
 def images_of(objects: list[Manifest]) -> list[str]:

@@ -79,6 +79,8 @@ def test_an_attempt_is_the_template_with_little_added(stage: str) -> None:
         "evaluate": " parallelism.replicate=1 parallelism.shard=4 parallelism.ep=4",
         "publish": " cluster.use_gpu=false",
     }.get(stage, "")
+    logs = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][1]
+    assert logs["args"] == ["--name", f"debug-{stage}-2", *ARGUMENTS, "tokenizer.eos_token=[a b]"]
     assert spec["metadata"]["job_name"] == f"debug: {stage}"
     if crds.FOLDER:
         assert crds.problems(job) == []

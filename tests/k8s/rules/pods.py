@@ -126,6 +126,12 @@ def _ray(pod: dict[str, Any], item: Manifest, place: str) -> Iterator[str]:
         wanted = {"metrics": 8080, "as-metrics": 44217, "dash-metrics": 44227}
         if wanted.items() - ports.items():
             yield f"ports for metrics are missing: {sorted(dict(wanted.items() - ports.items()))}"
+    if (
+        place == "head"
+        and item["kind"] == "RayJob"
+        and "logs" not in [container["name"] for container in spec["containers"]]
+    ):
+        yield "no container logs: Ray's logs would go with the cluster"
     if labels.get("moonlight.ai/stage") in ("prepare", "train") and place != "head":
         hook = " ".join(main.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", []))
         if "ray drain-node" not in hook:
