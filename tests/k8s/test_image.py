@@ -10,7 +10,7 @@ import yaml
 from tests.k8s.manifests import REPOSITORY
 
 DOCKERFILE = (REPOSITORY / "Dockerfile").read_text()
-INSTRUCTIONS = re.findall(r"^([A-Z]+) (.*(?:\\\n.*)*)", DOCKERFILE, re.M)
+INSTRUCTIONS = re.findall(r"^([A-Z]+) ((?:.*\\\n)*.*)", DOCKERFILE, re.M)
 RAY = "2.60.0"
 
 
