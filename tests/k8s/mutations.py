@@ -155,6 +155,7 @@ MUTATIONS: dict[str, Mutation] = {
     "head that may be evicted": Mutation(drop(TRAIN, f"{HEAD}.metadata.annotations.karpenter\\.sh/do-not-disrupt"), "consolidation"),
     "workers that do not drain": Mutation(drop(TRAIN, f"{MAIN}.lifecycle"), "does not drain"),
     "drain longer than the grace period": Mutation(put(TRAIN, f"{WORKER}.spec.terminationGracePeriodSeconds", 120), "grace period"),
+    "object store larger than /dev/shm": Mutation(put(TRAIN, "spec.rayClusterSpec.headGroupSpec.rayStartParams.object-store-memory", "9000000000"), "does not fit into /dev/shm"),
     "logs that go with the cluster": Mutation(drop(TRAIN, f"{HEAD}.spec.containers.1"), "no container logs"),
     "metrics port missing": Mutation(drop(TRAIN, f"{HEAD}.spec.containers.0.ports.3"), "ports for metrics"),
     # -- identities, rights, network ---------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ METRICS = {
         "ray_moonlight_skipped_steps_total",
         "ray_moonlight_checkpoint_timestamp_seconds",
     },
-    "Ray Train 2.60": {"ray_train_worker_group_start_total_time_s_count"},
+    "Ray Train 2.60": {"ray_train_worker_group_start_total_time_s"},
     "KubeRay 1.7.0 ray-operator/controllers/ray/metrics": {"kuberay_job_deployment_status", "kuberay_cluster_info"},
     "Kueue 0.19.2 pkg/metrics": {
         "kueue_pending_workloads",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from tests.k8s.manifests import Manifest, label, select
+from tests.k8s.manifests import Manifest, label, quantity, select
 
 MODES = {"K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode"}
 LONGEST = {"RayJob": 47, "RayCluster": 53, "RayService": 47, "RayCronJob": 36}
@@ -127,6 +127,16 @@ def _group(group: dict[str, Any], autoscaled: bool) -> Iterator[str]:
             yield f"{name} may not be set by hand"
     if not autoscaled and env.get("RAY_enable_autoscaler_v2") in ("1", "true"):
         yield "RAY_enable_autoscaler_v2 without enableInTreeAutoscaling is refused"
+    shm = next(
+        (
+            volume.get("emptyDir", {}).get("sizeLimit", 0)
+            for volume in pod.get("volumes", [])
+            if volume["name"] == "shared-memory"
+        ),
+        0,
+    )
+    if not 0 < int(params.get("object-store-memory", 0)) <= quantity(shm):
+        yield "rayStartParams.object-store-memory is not said or does not fit into /dev/shm: Ray would put the store on disk"
     if "app.kubernetes.io/name" in group["template"].get("metadata", {}).get("labels", {}):
         yield "app.kubernetes.io/name in a pod template replaces KubeRay's own label, on which services select"
     ports = [port["name"] for container in pod["containers"] for port in container.get("ports", [])]
