@@ -1,4 +1,7 @@
-"""What KubeRay v1.7.0 refuses or silently does, beyond its schema (`ray-operator/controllers/ray/utils/validation.go`, `common/pod.go`)."""
+"""What KubeRay v1.7.0 refuses or silently does, beyond its schema (`ray-operator/controllers/ray/utils/validation.go`, `common/pod.go`).
+
+Fact numbers, here and in the other rules, are rows of docs/kubernetes-facts.md.
+"""
 
 from __future__ import annotations
 
