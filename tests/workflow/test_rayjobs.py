@@ -7,38 +7,13 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from pipeline.config.load import load_config
 from pipeline.workflow.rayjobs import Options, Outcome, StageFailed, StageStatus, options_from, run_stage, stages_of
+from tests.workflow.driver import ARGUMENTS, CONFIG, Driver, filled, job_appears, until
 from tests.workflow.fake_kubernetes import FakeKubernetes
-
-REPOSITORY = Path(__file__).parents[2]
-CONFIG = load_config("debug", ["storage.root=s3://bucket/runs"])
-ARGUMENTS = ["--config", "debug", "storage.root=s3://bucket/runs"]
-QUEUES = [
-    {
-        "apiVersion": "kueue.x-k8s.io/v1beta2",
-        "kind": "LocalQueue",
-        "metadata": {"name": name},
-        "spec": {"clusterQueue": f"moonlight-{name}"},
-    }
-    for name in ("cpu", "gpu")
-]
-
-
-def templates() -> list[dict[str, Any]]:
-    return [
-        yaml.safe_load(path.read_text())
-        for path in sorted((REPOSITORY / "k8s/stages").glob("*.yaml"))
-        if path.stem != "kustomization"
-    ]
 
 
 @pytest.fixture
@@ -46,61 +21,6 @@ def cluster() -> Iterator[FakeKubernetes]:
     fake = filled()
     yield fake
     fake.close()
-
-
-def filled() -> FakeKubernetes:
-    fake = FakeKubernetes()
-    for manifest in templates() + QUEUES:
-        fake.apply(manifest)
-    return fake
-
-
-class Driver:
-    """run_stage in a thread; `result` is a StageStatus, None (already done) or the exception."""
-
-    def __init__(
-        self, cluster: FakeKubernetes, done: Any, stage: str = "prepare", dies_after: int | None = None, **options: Any
-    ) -> None:
-        self.reports: list[StageStatus] = []
-        self.dies_after = dies_after
-        self.result: Any = "running"
-        self.thread = threading.Thread(target=self._run, args=(cluster, done, stage, Options(**options)), daemon=True)
-        self.thread.start()
-
-    def _run(self, cluster: FakeKubernetes, done: Any, stage: str, options: Options) -> None:
-        try:
-            self.result = run_stage(
-                CONFIG, stage, ARGUMENTS, api=cluster.api(), done=done, report=self._report, options=options
-            )
-        except (StageFailed, InterruptedError) as error:
-            self.result = error
-
-    def _report(self, status: StageStatus) -> None:
-        self.reports.append(status)
-        if self.dies_after is not None and len(self.reports) > self.dies_after:
-            raise InterruptedError("the driver's pod was evicted")
-
-    def wait(self, seconds: float = 15.0) -> Any:
-        self.thread.join(seconds)
-        assert not self.thread.is_alive(), "the driver hangs"
-        return self.result
-
-    def outcome(self) -> Outcome:
-        result = self.wait()
-        return result.outcome if isinstance(result, StageFailed) else Outcome.SUCCEEDED
-
-
-def until(condition: Any, what: str = "condition") -> None:
-    for _ in range(1000):
-        if condition():
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"never happened: {what}")
-
-
-def job_appears(cluster: FakeKubernetes, name: str) -> str:
-    until(lambda: cluster.get(name) is not None, f"RayJob {name}")
-    return name
 
 
 ENDINGS = [
@@ -352,80 +272,3 @@ def test_options_from_the_environment() -> None:
     assert (options.priority, options.on_terminate) == ("moonlight-release", "cancel")
     with pytest.raises(ValueError, match="MOONLIGHT_ON_TERMINATE"):
         options_from({"MOONLIGHT_ON_TERMINATE": "explode"})
-
-
-STEPS = st.one_of(
-    st.sampled_from(["admit", "start", "run", "retry", "evict", "compact", "second driver", "driver dies"]),
-    st.sampled_from(["503", "drop", "lost", "gone", "429", "401"]),
-)
-ENDS = st.sampled_from(["succeed", "succeed without manifest", "stop", "app failed", "deadline", "invalid", "delete"])
-
-
-@settings(max_examples=50, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
-@given(steps=st.lists(STEPS, max_size=12), end=ENDS)
-def test_any_interleaving_of_faults_ends_in_the_truth(steps: list[str], end: str) -> None:
-    """No duplicate RayJob, no false success, no hang, whatever the API server, KubeRay, Kueue and the drivers' pods do."""
-    cluster = filled()
-    try:
-        finished = threading.Event()
-        drivers = [Driver(cluster, done=finished.is_set)]
-        name = job_appears(cluster, "debug-prepare-1")
-        for step in steps:
-            _play(step, cluster, name, drivers, finished)
-        if all(isinstance(driver.result, InterruptedError) for driver in drivers):
-            drivers.append(Driver(cluster, done=finished.is_set))
-        living = [driver for driver in drivers if driver.dies_after is None]
-        until(lambda: all(driver.reports for driver in living), "every driver follows the job")
-        _finish(end, cluster, name, finished)
-        expected = {
-            "succeed": Outcome.SUCCEEDED,
-            "succeed without manifest": Outcome.NO_MANIFEST,
-            "stop": Outcome.STOPPED,
-            "app failed": Outcome.APPLICATION,
-            "deadline": Outcome.DEADLINE,
-            "invalid": Outcome.VALIDATION,
-            "delete": Outcome.DELETED,
-        }[end]
-        assert [driver.outcome() for driver in living] == [expected] * len(living)
-        assert cluster.created == [name]
-    finally:
-        cluster.close()
-
-
-def _play(step: str, cluster: FakeKubernetes, name: str, drivers: list[Driver], finished: threading.Event) -> None:
-    kuberay = {
-        "admit": {"suspend": False, "jobDeploymentStatus": "Initializing"},
-        "start": {"jobDeploymentStatus": "Running", "jobStatus": "PENDING"},
-        "run": {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"},
-        "retry": {"jobDeploymentStatus": "Retrying", "jobStatus": "FAILED", "reason": "AppFailed"},
-        "evict": {"suspend": True, "jobDeploymentStatus": "Suspended", "jobStatus": ""},
-    }
-    if step in kuberay:
-        cluster.set_status(name, **kuberay[step])
-    elif step == "compact":
-        cluster.compact()
-    elif step == "second driver":
-        drivers.append(Driver(cluster, done=finished.is_set))
-    elif step == "driver dies":
-        drivers.append(Driver(cluster, done=finished.is_set, dies_after=0))
-        drivers[-1].wait()
-    else:
-        with cluster.lock:
-            cluster.faults.append(step)
-
-
-def _finish(end: str, cluster: FakeKubernetes, name: str, finished: threading.Event) -> None:
-    if end == "succeed":
-        finished.set()
-    status = {
-        "succeed": {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"},
-        "succeed without manifest": {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"},
-        "stop": {"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"},
-        "app failed": {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "reason": "AppFailed"},
-        "deadline": {"jobDeploymentStatus": "Failed", "jobStatus": "RUNNING", "reason": "DeadlineExceeded"},
-        "invalid": {"jobDeploymentStatus": "ValidationFailed", "jobStatus": ""},
-    }
-    if end == "delete":
-        cluster.remove(name)
-    else:
-        cluster.set_status(name, **status[end])

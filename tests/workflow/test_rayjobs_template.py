@@ -15,7 +15,7 @@ from pipeline.config.load import load_config
 from pipeline.config.schema import ParallelismConfig
 from pipeline.workflow.rayjobs_template import STAGES, instantiate, job_name, size_workers, unsafe
 from tests.k8s import crds
-from tests.workflow.test_rayjobs import ARGUMENTS, CONFIG, templates
+from tests.workflow.driver import ARGUMENTS, CONFIG, templates
 
 TEMPLATES = {manifest["metadata"]["labels"]["moonlight.ai/stage"]: manifest for manifest in templates()}
 
