@@ -6,7 +6,7 @@ terraform {
       version = "~> 6.28"
     }
   }
-  # State belongs in a bucket of its own: terraform init -backend-config=examples/<name>.s3.tfbackend
+  # State belongs in a bucket of its own: terraform init -backend-config=bucket=... (docs/kubernetes.md)
   backend "s3" {}
 }
 

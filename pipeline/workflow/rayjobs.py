@@ -9,7 +9,8 @@
    with `Retrying` is not the end, and `ValidationFailed` is an end that never becomes `Failed`.
 3. Success is jobStatus SUCCEEDED and `done()`: the stage's manifest is in storage. Log streams are never consulted.
 
-Queue time costs nothing: deadlines are the RayJob's own and count from admission. SIGTERM while following either detaches (the
+Queue time costs nothing: deadlines are the RayJob's own and count from admission. While a job waits, its status carries Kueue's reason, and a
+workload that Kueue deactivated is the end: nothing would ever start it. SIGTERM while following either detaches (the
 job goes on and the next driver finds it: right for an evicted pod) or cancels (deletes the RayJob), by `Options.on_terminate`.
 Status names: KubeRay v1.7.0 `rayjob_types.go`.
 """
@@ -17,6 +18,7 @@ Status names: KubeRay v1.7.0 `rayjob_types.go`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import shlex
 import signal
@@ -70,6 +72,7 @@ class Outcome(IntEnum):
     STOPPED = 14  # stopped from outside, or cancelled on SIGTERM
     DELETED = 15  # the RayJob was deleted before it finished
     NO_MANIFEST = 16  # Ray says SUCCEEDED but the stage's manifest is not in storage
+    GIVEN_UP = 17  # Kueue deactivated the workload: its gang was not ready in time too often, or somebody did it
     DETACHED = 143  # SIGTERM: this driver left, the job goes on
 
 
@@ -295,16 +298,30 @@ def _follow(
     for state in api.changes(last.name):
         if state is None:  # gone: by hand, with its owner, or by its TTL while the API server was away
             return last, Outcome.SUCCEEDED if done() else Outcome.DELETED
-        last = status_of(state)
+        last, outcome = status_of(state), judge(state)
+        if last.phase == "queued":
+            workload = api.workload(state["metadata"]["uid"]) or {}
+            last = dataclasses.replace(last, message=_why_waiting(workload) or last.message)
+            if workload.get("spec", {}).get("active") is False:
+                outcome = Outcome.GIVEN_UP
         if last != seen:
             report(last)
             seen = last
-        outcome = judge(state)
         if outcome == Outcome.SUCCEEDED and not done():
             return last, Outcome.NO_MANIFEST
         if outcome is not None:
             return last, outcome
     raise AssertionError("changes() ends with None")
+
+
+def _why_waiting(workload: dict[str, Any]) -> str:
+    """Kueue's own words for a workload that is not admitted."""
+    conditions = {entry["type"]: entry for entry in workload.get("status", {}).get("conditions", [])}
+    reserved = conditions.get("QuotaReserved", {})
+    evicted = conditions.get("Evicted", {})
+    if reserved.get("status") == "False":
+        return str(reserved.get("message", ""))
+    return str(evicted.get("message", "")) if evicted.get("status") == "True" else ""
 
 
 def _explain(outcome: Outcome, status: StageStatus) -> str:
@@ -316,6 +333,7 @@ def _explain(outcome: Outcome, status: StageStatus) -> str:
         Outcome.VALIDATION: "KubeRay refused the RayJob",
         Outcome.STOPPED: "the job was stopped",
         Outcome.DELETED: "the RayJob was deleted before it finished",
+        Outcome.GIVEN_UP: "Kueue gave up on the job; delete the RayJob and run again",
         Outcome.NO_MANIFEST: "Ray reports success but the stage's manifest is not in storage",
     }
     detail = " ".join(f"{status.reason} {status.message}".split())

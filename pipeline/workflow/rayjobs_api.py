@@ -1,4 +1,4 @@
-"""The five calls on the Kubernetes API that a driver needs, made to outlive an API server that is away for a while.
+"""The few calls on the Kubernetes API that a driver needs, made to outlive an API server that is away for a while.
 
 Transient trouble (no connection, 401 while a token rotates, 408, 429, 5xx - a webhook that is down answers 500) is retried
 with growing pauses for `patience_s`. A create whose answer was lost is simply repeated: the second try finds the object,
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 RAYJOBS: dict[str, Any] = {"group": "ray.io", "version": "v1", "plural": "rayjobs"}
 LOCAL_QUEUES: dict[str, Any] = {"group": "kueue.x-k8s.io", "version": "v1beta2", "plural": "localqueues"}
+WORKLOADS: dict[str, Any] = {"group": "kueue.x-k8s.io", "version": "v1beta2", "plural": "workloads"}
 TRANSIENT = {401, 408, 429, 500, 502, 503, 504}
 CONNECT_S, READ_S = 5.0, 30.0
 
@@ -75,6 +76,14 @@ class RayJobApi:
 
     def queue_exists(self, name: str) -> bool:
         return self._call(self._objects.get_namespaced_custom_object, **LOCAL_QUEUES, name=name) is not None
+
+    def workload(self, job_uid: str) -> dict[str, Any] | None:
+        """Kueue's Workload of a RayJob, None before Kueue made it. An elastic job may have several: the newest counts."""
+        found = self._call(
+            self._objects.list_namespaced_custom_object, **WORKLOADS, label_selector=f"kueue.x-k8s.io/job-uid={job_uid}"
+        )
+        items: list[dict[str, Any]] = (found or {}).get("items", [])
+        return max(items, key=lambda item: str(item["metadata"].get("creationTimestamp", "")), default=None)
 
     def changes(self, name: str) -> Iterator[RayJob | None]:
         """The object's state now and after every change; None (and the end) when it does not exist any more."""

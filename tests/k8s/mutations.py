@@ -164,6 +164,7 @@ MUTATIONS: dict[str, Mutation] = {
     "driver that reads Secrets": Mutation(put("Role/moonlight/driver", "rules.-", {"apiGroups": [""], "resources": ["secrets"], "verbs": ["get"]}), "a driver needs no"),
     "driver that may edit templates": Mutation(put("Role/moonlight/driver", "rules.0.verbs", ["get", "list", "watch", "create", "delete", "update"]), "protects the templates"),
     "driver that cannot watch": Mutation(put("Role/moonlight/driver", "rules.0.verbs", ["get", "list", "create", "delete"]), "calls watch"),
+    "driver that cannot see why a job waits": Mutation(drop("Role/moonlight/driver", "rules.2"), "calls list on workloads"),
     "wildcard rights": Mutation(put("Role/moonlight/researcher", "rules.0.verbs", ["*"]), "wildcard"),
     "binding of a role that is gone": Mutation(remove("Role", "workflow-executor"), "no Role"),
     "unrestricted namespace": Mutation(put("Namespace/moonlight", "metadata.labels.pod-security\\.kubernetes\\.io/enforce", "baseline"), "pod security"),

@@ -82,6 +82,19 @@ class FakeKubernetes:
                 job["spec"]["suspend"] = suspend
             self._store("rayjobs", job, "MODIFIED")
 
+    def set_workload(self, name: str, active: bool, **condition: str) -> None:
+        """Kueue's Workload of a RayJob."""
+        job = self.objects[("rayjobs", name)]
+        labels = {"kueue.x-k8s.io/job-uid": job["metadata"]["uid"]}
+        condition = {"lastTransitionTime": "2026-01-01T00:00:00Z", **condition}
+        pods = {"name": "head", "count": 1, "template": {"spec": {"containers": [{"name": "ray"}]}}}
+        manifest = {
+            "apiVersion": "kueue.x-k8s.io/v1beta2",
+            "kind": "Workload",
+            "metadata": {"name": f"rayjob-{name}", "labels": labels},
+        }
+        self.apply({**manifest, "spec": {"active": active, "podSets": [pods]}, "status": {"conditions": [condition]}})
+
     def remove(self, name: str) -> None:
         with self.lock:
             gone = self.objects.pop(("rayjobs", name), None)

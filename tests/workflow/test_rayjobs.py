@@ -83,6 +83,20 @@ def test_done_before_means_nothing_is_created(cluster: FakeKubernetes) -> None:
     assert cluster.created == []
 
 
+def test_a_waiting_job_says_why_and_a_deactivated_one_is_the_end(cluster: FakeKubernetes) -> None:
+    driver = Driver(cluster, done=lambda: False)
+    name = job_appears(cluster, "debug-prepare-1")
+    words = "couldn't assign flavors to pod set workers: insufficient quota"
+    cluster.set_workload(name, True, type="QuotaReserved", status="False", reason="Pending", message=words)
+    cluster.compact()
+    until(lambda: any(status.message == words and status.phase == "queued" for status in driver.reports))
+    assert driver.result == "running"
+    cluster.set_workload(name, False, type="Evicted", status="True", reason="Deactivated", message="requeued too often")
+    cluster.compact()
+    assert driver.outcome() == Outcome.GIVEN_UP
+    assert "requeued too often" in str(driver.result)
+
+
 def test_deleted_by_hand(cluster: FakeKubernetes) -> None:
     driver = Driver(cluster, done=lambda: False)
     cluster.remove(job_appears(cluster, "debug-prepare-1"))

@@ -96,10 +96,14 @@ def _rights(objects: list[Manifest]) -> Iterator[str]:
                     and "update" in rule["verbs"]
                 ):
                     yield f"{label(role)}: update is what protects the templates (policies/rayjob-template.yaml)"
-    for verb in ("get", "list", "watch", "create", "delete"):
-        role = next(select(objects, "Role", "driver", "moonlight"), {"rules": []})
-        if not any("rayjobs" in rule["resources"] and verb in rule["verbs"] for rule in role["rules"]):
-            yield f"Role/moonlight/driver: the driver calls {verb} on rayjobs"
+    needed = [("rayjobs", verb) for verb in ("get", "list", "watch", "create", "delete")] + [
+        ("localqueues", "get"),
+        ("workloads", "list"),
+    ]
+    role = next(select(objects, "Role", "driver", "moonlight"), {"rules": []})
+    for resource, verb in needed:
+        if not any(resource in rule["resources"] and verb in rule["verbs"] for rule in role["rules"]):
+            yield f"Role/moonlight/driver: the driver calls {verb} on {resource}"
 
 
 def _references(objects: list[Manifest]) -> Iterator[str]:
