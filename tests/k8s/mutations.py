@@ -189,6 +189,7 @@ MUTATIONS: dict[str, Mutation] = {
     "retry of a failed stage": Mutation(put(RUN, "spec.templates.1.retryStrategy.expression", "asInt(lastRetry.exitCode) in [10, 12, 137, 143]"), "retries on"),
     "gate without a default": Mutation(drop(RUN, "spec.templates.2.outputs.parameters.0.valueFrom.default"), "no default"),
     "deadline that counts the queue": Mutation(put(RUN, "spec.activeDeadlineSeconds", 3600), "time in the queue"),
+    "retry limit that kills a waiting driver": Mutation(put(RUN, "spec.templates.1.retryStrategy.backoff.maxDuration", "24h"), "becomes a deadline"),
     "logs not archived": Mutation(put(RUN, "spec.archiveLogs", False), "archiveLogs"),
     "step that applies a RayJob": Mutation(
         put(RUN, "spec.templates.-", {"name": "direct", "resource": {"action": "apply", "manifest": "kind: RayJob"}}), "fact 8"

@@ -73,6 +73,8 @@ def _one(template: dict[str, Any], templates: dict[str, Any], parameters: set[st
         if "default" not in entry.get("valueFrom", {}):
             yield f"output {entry['name']} has no default: a skipped step would be an error"
     if retry := template.get("retryStrategy"):
+        if "maxDuration" in retry.get("backoff", {}):
+            yield "backoff.maxDuration becomes a deadline of the waiting pod"
         expression = retry.get("expression", "")
         if retry.get("retryPolicy") != "Always" or "lastRetry" not in expression:
             yield "retryStrategy must be Always with an expression over lastRetry: a verdict on the stage is final, an evicted pod is not"
