@@ -42,8 +42,7 @@ operators() {
     --set-file managerConfig.controllerManagerConfigYaml=k8s/queues/manager-config.yaml
   helm upgrade --install argo-workflows argo-workflows --repo https://argoproj.github.io/argo-helm --version 1.0.18 \
     --namespace argo --create-namespace --wait --timeout 10m \
-    --set 'controller.workflowNamespaces={moonlight}' --set controller.workflowRestrictions.templateReferencing=Strict \
-    --set workflow.serviceAccount.create=false --set workflow.rbac.create=false --set server.enabled=false
+    --values k8s/workflows/argo-values.yaml --set server.enabled=false
 }
 
 pipeline() {

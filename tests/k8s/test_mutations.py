@@ -35,7 +35,8 @@ GITOPS = {
     "production synced by itself": (put("Application/moonlight", "spec.syncPolicy.automated", {}), "by hand"),
     "Argo CD owning runs": (put("AppProject/moonlight", "spec.namespaceResourceBlacklist", []), "must not own"),
     "Argo CD pushing the kill switch back": (drop("Application/moonlight", "spec.ignoreDifferences.1"), "ignoreDifferences"),
-    "templates of anybody's making": (put("Application/argo-workflows", "spec.source.helm.valuesObject.controller.workflowRestrictions.templateReferencing", "Secure"), "not Strict"),
+    "Argo's own containers unhardened": (drop("Application/argo-workflows", "spec.source.helm.valuesObject.executor.securityContext"), "executor.securityContext differs"),
+    "templates of anybody's making": (put("Application/argo-workflows", "spec.source.helm.valuesObject.controller.workflowRestrictions.templateReferencing", "Secure"), "controller.workflowRestrictions differs"),
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import yaml
 
 from tests.k8s.manifests import REPOSITORY, Manifest, label, select
+from tests.k8s.rules import pods
 
 PINNED = {"kuberay-operator": "1.7.0", "kueue": "0.19.2"}  # a pair: Kueue 0.19 speaks KubeRay 1.6's types (fact 19)
 GATES = {
@@ -72,8 +73,8 @@ def _application(application: Manifest, project: Manifest) -> Iterator[str]:
         if yaml.safe_load(values["managerConfig"]["controllerManagerConfigYaml"]) != ours:
             yield "Kueue's configuration differs from k8s/queues/manager-config.yaml"
         yield from _kueue_configuration(ours)
-    if chart == "argo-workflows" and values["controller"]["workflowRestrictions"]["templateReferencing"] != "Strict":
-        yield "templateReferencing is not Strict"
+    if chart == "argo-workflows":
+        yield from _argo_values(values)
     if name == "moonlight":
         if "automated" in spec["syncPolicy"]:
             yield "production is synced by hand"
@@ -91,6 +92,18 @@ def _application(application: Manifest, project: Manifest) -> Iterator[str]:
                 yield f"ignoreDifferences lacks {wanted}: a switch pulled by hand would be pushed back"
         if not (REPOSITORY / source["path"] / "kustomization.yaml").exists():
             yield f"no overlay {source['path']}"
+
+
+def _argo_values(values: Manifest) -> Iterator[str]:
+    ours = yaml.safe_load((REPOSITORY / "k8s/workflows/argo-values.yaml").read_text())
+    for section, wanted in ours.items():
+        for key, value in wanted.items():
+            if values.get(section, {}).get(key) != value:
+                yield f"{section}.{key} differs from k8s/workflows/argo-values.yaml"
+    if ours["controller"]["workflowRestrictions"] != {"templateReferencing": "Strict"}:
+        yield "templateReferencing is not Strict"
+    pod = {"containers": [{"name": "wait", "securityContext": ours["executor"]["securityContext"]}]}
+    yield from (f"executor.securityContext: {problem}" for problem in pods.restricted(pod))
 
 
 def _kueue_configuration(config: Manifest) -> Iterator[str]:

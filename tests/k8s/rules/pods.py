@@ -23,7 +23,7 @@ def check(objects: list[Manifest], digests: bool = False) -> list[str]:
         for place, pod in pod_templates(item).items():
             found += [
                 f"{label(item)} {place}: {problem}"
-                for problem in [*_restricted(pod["spec"]), *_ours(pod, item, place, digests)]
+                for problem in [*restricted(pod["spec"]), *_ours(pod, item, place, digests)]
             ]
     return found
 
@@ -32,7 +32,8 @@ def _containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
     return [*pod.get("containers", []), *pod.get("initContainers", [])]
 
 
-def _restricted(pod: dict[str, Any]) -> Iterator[str]:
+def restricted(pod: dict[str, Any]) -> Iterator[str]:
+    """What the restricted profile refuses in a pod's spec."""
     security = pod.get("securityContext", {})
     for key in ("hostNetwork", "hostPID", "hostIPC"):
         if pod.get(key):
