@@ -12,6 +12,7 @@ restart the group `cluster.max_failures` times. Whether the run is complete is r
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from jobs.cli import stage_main
 from pipeline.config import schema
 from pipeline.config.load import validate
 from pipeline.dataset.order import check_demand
@@ -137,3 +139,7 @@ class PreemptionNotice:
     def wait_for_the_end(self) -> None:
         """With the checkpoint safe, wait for Ray to take the group down: a preemption is no failure of the run."""
         threading.Event().wait(max(0.0, self._deadline - time.time()) + 60)
+
+
+if __name__ == "__main__":
+    sys.exit(stage_main("train"))
