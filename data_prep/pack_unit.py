@@ -22,9 +22,9 @@ from data_prep.packing import Packer, Piece, Row
 from data_prep.records import PackManifest, UnitManifest, shard_path
 from data_prep.resolve import read_duplicates, read_index
 from data_prep.tokenize_unit import token_dtype
-from data_prep.writer import PackedWriter, put, token_buffer
+from data_prep.writer import PackedWriter, put_packed, token_buffer
 from pipeline.config.schema import DataConfig, StorageConfig
-from pipeline.manifest import DocumentCounts, PackedFile, TokenizerManifest, digest_of
+from pipeline.manifest import DocumentCounts, TokenizerManifest, digest_of
 from pipeline.storage import Storage, open_storage
 
 LAYOUT_KEYS = ("sequence_length", "packing", "max_documents_per_row", "rows_per_group", "groups_per_file", "zstd_level")
@@ -66,7 +66,8 @@ def pack_unit(settings: PackSettings, task: PackTask) -> PackManifest:
     unit = UnitManifest.model_validate_json(storage.read(task.unit))
     excluded = _excluded(storage, settings, task, unit)
     identity = {
-        "documents": unit.documents.sha256 if unit.documents else unit.id,
+        "unit": unit.id,
+        "documents": unit.documents.sha256 if unit.documents else None,
         "excluded": hashlib.sha256(excluded.ordinals.astype("<i8").tobytes()).hexdigest(),
         "heldout": excluded.heldout,
         "layout": layout(settings.data),
@@ -123,12 +124,6 @@ def packed_writer(folder: Path, name: str, settings: PackSettings) -> PackedWrit
         groups_per_file=settings.data.groups_per_file,
         zstd_level=settings.data.zstd_level,
     )
-
-
-def put_packed(storage: Storage, name: str, file: tuple[Path, int, int]) -> PackedFile:
-    local, rows, tokens = file
-    entry = put(storage, local, shard_path("packed", name, local.name.removeprefix(name)))
-    return PackedFile(**entry.model_dump(), rows=rows, tokens=tokens)
 
 
 def _excluded(storage: Storage, settings: PackSettings, task: PackTask, unit: UnitManifest) -> _Excluded:

@@ -194,11 +194,11 @@ def _tokenize(
     def measure(value: dict[str, Any]) -> tuple[int, int, int, bool]:
         return value["counts"]["docs_in"], value["text_bytes"], value["tokens"], bool(value["failed"])
 
-    found = _mapped("tokenize", partial(_tokenize_one, settings), units, map_units, report, measure)
+    found = _mapped("tokenize", partial(_tokenize_unit, settings), units, map_units, report, measure)
     return [UnitManifest.model_validate(value) for value in found]
 
 
-def _tokenize_one(settings: dict[str, TokenizeSettings], unit: Unit) -> dict[str, Any]:
+def _tokenize_unit(settings: dict[str, TokenizeSettings], unit: Unit) -> dict[str, Any]:
     return tokenize_guarded(settings[unit.source], unit).model_dump(mode="json")
 
 
@@ -245,11 +245,11 @@ def _resolve_and_pack(
     def measure(value: dict[str, Any]) -> tuple[int, int, int, bool]:
         return value["counts"]["docs_out"], value["text_bytes"], _tokens(value["packed"]), False
 
-    found = _mapped("pack", partial(_pack_one, settings), tasks, map_units, report, measure)
+    found = _mapped("pack", partial(_pack_unit, settings), tasks, map_units, report, measure)
     return heldout, [PackManifest.model_validate(value) for value in found]
 
 
-def _pack_one(settings: PackSettings, task: PackTask) -> dict[str, Any]:
+def _pack_unit(settings: PackSettings, task: PackTask) -> dict[str, Any]:
     return pack_unit(settings, task).model_dump(mode="json")
 
 
@@ -275,14 +275,14 @@ def _tails(
     def measure(value: dict[str, Any]) -> tuple[int, int, int, bool]:
         return 0, 0, _tokens(value["packed"]), False
 
-    built = _mapped("tail", partial(_tail_one, _pack_settings(config, plan)), tasks, map_units, report, measure)
+    built = _mapped("tail", partial(_build_tail, _pack_settings(config, plan)), tasks, map_units, report, measure)
     tails: dict[str, list[TailManifest]] = {source.name: [] for source in config.corpus.sources}
     for owner, value in zip(owners, built):
         tails[owner].append(TailManifest.model_validate(value))
     return tails
 
 
-def _tail_one(settings: PackSettings, task: TailTask) -> dict[str, Any]:
+def _build_tail(settings: PackSettings, task: TailTask) -> dict[str, Any]:
     return build_tail(settings, task).model_dump(mode="json")
 
 

@@ -84,6 +84,7 @@ class TailManifest(Record):
     """The rests of up to 512 units, in whole groups. What still is short of one is dropped."""
 
     id: str
+    rests: tuple[tuple[str, int], ...]  # path and rows of each, in order
     packed: tuple[PackedFile, ...]
     dropped_rows: int
     dropped_tokens: int

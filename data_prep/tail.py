@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from data_prep.pack_unit import PackSettings, layout, packed_writer, put_packed
+from data_prep.pack_unit import PackSettings, layout, packed_writer
 from data_prep.records import PackManifest, TailManifest, shard_path
+from data_prep.writer import put_packed
 from pipeline.manifest import PackedFile, digest_of
 from pipeline.storage import Storage, open_storage
 
@@ -54,6 +55,7 @@ def build_tail(settings: PackSettings, task: TailTask) -> TailManifest:
         writer.close()
         manifest = TailManifest(
             id=tail_id,
+            rests=tuple((rest.path, rest.rows) for rest in task.rests),
             packed=tuple(put_packed(storage, tail_id, file) for file in writer.files),
             dropped_rows=writer.rest[1] if writer.rest else 0,
             dropped_tokens=writer.rest[2] if writer.rest else 0,

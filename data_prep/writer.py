@@ -17,7 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.manifest import FileEntry
+from data_prep.records import shard_path
+from pipeline.manifest import FileEntry, PackedFile
+from pipeline.packed import group_crc32
 from pipeline.storage import Storage, sha256_of
 
 DOCUMENT_ZSTD_LEVEL = 1  # read once or twice, by the packer
@@ -181,6 +183,14 @@ def put(storage: Storage, local: Path, path: str) -> FileEntry:
         digest = sha256_of(file)
     storage.upload(local, path)
     return FileEntry(path=path, bytes=local.stat().st_size, sha256=digest)
+
+
+def put_packed(storage: Storage, name: str, file: tuple[Path, int, int]) -> PackedFile:
+    """`file`: a local file called `name` and a suffix, its rows and tokens."""
+    local, rows, tokens = file
+    entry = put(storage, local, shard_path("packed", name, local.name.removeprefix(name)))
+    with local.open("rb") as opened:
+        return PackedFile(**entry.model_dump(), rows=rows, tokens=tokens, group_crc32=group_crc32(opened))
 
 
 def _fixed(data: bytes, width: int, count: int) -> pa.Array:

@@ -247,7 +247,9 @@ def _is_lost_race(error: BaseException) -> bool:
     """412 PreconditionFailed and 409 ConditionalRequestConflict, however deep s3fs wrapped them."""
     while error is not None:
         code = getattr(error, "response", {}).get("Error", {}).get("Code") if hasattr(error, "response") else None
-        if code in {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"} or isinstance(error, FileExistsError):
+        if code in {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"} or isinstance(
+            error, FileExistsError
+        ):
             return True
         if getattr(error, "errno", None) is not None and "PreconditionFailed" in str(error):
             return True

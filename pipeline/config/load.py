@@ -60,7 +60,9 @@ def _read(preset_or_path: str) -> dict[str, Any]:
     if not path.exists():
         path = Path(preset_or_path)
         if not path.is_file():
-            raise ConfigError(f"--config {preset_or_path}: no such preset or file; presets are {', '.join(preset_names())}")
+            raise ConfigError(
+                f"--config {preset_or_path}: no such preset or file; presets are {', '.join(preset_names())}"
+            )
     try:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:

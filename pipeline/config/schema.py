@@ -51,7 +51,9 @@ class TokenizerConfig(Section):
         if self.eos_token not in self.special_tokens:
             raise ValueError(f"eos_token {self.eos_token!r} is not among special_tokens {list(self.special_tokens)}")
         if self.path is None and self.vocab_size < 256 + len(self.special_tokens):
-            raise ValueError(f"vocab_size {self.vocab_size} is too small: 256 bytes + {len(self.special_tokens)} special tokens")
+            raise ValueError(
+                f"vocab_size {self.vocab_size} is too small: 256 bytes + {len(self.special_tokens)} special tokens"
+            )
         return self
 
 
@@ -101,7 +103,7 @@ class CorpusConfig(Section):
     heldout_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01  # of documents, chosen by document hash
     heldout_max_documents: PositiveInt = 1000  # per source
     unit_bytes: PositiveInt = 2_000_000_000  # target size of a unit of work (2-5 minutes of one core)
-    max_document_bytes: PositiveInt = 256 * 1024 * 1024  # a larger record goes to quarantine
+    max_document_bytes: PositiveInt = 32 * 1024 * 1024  # a larger record goes to quarantine
 
     @model_validator(mode="after")
     def _names_agree(self) -> CorpusConfig:
@@ -172,9 +174,13 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _possible(self) -> ModelConfig:
         if self.num_experts_per_tok > self.n_routed_experts:
-            raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} exceeds n_routed_experts {self.n_routed_experts}")
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok} exceeds n_routed_experts {self.n_routed_experts}"
+            )
         if self.first_k_dense_replace > self.num_hidden_layers:
-            raise ValueError(f"first_k_dense_replace {self.first_k_dense_replace} exceeds num_hidden_layers {self.num_hidden_layers}")
+            raise ValueError(
+                f"first_k_dense_replace {self.first_k_dense_replace} exceeds num_hidden_layers {self.num_hidden_layers}"
+            )
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim {self.qk_rope_head_dim} must be even: rotary embedding turns pairs")
         return self
@@ -266,7 +272,9 @@ class ParallelismConfig(Section):
     @model_validator(mode="after")
     def _ep_divides_shard(self) -> ParallelismConfig:
         if self.shard % self.ep:
-            raise ValueError(f"ep {self.ep} must divide shard {self.shard}: experts live on (efsdp, ep) with efsdp * ep = shard")
+            raise ValueError(
+                f"ep {self.ep} must divide shard {self.shard}: experts live on (efsdp, ep) with efsdp * ep = shard"
+            )
         return self
 
 
@@ -342,7 +350,9 @@ class RunConfig(Section):
     @classmethod
     def _run_id_is_a_name(cls, run_id: str) -> str:
         if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", run_id):
-            raise ValueError(f"run_id {run_id!r} must be 1-40 lower-case letters, digits or '-', starting with a letter (it names Kubernetes objects)")
+            raise ValueError(
+                f"run_id {run_id!r} must be 1-40 lower-case letters, digits or '-', starting with a letter (it names Kubernetes objects)"
+            )
         return run_id
 
     @model_validator(mode="after")

@@ -18,7 +18,8 @@ from pipeline.dataset.order import Order
 from pipeline.dataset.reader import BlockId, BlockReader
 from pipeline.storage import Storage
 
-BATCHES_AHEAD = 2
+BATCHES_AHEAD = 2  # whose blocks are read in the background
+PLANNED_BATCHES = 16  # located at a time
 
 
 class Batch(NamedTuple):
@@ -29,40 +30,73 @@ class Batch(NamedTuple):
     sequences: NDArray[np.int64]  # [B] training sequence numbers
 
 
-class Loader:
-    """Reads for one of `world` ranks and keeps at most `data.cache_bytes` of decoded blocks."""
+class Plan(NamedTuple):
+    """Where the sequences of a batch lie."""
 
-    def __init__(self, order: Order, storage: Storage, rank: int, world: int) -> None:
+    sequences: NDArray[np.int64]
+    blocks: list[BlockId]
+    rows: list[int]  # within the block
+    parts: list[int]  # of the row
+
+    def cut(self, i: int, j: int) -> Plan:
+        return Plan(self.sequences[i:j], self.blocks[i:j], self.rows[i:j], self.parts[i:j])
+
+
+class Loader:
+    """Reads for one of `world` ranks and keeps at most `data.cache_bytes` of decoded blocks.
+
+    `end`: the number of training sequences, if known; nothing beyond is read ahead.
+    """
+
+    def __init__(self, order: Order, storage: Storage, rank: int, world: int, end: int | None = None) -> None:
         assert 0 <= rank < world, (rank, world)
         self.order = order
         self.rank = rank
         self.world = world
+        self.end = end
         self.reader = BlockReader(order.dataset, storage, order.data.cache_bytes)
+        self._plans: dict[tuple[int, int], Plan] = {}  # of the batches expected next
 
     def batch(self, start: int, count: int) -> Batch:
         """Sequences [start, start + count) of this rank. Raises CorruptBlock where stored bytes are damaged."""
-        sequences, blocks, rows, parts = self._plan(start, count)
-        data = self.reader.get(blocks)
-        length = self.order.sequence_length
-        tokens = np.empty((len(sequences), length), dtype=np.int64)
+        plan = self._plans.get((start, count)) or self.plan(start, count)
+        length, rows = self.order.sequence_length, len(plan.sequences)
+        tokens = np.empty((rows, length), dtype=np.int64)
         doc_lens = []
-        for i, (block, row, part) in enumerate(zip(blocks, rows, parts)):
-            tokens[i] = data[block].tokens[row, part * length : (part + 1) * length]
-            doc_lens.append(cut(data[block].document_lengths(row), part * length, (part + 1) * length))
-        for ahead in range(1, BATCHES_AHEAD + 1):
-            self.reader.prefetch(self._plan(start + ahead * count, count)[1])
-        return Batch(torch.from_numpy(tokens), doc_lens, sequences)
+        for first in range(0, rows, self.reader.room):  # never more blocks in hand than the cache may hold
+            some = slice(first, first + self.reader.room)
+            data = self.reader.get(plan.blocks[some])
+            for i, block, row, part in zip(range(rows)[some], plan.blocks[some], plan.rows[some], plan.parts[some]):
+                tokens[i] = data[block].tokens[row, part * length : (part + 1) * length]
+                lengths = data[block].document_lengths(row)
+                doc_lens.append(lengths if self.order.parts == 1 else cut(lengths, part * length, (part + 1) * length))
+        self._read_ahead(start, count)
+        return Batch(torch.from_numpy(tokens), doc_lens, plan.sequences)
 
-    def close(self) -> None:
-        self.reader.close()
+    def _read_ahead(self, start: int, count: int) -> None:
+        """Plan and prefetch the batches that come next if they are of this size. Locating many at a time costs little more
+        than locating one."""
+        ahead = [start + number * count for number in range(1, BATCHES_AHEAD + 1)]
+        if (ahead[-1], count) not in self._plans:
+            plan = self.plan(start + count, PLANNED_BATCHES * count)
+            starts = start + count * np.arange(1, PLANNED_BATCHES + 2)
+            bounds = np.searchsorted(plan.sequences, starts)
+            self._plans = {(int(first), count): plan.cut(i, j) for first, i, j in zip(starts, bounds, bounds[1:])}
+        for first in ahead:
+            if self.end is None or first + count <= self.end:
+                self.reader.prefetch(self._plans[first, count].blocks)
 
-    def _plan(self, start: int, count: int) -> tuple[NDArray[np.int64], list[BlockId], list[int], list[int]]:
+    def plan(self, start: int, count: int) -> Plan:
+        """Where the sequences of `batch(start, count)` lie; reads nothing."""
         first = start + (self.rank - start) % self.world
         sequences = np.arange(first, start + count, self.world, dtype=np.int64)
         location = self.order.locate(sequences)
         number, row = np.divmod(location.row, self.order.rows_per_group)
         blocks = [BlockId(s, b) for s, b in zip(location.source.tolist(), number.tolist())]
-        return sequences, blocks, row.tolist(), location.part.tolist()
+        return Plan(sequences, blocks, row.tolist(), location.part.tolist())
+
+    def close(self) -> None:
+        self.reader.close()
 
 
 def cut(doc_lens: list[int], start: int, stop: int) -> list[int]:

@@ -86,10 +86,10 @@ class Order:
         self.source_names = tuple(source.name for source in dataset.sources)
         self._skip = _checked_ranges(skip)
         stages = _stages(corpus, self.source_names, dataset.sequence_length, data.lanes, data.mixture_block)
-        self._mixture = Mixture(stages, data.mixture_block, data.lanes, seed)
+        self.mixture = Mixture(stages, data.mixture_block, data.lanes, seed)
 
         self._rows = np.array([source.rows for source in dataset.sources], dtype=np.int64)
-        used = np.array([any(segment.counts[s] for segment in self._mixture.segments) for s in range(len(self._rows))])
+        used = np.array([any(segment.counts[s] for segment in self.mixture.segments) for s in range(len(self._rows))])
         for s in np.flatnonzero(used & (self._rows < self.rows_per_group)):
             raise ValueError(
                 f"source {self.source_names[s]!r} has {self._rows[s]} packed rows, fewer than one block of "
@@ -125,14 +125,14 @@ class Order:
         shape, g = position.shape, position.reshape(-1)
         h, part = np.divmod(g, self.parts)
         q, lane = np.divmod(h, self.lanes)
-        s, v = self._mixture.locate(lane, q)
+        s, v = self.mixture.locate(lane, q)
         row = self._row(s, lane, v)
         return Location(s.reshape(shape), row.reshape(shape), part.reshape(shape))
 
     def epochs(self, n: Any) -> Int64:
         """How many times each sequence's source was gone through before, in its lane: 0 in the first epoch."""
         q, lane = np.divmod(self.positions(n) // self.parts, self.lanes)
-        s, v = self._mixture.locate(lane.reshape(-1), q.reshape(-1))
+        s, v = self.mixture.locate(lane.reshape(-1), q.reshape(-1))
         _, v = self._fold(s, lane.reshape(-1), v)
         return (v // self._lane_rows[s]).reshape(q.shape)
 
@@ -172,14 +172,13 @@ class Order:
             "window_blocks": self.window_blocks,
             "mixture_block": self.data.mixture_block,
             "sources": {name: int(rows) for name, rows in zip(self.source_names, self._rows)},
-            "mixture": [
-                {
-                    "from_row": segment.start * self.lanes,
+            "mixture": {
+                f"row {segment.start * self.lanes}": {
                     "block": segment.block,
                     "counts": dict(zip(self.source_names, segment.counts)),
                 }
-                for segment in self._mixture.segments
-            ],
+                for segment in self.mixture.segments
+            },
         }
 
     @property
@@ -192,7 +191,7 @@ class Order:
         """What the first `sequences` training sequences draw from each source that they use."""
         last = int(self.positions(sequences - 1)) + 1 if sequences else 0
         rounds, rest = divmod(-(-last // self.parts), self.lanes)
-        drawn = self._mixture.used(np.where(np.arange(self.lanes) < rest, rounds + 1, rounds))
+        drawn = self.mixture.used(np.where(np.arange(self.lanes) < rest, rounds + 1, rounds))
         demand = {}
         for s, name in enumerate(self.source_names):
             if drawn[:, s].any():
@@ -228,11 +227,16 @@ class Order:
 
 
 def check_demand(config: RunConfig, dataset: DatasetManifest) -> dict[str, Demand]:
-    """Does the dataset hold what the run asks for? Needs the manifest only. Raises ValueError that says what is short."""
+    """Does the dataset fit the run and hold what it asks for? Needs the manifest only. Raises ValueError with the remedy."""
     mixture = config.corpus.mixture
     if mixture and mixture[-1].until_tokens < config.schedule.total_tokens:
         raise ValueError(
             f"corpus.mixture: ends at {mixture[-1].until_tokens} tokens but schedule.total_tokens is {config.schedule.total_tokens}"
+        )
+    if dataset.tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size {config.model.vocab_size} is too small for the dataset, whose tokenizer has "
+            f"{dataset.tokenizer.vocab_size} tokens: set it to that, or prepare a dataset with this tokenizer"
         )
     max_epochs = {source.name: source.max_epochs for source in config.corpus.sources}
     sequences = total_sequences(config.schedule, config.training.sequence_length)
@@ -241,12 +245,28 @@ def check_demand(config: RunConfig, dataset: DatasetManifest) -> dict[str, Deman
 
 def total_sequences(schedule: ScheduleConfig, sequence_length: int) -> int:
     """Training sequences of the whole run: whole global batches until `total_tokens` are reached."""
-    sequences = 0
+    return sum(steps * sequences for steps, sequences in _batches(schedule, sequence_length))
+
+
+def step_sequences(schedule: ScheduleConfig, sequence_length: int, step: int) -> tuple[int, int]:
+    """First sequence number and global batch of optimizer step `step` = 1, 2, ..."""
+    first, left = 0, step - 1
+    for steps, sequences in _batches(schedule, sequence_length):
+        if 0 <= left < steps:
+            return first + left * sequences, sequences
+        first, left = first + steps * sequences, left - steps
+    raise ValueError(f"step {step} is not one of the run's steps 1 to {step - 1 - left}")
+
+
+def _batches(schedule: ScheduleConfig, sequence_length: int) -> list[tuple[int, int]]:
+    """(steps, sequences per step) of each stage: a stage ends with the first step at or after `until_tokens`."""
+    stages, seen = [], 0
     for stage in schedule.global_batch:
-        until = min(stage.until_tokens, schedule.total_tokens)
-        missing = max(0, until - sequences * sequence_length)
-        sequences += math.ceil(missing / (stage.sequences * sequence_length)) * stage.sequences
-    return sequences
+        missing = max(0, min(stage.until_tokens, schedule.total_tokens) - seen)
+        steps = -(-missing // (stage.sequences * sequence_length))
+        stages.append((steps, stage.sequences))
+        seen += steps * stage.sequences * sequence_length
+    return stages
 
 
 def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any], _prefix: str = "") -> str:

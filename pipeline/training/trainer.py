@@ -15,6 +15,7 @@ The process group, if any, is initialised by the caller; this module reads no en
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from pipeline.manifest import CheckpointManifest, DatasetManifest, TrainManifest
 from pipeline.model.hf import load_hf
 from pipeline.model.moonlight import Moonlight
 from pipeline.optim.muon import MoonlightOptimizer, build_optimizer
+from pipeline.optim.rules import moonlight_rules
 from pipeline.optim.schedule import at_step, total_steps
 from pipeline.parallel.mesh import Meshes, build_meshes
 from pipeline.parallel.shard import shard_model
@@ -97,7 +99,7 @@ class Run:
         self.meshes = build_meshes(config.parallelism, self.device.type)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.order = Order.of_run(config, dataset)
-        self.identity = identity_of(config, dataset.digest, self.order.digest)
+        self.identity = identity_of(config, dataset.digest, self.order.describe())
         facts = RunFacts(config.run_id, self.identity, dataset.digest, self.order.digest)
         self.checkpoints = Checkpointer(storage, config.checkpoint, facts, self.device)
         self.loader = Loader(self.order, storage, self.rank, self.meshes.world_size)
@@ -145,7 +147,7 @@ class Run:
             check_skipped(seen.skipped_in_a_row, config.training.max_skipped_steps, seen.step)
             if self.rank == 0 and (seen.step % config.training.log_every == 0 or seen.step in (1, self.steps)):
                 files.add(seen)
-                report(pace.progress(seen))
+                report(pace.progress(seen, record.clock))
             return seen
 
         def settle() -> None:
@@ -193,7 +195,9 @@ class Run:
         at.step += 1
         at.next_sequence += now.sequences
         at.tokens_seen += now.sequences * training.sequence_length
-        return PendingRecord(at.step, at.tokens_seen, now.learning_rate, now.bias_rate, now.sequences, Fetch(values))
+        return PendingRecord(
+            at.step, at.tokens_seen, now.learning_rate, now.bias_rate, now.sequences, Fetch(values), time.monotonic()
+        )
 
     def finish(self, files: MetricsFiles) -> TrainManifest:
         """Commit the run: its manifest names the last checkpoint."""
@@ -221,7 +225,8 @@ def build(config: RunConfig, meshes: Meshes, device: torch.device) -> tuple[Moon
     model.to_empty(device=device)
     model.reset_parameters(config.seed)
     model.train()
-    return model, build_optimizer(list(model.named_parameters()), config.optimizer)
+    rules = moonlight_rules(config.model, config.optimizer)
+    return model, build_optimizer(model.named_parameters(), config.optimizer, rules)
 
 
 def import_weights(model: Moonlight, folder: str, storage: Storage) -> None:

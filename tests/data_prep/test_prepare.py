@@ -21,6 +21,7 @@ from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.manifest import DatasetManifest
 from pipeline.storage import Storage, filesystem, open_storage
+from pipeline.tokenizer import Encoder
 
 Make = Callable[..., RunConfig]
 
@@ -230,6 +231,24 @@ def test_a_file_that_changes_under_the_run(jsonl: Path, run_config: Make) -> Non
     config = run_config(jsonl)
     with pytest.raises(RuntimeError, match=r"part-1\.jsonl is not the file that was listed any more"):
         prepare(config, open_storage(config.storage), map_units=meddling)
+
+
+def test_encoders_that_disagree(jsonl: Path, run_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first document of a unit is always encoded twice; one token of difference, and the unit is not committed."""
+    check = Encoder.check
+
+    def wrong(encoder: Encoder, document: bytes) -> np.ndarray:
+        return np.append(check(encoder, document)[:-1], 0)
+
+    monkeypatch.setattr(Encoder, "check", wrong)
+    config = run_config(jsonl)
+    storage = open_storage(config.storage)
+    with pytest.raises(RuntimeError, match=r"part-0\.jsonl@0: the two encoders disagree from token \d+ on"):
+        prepare(config, storage)
+    assert not storage.list("datasets/units")
+    assert not storage.list("datasets/attempts")
+    monkeypatch.undo()
+    assert prepare(config, storage).rows > 0
 
 
 def test_units_in_any_order(jsonl: Path, tmp_path: Path, run_config: Make) -> None:

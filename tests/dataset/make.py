@@ -15,14 +15,12 @@ import pyarrow.parquet as pq
 
 from pipeline.config.schema import CorpusConfig, DataConfig, MixtureStage, SourceConfig
 from pipeline.manifest import DatasetManifest, DocumentCounts, PackedFile, SourceManifest, TokenizerManifest
+from pipeline.packed import group_crc32
 from pipeline.storage import Storage
 
-EOS = 1
 VOCABULARY = 60_000
-NO_COUNTS = DocumentCounts(docs_in=0, docs_out=0, heldout=0, filtered={}, quarantined={})
-TOKENIZER = TokenizerManifest(
-    folder="tokenizers/t", files=(), vocab_size=VOCABULARY, eos_id=EOS, special_tokens={"[EOS]": EOS}, sha256="0" * 64
-)
+EOS = VOCABULARY - 1
+PLENTY = DocumentCounts(docs_in=10**6, docs_out=10**6, heldout=0, filtered={}, quarantined={})
 
 
 def corpus(
@@ -55,11 +53,21 @@ def layout(
 
 
 def manifest(
-    sources: Sequence[Sequence[PackedFile]], row_tokens: int, group: int, dtype: str = "uint16"
+    sources: Sequence[Sequence[PackedFile]],
+    row_tokens: int,
+    group: int,
+    dtype: str = "uint16",
 ) -> DatasetManifest:
     return DatasetManifest(
         identity="test",
-        tokenizer=TOKENIZER,
+        tokenizer=TokenizerManifest(
+            folder="tokenizers/t",
+            files=(),
+            vocab_size=VOCABULARY,
+            eos_id=EOS,
+            special_tokens={"[EOS]": EOS},
+            sha256="0" * 64,
+        ),
         token_dtype=dtype,
         sequence_length=row_tokens,
         rows_per_group=group,
@@ -69,7 +77,7 @@ def manifest(
                 packed=tuple(files),
                 heldout=(),
                 documents=(),
-                counts=NO_COUNTS,
+                counts=PLENTY,
                 rows=sum(file.rows for file in files),
                 tokens=sum(file.tokens for file in files),
                 text_bytes=0,
@@ -86,7 +94,7 @@ def rows_only(rows: Sequence[int], row_tokens: int = 16, group: int = 4) -> Data
     """A manifest with no files behind it: enough for everything but reading."""
     return manifest(
         [
-            [PackedFile(path=f"none/{i}", bytes=1, sha256="", rows=count, tokens=count * row_tokens)]
+            [PackedFile(path=f"none/{i}", bytes=1, sha256="", rows=count, tokens=count * row_tokens, group_crc32="")]
             for i, count in enumerate(rows)
         ],
         row_tokens,
@@ -137,7 +145,7 @@ def write(
         files, row = [], 0
         for f, count in enumerate(counts):
             rows = count * group
-            tokens = rng.integers(2, VOCABULARY, (rows, row_tokens)).astype(dtype)
+            tokens = rng.integers(0, EOS, (rows, row_tokens)).astype(dtype)
             doc_lens = [documents(rng, row_tokens) for _ in range(rows)]
             for r, lengths in enumerate(doc_lens):
                 tokens[r, np.cumsum(lengths) - 1] = EOS
@@ -147,9 +155,15 @@ def write(
             data = packed_bytes(tokens, doc_lens, group)
             path = f"datasets/test/packed/s{s}-{f}.parquet"
             storage.write(path, data)
-            used = sum(map(sum, doc_lens))
             files.append(
-                PackedFile(path=path, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), rows=rows, tokens=used)
+                PackedFile(
+                    path=path,
+                    bytes=len(data),
+                    sha256=hashlib.sha256(data).hexdigest(),
+                    rows=rows,
+                    tokens=sum(map(sum, doc_lens)),
+                    group_crc32=group_crc32(io.BytesIO(data)),
+                )
             )
         sources.append(files)
     return manifest(sources, row_tokens, group, dtype)

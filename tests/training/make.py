@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,16 @@ import numpy as np
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.manifest import CheckpointManifest, DatasetManifest, PackedFile, TrainManifest
+from pipeline.packed import group_crc32
 from pipeline.storage import Storage
 from pipeline.training.metrics import TrainProgress
 from pipeline.training.trainer import train
-from tests.dataset.make import EOS, documents, manifest, packed_bytes
+from tests.dataset.make import documents, manifest, packed_bytes
 
 VOCABULARY = 64
 SEQUENCE = 16
 BATCH = 8
+EOS = 1
 
 
 def tiny(root: str, *, steps: int = 4, **overrides: Any) -> RunConfig:
@@ -44,7 +47,7 @@ def tiny(root: str, *, steps: int = 4, **overrides: Any) -> RunConfig:
         "checkpoint": {"every_steps": 2, "keep": 3, "async_save": False},
     }  # fmt: skip
     if "experts" in overrides:
-        values["model"]["n_routed_experts"] = overrides.pop("experts")
+        values["model"] |= {"n_routed_experts": overrides.pop("experts"), "num_experts_per_tok": 1}
     for name, value in overrides.items():
         section, _, key = name.partition("__")
         if key:
@@ -69,11 +72,21 @@ def tiny_dataset(storage: Storage, rows: int = 64) -> DatasetManifest:
         data = packed_bytes(tokens, doc_lens, 4)
         path = f"datasets/tiny/packed/s{s}.parquet"
         storage.write(path, data)
-        sha256 = hashlib.sha256(data).hexdigest()
         sources.append(
-            [PackedFile(path=path, bytes=len(data), sha256=sha256, rows=rows, tokens=sum(map(sum, doc_lens)))]
+            [
+                PackedFile(
+                    path=path,
+                    bytes=len(data),
+                    sha256=hashlib.sha256(data).hexdigest(),
+                    rows=rows,
+                    tokens=sum(map(sum, doc_lens)),
+                    group_crc32=group_crc32(io.BytesIO(data)),
+                )
+            ]
         )
-    return manifest(sources, SEQUENCE, 4, "uint16")
+    found = manifest(sources, SEQUENCE, 4, "uint16")
+    tokenizer = found.tokenizer.model_copy(update={"vocab_size": VOCABULARY, "eos_id": EOS})
+    return found.model_copy(update={"tokenizer": tokenizer})
 
 
 class Watched:
