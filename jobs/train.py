@@ -21,7 +21,7 @@ import ray.train
 import torch
 from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from pipeline.config import schema
 from pipeline.config.load import validate
@@ -94,7 +94,9 @@ def train_with_ray(
 def _worker(arguments: dict[str, Any]) -> str | None:
     """One rank. Returns why the run cannot go on, or None."""
     config = validate(arguments["config"])
-    if not config.cluster.use_gpu:
+    if config.cluster.use_gpu:
+        torch.cuda.set_device(get_device())  # Ray shows every worker all GPUs of its node
+    else:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     notice = PreemptionNotice(every=config.training.log_every)
     try:

@@ -76,7 +76,7 @@ class RunFacts:
 
     @classmethod
     def of(cls, config: RunConfig, dataset: DatasetManifest, order: Order) -> RunFacts:
-        return cls(config.run_id, identity_of(config, dataset.digest, order.digest), dataset.digest, order.digest)
+        return cls(config.run_id, identity_of(config, dataset.digest, order.describe()), dataset.digest, order.digest)
 
 
 def continue_from(storage: Storage, facts: RunFacts, order: Order) -> CheckpointManifest | None:

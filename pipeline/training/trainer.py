@@ -80,11 +80,11 @@ def train(
     """
     check_demand(config, dataset)
     run = Run(config, dataset, storage)
-    try:
-        with Watchdog(config.training.step_timeout_s) as watchdog:
+    with Watchdog(config.training.step_timeout_s) as watchdog:  # over closing, too: a save may wait for a dead rank
+        try:
             return run.train(watchdog, report, on_checkpoint or _ignore, should_stop or _never)
-    finally:
-        run.close()
+        finally:
+            run.close()
 
 
 class Run:
