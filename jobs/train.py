@@ -56,6 +56,7 @@ def train_with_ray(
     Raises ValueError for wrong input, TrainingFailed (or Ray's own error, after `cluster.max_failures` restarts).
     """
     check_demand(config, dataset)
+    config = config.model_copy(update={"storage": storage.config.model_copy(update={"root": storage.root})})  # absolute
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # workers keep the job's working directory; Ray carries this one to them
     cluster, folder = config.cluster, train_folder(config.run_id)
     resources = {"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.use_gpu else {})}

@@ -15,6 +15,7 @@ The process group, if any, is initialised by the caller; this module reads no en
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +147,7 @@ class Run:
             check_skipped(seen.skipped_in_a_row, config.training.max_skipped_steps, seen.step)
             if self.rank == 0 and (seen.step % config.training.log_every == 0 or seen.step in (1, self.steps)):
                 files.add(seen)
-                report(pace.progress(seen))
+                report(pace.progress(seen, record.clock))
             return seen
 
         def settle() -> None:
@@ -194,7 +195,9 @@ class Run:
         at.step += 1
         at.next_sequence += now.sequences
         at.tokens_seen += now.sequences * training.sequence_length
-        return PendingRecord(at.step, at.tokens_seen, now.learning_rate, now.bias_rate, now.sequences, Fetch(values))
+        return PendingRecord(
+            at.step, at.tokens_seen, now.learning_rate, now.bias_rate, now.sequences, Fetch(values), time.monotonic()
+        )
 
     def finish(self, files: MetricsFiles) -> TrainManifest:
         """Commit the run: its manifest names the last checkpoint."""
