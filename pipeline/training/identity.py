@@ -27,12 +27,13 @@ DECIDE_THE_LOSS = {
 SKIPS = "training.skip_sequences"
 
 
-def identity_of(config: RunConfig, dataset_digest: str, order_digest: str) -> dict[str, Any]:
-    """Flat: `model.hidden_size` -> 2048, ... with the digests of dataset and order as `dataset` and `order`."""
+def identity_of(config: RunConfig, dataset_digest: str, order: dict[str, Any]) -> dict[str, Any]:
+    """Flat: `model.hidden_size` -> 2048, ... with the dataset's digest as `dataset` and the constants of the data order
+    (`Order.describe()`) as `order.lanes`, `order.sources.web`, ..., so that a difference says what changed."""
     values = {
         "seed": config.seed,
         "dataset": dataset_digest,
-        "order": order_digest,
+        "order": order,
         "model": config.model.model_dump(mode="json"),
         "optimizer": config.optimizer.model_dump(mode="json", exclude={"muon": MECHANICS_OF_MUON}),
         "schedule": config.schedule.model_dump(mode="json"),

@@ -99,7 +99,7 @@ class Run:
         self.meshes = build_meshes(config.parallelism, self.device.type)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.order = Order.of_run(config, dataset)
-        self.identity = identity_of(config, dataset.digest, self.order.digest)
+        self.identity = identity_of(config, dataset.digest, self.order.describe())
         facts = RunFacts(config.run_id, self.identity, dataset.digest, self.order.digest)
         self.checkpoints = Checkpointer(storage, config.checkpoint, facts, self.device)
         self.loader = Loader(self.order, storage, self.rank, self.meshes.world_size)
