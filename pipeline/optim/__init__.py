@@ -1,0 +1,1 @@
+"""Muon and AdamW for the sharded Moonlight, and the schedules that drive them."""

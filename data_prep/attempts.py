@@ -1,0 +1,114 @@
+"""A unit that kills its worker: suspected, tried alone, and if guilty quarantined by name.
+
+Ray retries a task whose worker died without end, so a document that crashes or swells the process would hold up the dataset
+for ever. Dead workers alone prove nothing, though: spot reclaims kill them all day. So each attempt leaves a marker while
+it runs. A unit that finds two markers, two attempts that never ended, is processed in a child process with bounded memory;
+if the child is killed twice while its parent lives, the unit is at fault: it is committed as one quarantined record.
+Deleting its manifest (`datasets/units/ab/<unit>.json`) makes the next dataset version try again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import orjson
+
+from data_prep.plan import Unit
+from data_prep.records import UnitManifest, shard_path
+from data_prep.tokenize_unit import TokenizeSettings, tokenize_unit
+from data_prep.writer import put
+from pipeline.manifest import DocumentCounts
+from pipeline.storage import Storage, open_storage
+
+UNFINISHED_ATTEMPTS = 2  # before a unit is tried alone
+CHILD_DEATHS = 2  # before it is quarantined
+CHILD_MEMORY_BYTES = 4 << 30
+REASON = "unit_killed_worker"
+
+
+def tokenize_guarded(settings: TokenizeSettings, unit: Unit) -> UnitManifest:
+    """`tokenize_unit`, but a unit that keeps killing its worker ends in quarantine. Exceptions pass through."""
+    storage = open_storage(settings.storage)
+    done = storage.read_or_none(shard_path("units", unit.id, ".json"))
+    if done is not None:
+        return UnitManifest.model_validate_json(done)
+    folder = shard_path("attempts", unit.id, "")
+    unfinished = len(storage.list(folder))
+    if unfinished >= UNFINISHED_ATTEMPTS:
+        manifest = _tokenize_alone(storage, settings, unit)
+    else:
+        storage.create(f"{folder}/{unfinished}", b"")
+        try:
+            manifest = tokenize_unit(settings, unit)
+        except Exception:
+            storage.delete(f"{folder}/{unfinished}")  # it ended, and said why
+            raise
+    storage.delete(folder)
+    return manifest
+
+
+def _tokenize_alone(storage: Storage, settings: TokenizeSettings, unit: Unit) -> UnitManifest:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)}
+    for _ in range(CHILD_DEATHS):
+        child = subprocess.run(
+            [sys.executable, "-m", "data_prep.attempts"],
+            input=pickle.dumps((settings, unit)),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=environment,
+        )
+        if child.returncode == 0:
+            return UnitManifest.model_validate_json(storage.read(shard_path("units", unit.id, ".json")))
+        errors = child.stderr.decode(errors="replace").strip().splitlines()[-1:] or [""]
+        if child.returncode > 0 and not errors[0].startswith("MemoryError"):
+            raise RuntimeError(f"unit {unit.id}: {errors[0]}")
+    died = f"signal {signal.Signals(-child.returncode).name}" if child.returncode < 0 else "MemoryError"
+    return _quarantine(storage, settings, unit, f"killed its worker {CHILD_DEATHS} times in isolation, last by {died}")
+
+
+def _quarantine(storage: Storage, settings: TokenizeSettings, unit: Unit, why: str) -> UnitManifest:
+    files = [f"{part.path}[{part.start}:{'' if part.stop is None else part.stop}]" for part in unit.slices]
+    line = {"location": f"unit {unit.id}", "reason": REASON, "excerpt": why, "slices": files}
+    with TemporaryDirectory(prefix="unit-") as local:
+        path = Path(local) / "quarantine.jsonl"
+        path.write_bytes(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+        entry = put(storage, path, shard_path("quarantine", unit.id, ".jsonl"))
+    manifest = UnitManifest(
+        id=unit.id,
+        source=unit.source,
+        slices=tuple(asdict(part) for part in unit.slices),
+        settings=settings.unit_settings,
+        counts=DocumentCounts(docs_in=1, docs_out=0, heldout=0, filtered={}, quarantined={REASON: 1}),
+        tokens=0,
+        text_bytes=0,
+        documents=None,
+        index=None,
+        candidates=None,
+        quarantine=entry,
+        cross_checked=0,
+        failed=why,
+        versions=settings.versions,
+    )
+    storage.create(manifest.path, manifest.to_json())
+    return manifest
+
+
+def _main() -> None:
+    """The child: dies with its parent, and of more memory than a unit can need rather than of the whole node's."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    resource.setrlimit(resource.RLIMIT_DATA, (CHILD_MEMORY_BYTES, CHILD_MEMORY_BYTES))
+    settings, unit = pickle.load(sys.stdin.buffer)
+    tokenize_unit(settings, unit)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,205 @@
+"""One unit's documents -> rows of one layout -> pack manifest.
+
+Reads the document shard (page checksums verified), leaves out held-out documents and copies, packs, writes. A pack is
+named by its documents, what was left out and the layout: another sequence length packs again without tokenizing, and a
+unit that later versions of the dataset do not touch keeps its pack.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.packing import Packer, Piece, Row
+from data_prep.records import PackManifest, UnitManifest, shard_path
+from data_prep.resolve import read_duplicates, read_index
+from data_prep.tokenize_unit import token_dtype
+from data_prep.writer import PackedWriter, put_packed, token_buffer
+from pipeline.config.schema import DataConfig, StorageConfig
+from pipeline.manifest import DocumentCounts, TokenizerManifest, digest_of
+from pipeline.storage import Storage, open_storage
+
+LAYOUT_KEYS = ("sequence_length", "packing", "max_documents_per_row", "rows_per_group", "groups_per_file", "zstd_level")
+
+
+@dataclass(frozen=True)
+class PackSettings:
+    storage: StorageConfig
+    data: DataConfig
+    tokenizer: TokenizerManifest
+    heldout_hashes: str  # path: 16-byte hashes, sorted, of all sources
+
+
+@dataclass(frozen=True)
+class PackTask:
+    unit: str  # path of the unit's manifest
+    place: int  # of the unit among its source's, in order of precedence
+    units: int
+    heldout: tuple[int, ...]  # ordinals chosen for the held-out split
+    duplicates: tuple[str, ...]  # paths of the source's partitions; none: duplicates stay
+
+
+@dataclass(frozen=True)
+class _Excluded:
+    ordinals: np.ndarray  # int64, sorted: everything left out
+    heldout: int
+    counts: dict[str, int]  # by filter
+
+
+def layout(data: DataConfig) -> dict[str, Any]:
+    """The settings that decide the bytes of packed rows."""
+    return data.model_dump(mode="json", include=set(LAYOUT_KEYS))
+
+
+def pack_unit(settings: PackSettings, task: PackTask) -> PackManifest:
+    """The committed manifest; at once if the pack is done already."""
+    pa.set_cpu_count(1)
+    storage = open_storage(settings.storage)
+    unit = UnitManifest.model_validate_json(storage.read(task.unit))
+    excluded = _excluded(storage, settings, task, unit)
+    identity = {
+        "unit": unit.id,
+        "documents": unit.documents.sha256 if unit.documents else None,
+        "excluded": hashlib.sha256(excluded.ordinals.astype("<i8").tobytes()).hexdigest(),
+        "heldout": excluded.heldout,
+        "layout": layout(settings.data),
+        "eos_id": settings.tokenizer.eos_id,
+    }
+    pack_id = digest_of(identity)[:32]
+    done = storage.read_or_none(shard_path("packs", pack_id, ".json"))
+    if done is not None:
+        return PackManifest.model_validate_json(done)
+    data = settings.data
+    with tempfile.TemporaryDirectory(prefix="pack-") as folder:
+        writer = packed_writer(Path(folder), pack_id, settings)
+        text_bytes = _pack(
+            storage,
+            unit,
+            excluded.ordinals,
+            Packer(data.sequence_length, data.packing, data.max_documents_per_row),
+            writer,
+        )
+        writer.close()
+        packed = tuple(put_packed(storage, pack_id, file) for file in writer.files)
+        rest = put_packed(storage, pack_id, writer.rest) if writer.rest else None
+    filtered = {name: count for name, count in {**unit.counts.filtered, **excluded.counts}.items() if count}
+    counts = DocumentCounts(
+        docs_in=unit.counts.docs_in,
+        docs_out=unit.counts.docs_out - len(excluded.ordinals),
+        heldout=excluded.heldout,
+        filtered=dict(sorted(filtered.items())),
+        quarantined=unit.counts.quarantined,
+    )
+    assert counts.balanced(), f"unit {unit.id}: documents were lost: {counts}"
+    manifest = PackManifest(
+        id=pack_id,
+        unit=unit.id,
+        unit_digest=unit.digest,
+        packed=packed,
+        rest=rest,
+        counts=counts,
+        padding=writer.padding,
+        text_bytes=text_bytes,
+    )
+    storage.create(manifest.path, manifest.to_json())
+    return manifest
+
+
+def packed_writer(folder: Path, name: str, settings: PackSettings) -> PackedWriter:
+    return PackedWriter(
+        folder,
+        name,
+        settings.data.sequence_length,
+        token_dtype(settings.tokenizer.vocab_size),
+        fill=settings.tokenizer.eos_id,
+        rows_per_group=settings.data.rows_per_group,
+        groups_per_file=settings.data.groups_per_file,
+        zstd_level=settings.data.zstd_level,
+    )
+
+
+def _excluded(storage: Storage, settings: PackSettings, task: PackTask, unit: UnitManifest) -> _Excluded:
+    """Held-out documents, then copies of held-out documents (of any source), then copies within the source."""
+    chosen = np.array(sorted(task.heldout), np.int64)
+    copies = np.zeros(0, np.int64)
+    if unit.index is not None:
+        heldout = np.frombuffer(storage.read(settings.heldout_hashes), ">u8").reshape(-1, 2)
+        if len(heldout):
+            records = read_index(storage, unit.index.path)
+            suspects = records[np.isin(records["high"], heldout[:, 0].astype("<u8"))]
+            known = {(int(high), int(low)) for high, low in heldout}
+            same = [int(record["ordinal"]) for record in suspects if (int(record["high"]), int(record["low"])) in known]
+            copies = np.setdiff1d(np.array(same, np.int64), chosen)
+    parts = [read_duplicates(storage, path, task.place, task.units) for path in task.duplicates]
+    duplicates = np.concatenate([np.zeros(0, np.int64), *parts])
+    duplicates = np.setdiff1d(duplicates, np.concatenate([chosen, copies]))
+    ordinals = np.sort(np.concatenate([chosen, copies, duplicates]))
+    return _Excluded(ordinals, len(chosen), {"heldout_copy": len(copies), "exact_duplicate": len(duplicates)})
+
+
+def _pack(storage: Storage, unit: UnitManifest, excluded: np.ndarray, packer: Packer, writer: PackedWriter) -> int:
+    """Stream the shard through the packer. Returns the text bytes of the documents packed."""
+    first, text_bytes = 0, 0
+    held: dict[int, np.ndarray] = {}  # tokens of documents that rows still open refer to
+    for tokens, offsets, n_bytes in _windows(storage, unit, writer.dtype):
+        count = len(offsets) - 1
+        lengths = np.diff(offsets) + 1  # EOS
+        left_out = excluded[np.searchsorted(excluded, first) : np.searchsorted(excluded, first + count)] - first
+        lengths[left_out] = 0
+        n_bytes[left_out] = 0
+        text_bytes += int(n_bytes.sum())
+        rows = packer.add(first, lengths.tolist())
+        window = _Window(first, tokens, offsets.tolist(), held)
+        for row in rows:
+            writer.add(_row_tokens(row, window.document), [piece.length for piece in row.pieces])
+        held = {number: window.document(number).copy() for number in packer.open_documents}
+        first += count
+    assert first == unit.counts.docs_out, (
+        f"{unit.id}: {first} documents in the shard, {unit.counts.docs_out} in the manifest"
+    )
+    for row in packer.finish():
+        writer.add(_row_tokens(row, held.__getitem__), [piece.length for piece in row.pieces])
+    return text_bytes
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Documents first, first + 1, ... of a row group, and earlier ones that open rows hold."""
+
+    first: int
+    tokens: np.ndarray
+    offsets: list[int]
+    held: dict[int, np.ndarray]
+
+    def document(self, number: int) -> np.ndarray:
+        if number < self.first:
+            return self.held[number]
+        return self.tokens[self.offsets[number - self.first] : self.offsets[number - self.first + 1]]
+
+
+def _row_tokens(row: Row, document: Any) -> Iterator[np.ndarray]:
+    """Tokens of each piece; the EOS that ends a document is the writer's fill."""
+    piece: Piece
+    for piece in row.pieces:
+        yield document(piece.document)[piece.start : piece.start + piece.length]
+
+
+def _windows(storage: Storage, unit: UnitManifest, dtype: Any) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Row group after row group: tokens, offsets [n + 1], n_bytes [n]."""
+    if unit.documents is None:
+        return
+    with storage.open(unit.documents.path) as file:
+        parquet = pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=True)
+        for group in range(parquet.metadata.num_row_groups):
+            table = parquet.read_row_group(group, columns=["tokens", "n_bytes"], use_threads=False).combine_chunks()
+            if table.num_rows:
+                tokens, offsets = token_buffer(table["tokens"].chunk(0), dtype)
+                yield tokens, offsets, table["n_bytes"].to_numpy().copy()

@@ -1,0 +1,355 @@
+"""Raw files to a committed dataset: list, plan, tokenizer, tokenize units, resolve, pack units, gather rests, commit.
+
+Every step writes objects named by what they were made from, and commits them by a conditional create; what is committed is
+never done again. So the same call, after any crash, finishes the work with the same bytes, and several runs at once
+converge. `dataset.json` comes last; its digest does not depend on where the storage is, nor on who did what when.
+
+Raises ConfigError (one line, naming the key) before any work for a corpus, tokenizer or storage that cannot be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from data_prep.attempts import tokenize_guarded
+from data_prep.listing import InputFile, list_source, source_root
+from data_prep.mapping import MapUnits, map_in_process
+from data_prep.pack_unit import PackSettings, PackTask, layout, pack_unit
+from data_prep.plan import FORMAT_VERSION, Unit, plan_source, unit_settings
+from data_prep.readers import row_group_bytes
+from data_prep.records import (
+    PackManifest,
+    Plan,
+    PrepareProgress,
+    Report,
+    TailManifest,
+    UnitManifest,
+    dataset_path,
+    plan_path,
+    shard_path,
+)
+from data_prep.resolve import Heldout, choose_heldout, find_duplicates, partitions_of
+from data_prep.tail import TailTask, build_tail, tail_tasks
+from data_prep.tokenize_unit import TokenizeSettings, open_input, token_dtype
+from data_prep.tokenizer_stage import ensure_tokenizer, tokenizer_identity
+from pipeline.config.schema import RunConfig, SourceConfig
+from pipeline.manifest import DatasetManifest, DocumentCounts, SourceManifest, digest_of
+from pipeline.storage import Storage
+
+LIBRARIES = ("pyarrow", "gigatoken", "tokenizers")  # whose versions decide bytes
+
+
+def identity(config: RunConfig, storage: Storage) -> str:
+    """Digest of the listing and of every setting that decides the dataset: known in seconds, without doing the work."""
+    return _identity(config, _list(config))
+
+
+def prepare(
+    config: RunConfig,
+    storage: Storage,
+    *,
+    map_units: MapUnits = map_in_process,
+    report: Report = lambda _progress: None,
+) -> DatasetManifest:
+    """The committed dataset of this configuration and corpus; returns at once if it exists."""
+    listings = _list(config)
+    dataset_identity = _identity(config, listings)
+    done = storage.read_or_none(dataset_path(dataset_identity))
+    if done is not None:
+        return DatasetManifest.model_validate_json(done)
+    plan = _plan(config, storage, listings, dataset_identity, report)
+    units = [Unit.from_json(value) for value in plan.units]
+    tokenized = _tokenize(config, plan, units, map_units, report)
+    heldout, packed = _resolve_and_pack(config, storage, plan, units, tokenized, map_units, report)
+    tails = _tails(config, plan, units, packed, map_units, report)
+    dataset = _dataset(config, plan, units, tokenized, heldout, packed, tails)
+    storage.create(dataset_path(dataset_identity), dataset.to_json())
+    storage.sweep("datasets")
+    return DatasetManifest.model_validate_json(storage.read(dataset_path(dataset_identity)))
+
+
+def _list(config: RunConfig) -> dict[str, list[InputFile]]:
+    return {
+        source.name: list_source(source, index, config.storage) for index, source in enumerate(config.corpus.sources)
+    }
+
+
+def _identity(config: RunConfig, listings: dict[str, list[InputFile]]) -> str:
+    sources = {}
+    for source in config.corpus.sources:
+        settings = unit_settings(source, config.corpus, "")
+        settings["drop_exact_duplicates"] = source.filters.drop_exact_duplicates
+        sources[source.name] = {
+            "settings": settings,
+            "files": [dataclasses.astuple(file) for file in listings[source.name]],
+        }
+    parts = {
+        "format_version": FORMAT_VERSION,
+        "sources": sources,
+        "unit_bytes": config.corpus.unit_bytes,
+        "tokenizer": tokenizer_identity(config),
+        "layout": layout(config.data),
+        "versions": _versions(),
+    }
+    return digest_of(parts)[:32]
+
+
+def _versions() -> dict[str, str]:
+    return {"format": str(FORMAT_VERSION), **{name: importlib.metadata.version(name) for name in LIBRARIES}}
+
+
+# -- plan ------------------------------------------------------------------------------------------------------------
+
+
+def _plan(
+    config: RunConfig, storage: Storage, listings: dict[str, list[InputFile]], dataset_identity: str, report: Report
+) -> Plan:
+    """The plan that was committed for this identity, or a new one. Of concurrent planners the first one's holds."""
+    path = plan_path(dataset_identity)
+    done = storage.read_or_none(path)
+    if done is None:
+        report(PrepareProgress("tokenizer", 0, 1, 0, 0, 0, 0, 0.0))
+        tokenizer = ensure_tokenizer(config, storage, listings)
+        known = _known_units(storage)
+        units: list[Unit] = []
+        for source in config.corpus.sources:
+            settings = unit_settings(source, config.corpus, tokenizer.sha256)
+            groups = partial(_row_group_bytes, source, config)
+            units += plan_source(source, listings[source.name], config.corpus.unit_bytes, settings, known, groups)
+        plan = Plan(identity=dataset_identity, tokenizer=tokenizer, units=tuple(unit.to_json() for unit in units))
+        storage.create(path, plan.to_json())
+        done = storage.read(path)
+    return Plan.model_validate_json(done)
+
+
+def _known_units(storage: Storage) -> list[Unit]:
+    """Units of earlier plans here, larger plans first: a later version of a dataset contains the earlier ones."""
+    plans = [json.loads(storage.read(entry.path)) for entry in storage.list("datasets/plans")]
+    plans.sort(key=lambda plan: (-len(plan["units"]), plan["identity"]))
+    units = [Unit.from_json(value) for plan in plans for value in plan["units"]]
+    return list({unit.id: unit for unit in reversed(units)}.values())[::-1]
+
+
+def _row_group_bytes(source: SourceConfig, config: RunConfig, path: str) -> list[int] | None:
+    with open_input(source_root(source), path, config.storage) as file:
+        return row_group_bytes(file)
+
+
+# -- units -----------------------------------------------------------------------------------------------------------
+
+
+def _mapped(
+    phase: str,
+    function: Callable[[Any], Any],
+    items: Sequence[Any],
+    map_units: MapUnits,
+    report: Report,
+    measure: Callable[[Any], tuple[int, int, int, bool]],
+) -> list[Any]:
+    """Results in the items' order, with progress. `measure`: documents, text bytes, tokens of a result, and whether it failed."""
+    results: list[Any] = [None] * len(items)
+    documents = text_bytes = tokens = failed = 0
+    start = time.monotonic()
+    report(PrepareProgress(phase, 0, len(items), 0, 0, 0, 0, 0.0))
+    for count, (index, result) in enumerate(map_units(function, items), start=1):
+        results[index] = result
+        more = measure(result)
+        documents, text_bytes, tokens, failed = (
+            documents + more[0],
+            text_bytes + more[1],
+            tokens + more[2],
+            failed + more[3],
+        )
+        report(
+            PrepareProgress(phase, count, len(items), failed, documents, text_bytes, tokens, time.monotonic() - start)
+        )
+    assert all(result is not None for result in results), f"{phase}: units are missing from the results"
+    return results
+
+
+def _tokenize(
+    config: RunConfig, plan: Plan, units: list[Unit], map_units: MapUnits, report: Report
+) -> list[UnitManifest]:
+    settings = {}
+    for source in config.corpus.sources:
+        settings[source.name] = TokenizeSettings(
+            storage=config.storage,
+            root=source_root(source),
+            source=source,
+            tokenizer=plan.tokenizer,
+            heldout_fraction=config.corpus.heldout_fraction,
+            heldout_max_documents=config.corpus.heldout_max_documents,
+            max_document_bytes=config.corpus.max_document_bytes,
+            unit_settings=unit_settings(source, config.corpus, plan.tokenizer.sha256),
+            versions=_versions(),
+        )
+
+    def measure(value: dict[str, Any]) -> tuple[int, int, int, bool]:
+        return value["counts"]["docs_in"], value["text_bytes"], value["tokens"], bool(value["failed"])
+
+    found = _mapped("tokenize", partial(_tokenize_unit, settings), units, map_units, report, measure)
+    return [UnitManifest.model_validate(value) for value in found]
+
+
+def _tokenize_unit(settings: dict[str, TokenizeSettings], unit: Unit) -> dict[str, Any]:
+    return tokenize_guarded(settings[unit.source], unit).model_dump(mode="json")
+
+
+def _resolve_and_pack(
+    config: RunConfig,
+    storage: Storage,
+    plan: Plan,
+    units: list[Unit],
+    tokenized: list[UnitManifest],
+    map_units: MapUnits,
+    report: Report,
+) -> tuple[dict[str, Heldout], list[PackManifest]]:
+    folder = _resolved(plan)
+    heldout: dict[str, Heldout] = {}
+    partitions: dict[str, list[Any]] = {}
+    places: dict[str, list[int]] = {}  # of a source's units in the plan
+    for source in config.corpus.sources:
+        mine = places[source.name] = [place for place, unit in enumerate(units) if unit.source == source.name]
+        manifests, generations = [tokenized[place] for place in mine], [units[place].generation for place in mine]
+        heldout[source.name] = choose_heldout(
+            storage, source.name, manifests, generations, config.corpus.heldout_max_documents, plan.tokenizer
+        )
+        dedup = source.filters.drop_exact_duplicates
+        partitions[source.name] = partitions_of(source.name, manifests, folder) if dedup else []
+    hashes = sorted(frozenset().union(*(chosen.hashes for chosen in heldout.values())))
+    storage.write(f"{folder}/heldout.hashes", b"".join(hashes))
+    every = [partition for found in partitions.values() for partition in found]
+    _mapped("resolve", partial(find_duplicates, config.storage), every, map_units, report, lambda _: (0, 0, 0, False))
+
+    tasks: list[PackTask] = []
+    for place, unit in enumerate(units):
+        mine = places[unit.source]
+        tasks.append(
+            PackTask(
+                unit=shard_path("units", unit.id, ".json"),
+                place=place - mine[0],
+                units=len(mine),
+                heldout=tuple(heldout[unit.source].chosen.get(unit.id, ())),
+                duplicates=tuple(partition.output for partition in partitions[unit.source]),
+            )
+        )
+    settings = _pack_settings(config, plan)
+
+    def measure(value: dict[str, Any]) -> tuple[int, int, int, bool]:
+        return value["counts"]["docs_out"], value["text_bytes"], _tokens(value["packed"]), False
+
+    found = _mapped("pack", partial(_pack_unit, settings), tasks, map_units, report, measure)
+    return heldout, [PackManifest.model_validate(value) for value in found]
+
+
+def _pack_unit(settings: PackSettings, task: PackTask) -> dict[str, Any]:
+    return pack_unit(settings, task).model_dump(mode="json")
+
+
+def _resolved(plan: Plan) -> str:
+    return f"datasets/{plan.identity}/resolved"
+
+
+def _pack_settings(config: RunConfig, plan: Plan) -> PackSettings:
+    return PackSettings(config.storage, config.data, plan.tokenizer, f"{_resolved(plan)}/heldout.hashes")
+
+
+def _tails(
+    config: RunConfig, plan: Plan, units: list[Unit], packed: list[PackManifest], map_units: MapUnits, report: Report
+) -> dict[str, list[TailManifest]]:
+    tasks: list[TailTask] = []
+    owners: list[str] = []
+    for source in config.corpus.sources:
+        mine = [place for place, unit in enumerate(units) if unit.source == source.name]
+        found = tail_tasks([packed[place] for place in mine], [units[place].generation for place in mine])
+        tasks += found
+        owners += [source.name] * len(found)
+
+    def measure(value: dict[str, Any]) -> tuple[int, int, int, bool]:
+        return 0, 0, _tokens(value["packed"]), False
+
+    built = _mapped("tail", partial(_build_tail, _pack_settings(config, plan)), tasks, map_units, report, measure)
+    tails: dict[str, list[TailManifest]] = {source.name: [] for source in config.corpus.sources}
+    for owner, value in zip(owners, built):
+        tails[owner].append(TailManifest.model_validate(value))
+    return tails
+
+
+def _build_tail(settings: PackSettings, task: TailTask) -> dict[str, Any]:
+    return build_tail(settings, task).model_dump(mode="json")
+
+
+def _tokens(files: list[dict[str, Any]]) -> int:
+    return sum(file["tokens"] for file in files)
+
+
+# -- commit ----------------------------------------------------------------------------------------------------------
+
+
+def _dataset(
+    config: RunConfig,
+    plan: Plan,
+    units: list[Unit],
+    tokenized: list[UnitManifest],
+    heldout: dict[str, Heldout],
+    packed: list[PackManifest],
+    tails: dict[str, list[TailManifest]],
+) -> DatasetManifest:
+    sources = []
+    for source in config.corpus.sources:
+        mine = [(tokenized[place], packed[place]) for place, unit in enumerate(units) if unit.source == source.name]
+        chosen = heldout[source.name].file
+        counts = total_counts([pack.counts for _, pack in mine])
+        assert counts.balanced(), f"{source.name}: documents were lost: {counts}"
+        assert counts.heldout == (chosen.documents if chosen else 0), f"{source.name}: held-out documents were lost"
+        files = [file for _, pack in mine for file in pack.packed]
+        files += [file for tail in tails[source.name] for file in tail.packed]
+        sources.append(
+            SourceManifest(
+                name=source.name,
+                packed=tuple(files),
+                heldout=(chosen,) if chosen else (),
+                documents=tuple(unit.documents for unit, _ in mine if unit.documents),
+                quarantine=tuple(unit.quarantine for unit, _ in mine if unit.quarantine),
+                failed_units=tuple(unit.id for unit, _ in mine if unit.failed),
+                counts=counts,
+                rows=sum(file.rows for file in files),
+                tokens=sum(file.tokens for file in files),
+                text_bytes=sum(pack.text_bytes for _, pack in mine),
+                dropped_rows=sum(tail.dropped_rows for tail in tails[source.name]),
+            )
+        )
+    return DatasetManifest(
+        identity=plan.identity,
+        tokenizer=plan.tokenizer,
+        token_dtype=token_dtype(plan.tokenizer.vocab_size).name,
+        sequence_length=config.data.sequence_length,
+        rows_per_group=config.data.rows_per_group,
+        sources=tuple(sources),
+        units=tuple(
+            sorted([pack.digest for pack in packed] + [tail.digest for found in tails.values() for tail in found])
+        ),
+        versions=_versions(),
+    )
+
+
+def total_counts(parts: Sequence[DocumentCounts]) -> DocumentCounts:
+    filtered: Counter[str] = Counter()
+    quarantined: Counter[str] = Counter()
+    for part in parts:
+        filtered.update(part.filtered)
+        quarantined.update(part.quarantined)
+    return DocumentCounts(
+        docs_in=sum(part.docs_in for part in parts),
+        docs_out=sum(part.docs_out for part in parts),
+        heldout=sum(part.heldout for part in parts),
+        filtered=dict(sorted(filtered.items())),
+        quarantined=dict(sorted(quarantined.items())),
+    )

@@ -1,0 +1,142 @@
+"""What the steps of prepare hand to each other, and where it lies in storage.
+
+```
+datasets/plans/<identity>.json            units of a dataset version, and its tokenizer
+datasets/documents/ab/<unit>.parquet      a unit's tokenized documents: tokens, doc_hash, n_bytes, doc_id
+datasets/documents/ab/<unit>.index        (hash, ordinal) of each, sorted: what finding duplicates reads
+datasets/documents/ab/<unit>.heldout.parquet   the unit's candidates for the held-out split
+datasets/quarantine/ab/<unit>.jsonl       records that could not be used: location, reason, excerpt
+datasets/units/ab/<unit>.json             commit of the above
+datasets/packed/ab/<pack>-00000.parquet   packed rows of a unit
+datasets/packed/ab/<pack>-rest.parquet    its last rows, short of a whole group
+datasets/packs/ab/<pack>.json             commit of the packed rows
+datasets/packed/ab/<tail>-00000.parquet   rests of many units, in whole groups
+datasets/tails/ab/<tail>.json             commit of these
+datasets/heldout/<source>-<digest>.parquet
+datasets/<identity>/dataset.json          commit of the dataset version
+```
+Units and packs are named by their content's identity and shared between dataset versions. `ab` are the first two hex
+digits: on S3 each is a prefix with its own request rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.manifest import DocumentCounts, FileEntry, PackedFile, Record, TokenizerManifest
+
+
+def shard_path(kind: str, name: str, suffix: str) -> str:
+    return f"datasets/{kind}/{name[:2]}/{name}{suffix}"
+
+
+def plan_path(identity: str) -> str:
+    return f"datasets/plans/{identity}.json"
+
+
+def dataset_path(identity: str) -> str:
+    return f"datasets/{identity}/dataset.json"
+
+
+class UnitManifest(Record):
+    """A unit's documents are tokenized. counts.docs_out are the documents in the shard: duplicates and held-out are still among them."""
+
+    id: str
+    source: str
+    slices: tuple[dict[str, Any], ...]
+    settings: dict[str, Any]
+    counts: DocumentCounts
+    tokens: int
+    text_bytes: int
+    documents: FileEntry | None
+    index: FileEntry | None
+    candidates: FileEntry | None
+    quarantine: FileEntry | None
+    cross_checked: int  # documents encoded by the second engine too, with equal ids
+    failed: str = ""  # not empty: why the whole unit is in quarantine
+    versions: dict[str, str]
+
+    @property
+    def path(self) -> str:
+        return shard_path("units", self.id, ".json")
+
+
+class PackManifest(Record):
+    """A unit's rows of one layout. counts are final: docs_in = docs_out + heldout + filtered + quarantined."""
+
+    id: str
+    unit: str
+    unit_digest: str
+    packed: tuple[PackedFile, ...]
+    rest: PackedFile | None  # the last rows, short of a whole group: for the tail
+    counts: DocumentCounts
+    padding: int  # tokens
+    text_bytes: int
+
+    @property
+    def path(self) -> str:
+        return shard_path("packs", self.id, ".json")
+
+
+class TailManifest(Record):
+    """The rests of up to 512 units, in whole groups. What still is short of one is dropped."""
+
+    id: str
+    rests: tuple[tuple[str, int], ...]  # path and rows of each, in order
+    packed: tuple[PackedFile, ...]
+    dropped_rows: int
+    dropped_tokens: int
+
+    @property
+    def path(self) -> str:
+        return shard_path("tails", self.id, ".json")
+
+
+class Plan(Record):
+    """`datasets/plans/<identity>.json`: written once, so that every run and restart of a dataset works on the same units."""
+
+    identity: str
+    tokenizer: TokenizerManifest
+    units: tuple[dict[str, Any], ...]  # Unit.to_json(), in order of precedence within a source
+
+
+@dataclass(frozen=True)
+class PrepareProgress:
+    """Where prepare stands. Rates are over the documents, bytes and tokens done in this run."""
+
+    phase: str  # tokenizer, tokenize, resolve, pack, tail
+    units_done: int
+    units_total: int
+    units_failed: int
+    documents: int
+    text_bytes: int
+    tokens: int
+    seconds: float  # of this phase
+
+    @property
+    def megabytes_per_second(self) -> float:
+        return self.text_bytes / 1e6 / max(self.seconds, 1e-9)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(self.seconds, 1e-9)
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Of this phase, None before the first unit."""
+        left = self.units_total - self.units_done
+        return self.seconds / self.units_done * left if self.units_done else None
+
+    def line(self) -> str:
+        eta = "" if self.eta_seconds is None else f", {self.eta_seconds:.0f} s left"
+        failed = f", {self.units_failed} failed" if self.units_failed else ""
+        return (
+            f"{self.phase}: {self.units_done}/{self.units_total} units{failed}, {self.documents:,} documents, "
+            f"{self.text_bytes / 1e6:,.1f} MB ({self.megabytes_per_second:.1f} MB/s), {self.tokens / 1e6:,.2f} M tokens "
+            f"({self.tokens_per_second / 1e6:.2f} M/s){eta}"
+        )
+
+
+Report = Callable[[PrepareProgress], None]

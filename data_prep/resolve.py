@@ -1,0 +1,167 @@
+"""What no unit can see alone: the held-out split of a source, and exact duplicates across its units.
+
+Precedence of equal documents: older generation, then order of the plan, then position in the unit; the first stays. That
+does not depend on which unit was done first, and adding files never takes away an older unit's document.
+
+Held-out: candidates are the documents whose hash falls under the fraction; of each source at most
+`heldout_max_documents` are chosen, older generations first, then the smallest hashes. Copies of a chosen document, in any
+source, are never trained on.
+
+Duplicates: every unit has an index sorted by hash. A partition is a range of leading hash bytes; it reads that range of
+every index of the source (ranged reads), sorts, and writes for every unit the ordinals of its documents that are copies.
+Memory: about 60 bytes a document of the partition; partitions are sized to hold PARTITION_DOCUMENTS.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.records import UnitManifest
+from data_prep.tokenize_unit import INDEX_DTYPE, token_dtype
+from data_prep.writer import DOCUMENT_ZSTD_LEVEL, parquet_writer, put
+from pipeline.config.schema import StorageConfig
+from pipeline.manifest import HeldoutFile, TokenizerManifest, digest_of
+from pipeline.storage import Storage, open_storage
+
+PARTITION_DOCUMENTS = 4_000_000
+READ_THREADS = 16
+TABLE_BYTES = 257 * 4
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Leading hash bytes [low, high) of a source."""
+
+    source: str
+    indexes: tuple[str, ...]  # paths, in order of precedence; "" for a unit without documents
+    low: int
+    high: int
+    output: str  # path
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """The chosen documents of one source, as committed."""
+
+    file: HeldoutFile | None
+    hashes: frozenset[bytes]
+    chosen: dict[str, list[int]]  # unit id -> ordinals
+
+
+def partitions_of(source: str, units: Sequence[UnitManifest], folder: str) -> list[Partition]:
+    """A power of two of equal hash ranges. Files are named after what they were made from."""
+    documents = sum(unit.counts.docs_out for unit in units)
+    count = 1
+    while count < 256 and documents > count * PARTITION_DOCUMENTS:
+        count *= 2
+    paths = tuple(unit.index.path if unit.index else "" for unit in units)
+    made_from = digest_of([unit.index.sha256 if unit.index else "" for unit in units])[:16]
+    edges = [256 * part // count for part in range(count + 1)]
+    return [
+        Partition(source, paths, low, high, f"{folder}/{source}-{made_from}-{low:02x}-{high:03x}.duplicates")
+        for low, high in zip(edges, edges[1:])
+    ]
+
+
+def find_duplicates(storage_config: StorageConfig, partition: Partition) -> str:
+    """Write the partition's file: uint64 offsets [units + 1], then uint32 ordinals by unit. Returns its path."""
+    storage = open_storage(storage_config)
+    if storage.exists(partition.output):
+        return partition.output
+
+    def load(path: str) -> np.ndarray:
+        return read_index(storage, path, partition.low, partition.high) if path else np.zeros(0, INDEX_DTYPE)
+
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        parts = list(pool.map(load, partition.indexes))
+    records = np.concatenate(parts) if parts else np.zeros(0, INDEX_DTYPE)
+    unit_of = np.repeat(np.arange(len(parts), dtype=np.uint32), [len(part) for part in parts])
+    order = np.lexsort((records["low"], records["high"]))  # stable: equal hashes stay in order of precedence
+    high, low = records["high"][order], records["low"][order]
+    copy = np.zeros(len(order), bool)
+    copy[1:] = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
+    copies = order[copy]
+    units, ordinals = unit_of[copies], records["ordinal"][copies]
+    arranged = np.lexsort((ordinals, units))
+    offsets = np.searchsorted(units[arranged], np.arange(len(parts) + 1)).astype("<u8")
+    storage.write(partition.output, offsets.tobytes() + ordinals[arranged].astype("<u4").tobytes())
+    return partition.output
+
+
+def read_index(storage: Storage, path: str, low: int = 0, high: int = 256) -> np.ndarray:
+    """Records of an index whose leading hash byte is in [low, high)."""
+    with storage.open(path) as file:
+        table = np.frombuffer(file.read(TABLE_BYTES), "<u4")
+        file.seek(TABLE_BYTES + int(table[low]) * INDEX_DTYPE.itemsize)
+        return np.frombuffer(file.read(int(table[high] - table[low]) * INDEX_DTYPE.itemsize), INDEX_DTYPE)
+
+
+def read_duplicates(storage: Storage, path: str, unit: int, units: int) -> np.ndarray:
+    """Ordinals (int64, sorted) of the copies in the unit with that place in the plan."""
+    with storage.open(path) as file:
+        file.seek(unit * 8)
+        start, stop = (int(value) for value in np.frombuffer(file.read(16), "<u8"))
+        file.seek((units + 1) * 8 + start * 4)
+        return np.frombuffer(file.read((stop - start) * 4), "<u4").astype(np.int64)
+
+
+def choose_heldout(
+    storage: Storage,
+    source: str,
+    units: Sequence[UnitManifest],
+    generations: Sequence[int],
+    max_documents: int,
+    tokenizer: TokenizerManifest,
+) -> Heldout:
+    """Choose, and write `datasets/heldout/<source>-<digest>.parquet` (tokens, n_bytes, doc_id; ordered by hash)."""
+
+    def load(unit: UnitManifest) -> pa.Table:
+        assert unit.candidates is not None
+        with storage.open(unit.candidates.path) as file:
+            return pq.read_table(file, page_checksum_verification=True)
+
+    with_candidates = [place for place, unit in enumerate(units) if unit.candidates]
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        tables = dict(zip(with_candidates, pool.map(load, [units[place] for place in with_candidates])))
+    ranked = sorted(
+        (generations[place], doc_hash, place, row)
+        for place, table in tables.items()
+        for row, doc_hash in enumerate(table["doc_hash"].to_pylist())
+    )
+    chosen: dict[bytes, tuple[int, int]] = {}
+    for _, doc_hash, place, row in ranked:
+        if doc_hash not in chosen and len(chosen) < max_documents:
+            chosen[doc_hash] = (place, row)
+    if not chosen:
+        return Heldout(None, frozenset(), {})
+    ordinals: dict[str, list[int]] = {}
+    slices = []
+    for doc_hash in sorted(chosen):
+        place, row = chosen[doc_hash]
+        ordinals.setdefault(units[place].id, []).append(tables[place]["ordinal"][row].as_py())
+        slices.append(tables[place].slice(row, 1))
+    table = pa.concat_tables(slices).combine_chunks()
+    digest = hashlib.sha256(tokenizer.sha256.encode() + b"".join(sorted(chosen))).hexdigest()[:16]
+    with TemporaryDirectory(prefix="heldout-") as folder:
+        local = Path(folder) / "heldout.parquet"
+        columns = table.select(["tokens", "n_bytes", "doc_id"])
+        with parquet_writer(local, columns.schema, DOCUMENT_ZSTD_LEVEL) as writer:
+            writer.write_table(columns)
+        entry = put(storage, local, f"datasets/heldout/{source}-{digest}.parquet")
+    itemsize = token_dtype(tokenizer.vocab_size).itemsize
+    file = HeldoutFile(
+        **entry.model_dump(),
+        documents=table.num_rows,
+        tokens=sum(map(len, table["tokens"].to_pylist())) // itemsize,
+        text_bytes=sum(table["n_bytes"].to_pylist()),
+    )
+    return Heldout(file, frozenset(chosen), ordinals)

@@ -1,0 +1,305 @@
+"""One unit: records -> filters -> token ids -> document shard, index, held-out candidates, quarantine -> unit manifest.
+
+A pure function of the unit, the settings and the tokenizer; whoever runs it, and however often, writes the same bytes, and
+the manifest is created last. Memory: one batch of text (8 MB, or one document), its ids, one row group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+
+from data_prep.filters import rejected_by
+from data_prep.plan import Unit
+from data_prep.readers import ReaderSettings, Record, read_slice
+from data_prep.records import UnitManifest, shard_path
+from data_prep.writer import DOCUMENT_SCHEMA, DOCUMENT_ZSTD_LEVEL, document_table, parquet_writer, put
+from pipeline.config.schema import SourceConfig, StorageConfig
+from pipeline.manifest import DocumentCounts, TokenizerManifest
+from pipeline.storage import Storage, filesystem, open_storage
+from pipeline.tokenizer import Encoder
+
+BATCH_BYTES = 8 * 1024 * 1024
+BATCH_DOCUMENTS = 8192
+GROUP_TOKENS = 4 * 1024 * 1024  # of a row group of documents
+CROSS_CHECK_ONE_IN = 1000  # documents, and the first of every unit
+CROSS_CHECK_BYTES = 1024 * 1024  # larger documents are not cross-checked
+INDEX_DTYPE = np.dtype([("high", "<u8"), ("low", "<u8"), ("ordinal", "<u4")])  # 20 bytes, sorted
+S3_READ_BYTES = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class TokenizeSettings:
+    """What every unit of a source has in common."""
+
+    storage: StorageConfig
+    root: str  # of the source
+    source: SourceConfig
+    tokenizer: TokenizerManifest
+    heldout_fraction: float
+    heldout_max_documents: int
+    max_document_bytes: int
+    unit_settings: dict[str, Any]
+    versions: dict[str, str]
+
+
+@dataclass
+class _Unit:
+    """What accumulates while a unit is read."""
+
+    docs_in: int = 0
+    filtered: Counter[str] = field(default_factory=Counter)
+    quarantined: Counter[str] = field(default_factory=Counter)
+    hashes: list[bytes] = field(default_factory=list)
+    tokens: int = 0
+    text_bytes: int = 0
+    cross_checked: int = 0
+    candidates: list[tuple[bytes, int, np.ndarray, int, str]] = field(
+        default_factory=list
+    )  # hash, ordinal, ids, n_bytes, doc_id
+
+
+def token_dtype(vocab_size: int) -> Any:
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+def is_heldout_candidate(doc_hash: bytes, fraction: float) -> bool:
+    """A property of the document's bytes alone, so copies agree and new files change nothing."""
+    return int.from_bytes(doc_hash[:8], "big") < int(fraction * 2.0**64)
+
+
+def document_hash(text: bytes) -> bytes:
+    return hashlib.sha256(text).digest()[:16]
+
+
+@lru_cache(maxsize=1)
+def load_encoder(storage: StorageConfig, folder: str, sha256: str) -> Encoder:
+    """One per process: loading takes about a second for 163,840 tokens. `sha256` is that of its tokenizer.json."""
+    encoder = Encoder.load(folder, open_storage(storage))
+    if encoder.sha256 != sha256:
+        raise ValueError(
+            f"{folder}/tokenizer.json has sha256 {encoder.sha256}, but the dataset's tokenizer has {sha256}"
+        )
+    return encoder
+
+
+def tokenize_unit(settings: TokenizeSettings, unit: Unit) -> UnitManifest:
+    """The committed manifest; at once if the unit is done already."""
+    pa.set_cpu_count(1)
+    storage = open_storage(settings.storage)
+    done = storage.read_or_none(shard_path("units", unit.id, ".json"))
+    if done is not None:
+        return UnitManifest.model_validate_json(done)
+    encoder = load_encoder(settings.storage, settings.tokenizer.folder, settings.tokenizer.sha256)
+    state = _Unit()
+    with tempfile.TemporaryDirectory(prefix="unit-") as folder:
+        documents = _Documents(Path(folder) / "documents.parquet", settings.tokenizer.vocab_size)
+        with (Path(folder) / "quarantine.jsonl").open("wb") as quarantine:
+            for batch in _batches(_usable(_records(settings, unit), state, settings, quarantine)):
+                _encode(batch, encoder, documents, state, settings)
+        documents.close()
+        manifest = _commit(storage, unit, settings, state, documents, Path(folder))
+    return manifest
+
+
+def _records(settings: TokenizeSettings, unit: Unit) -> Iterator[Record]:
+    source = settings.source
+    reader = ReaderSettings(source.format, source.text_field, source.id_field, settings.max_document_bytes)
+    for part in unit.slices:
+        with open_input(settings.root, part.path, settings.storage) as file:
+            if _size(file) != part.bytes:
+                raise RuntimeError(
+                    f"{settings.root}/{part.path} is not the file that was listed any more; run prepare again"
+                )
+            yield from read_slice(part, file, reader)
+
+
+def open_input(root: str, path: str, storage: StorageConfig) -> IO[bytes]:
+    """Binary and seekable; on S3 ranged reads, ahead of the reader."""
+    fs = filesystem(root, storage)
+    key = f"{root.removeprefix('s3://')}/{path}"
+    file: IO[bytes] = fs.open(key, "rb", block_size=S3_READ_BYTES) if root.startswith("s3://") else fs.open(key, "rb")
+    return file
+
+
+def _size(file: IO[bytes]) -> int:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    return size
+
+
+def _usable(
+    records: Iterator[Record], state: _Unit, settings: TokenizeSettings, quarantine: IO[bytes]
+) -> Iterator[Record]:
+    """Count every record; pass on those that are fit to tokenize."""
+    filters = settings.source.filters
+    for record in records:
+        state.docs_in += 1
+        if record.reason:
+            state.quarantined[record.reason] += 1
+            line = {
+                "location": record.location,
+                "reason": record.reason,
+                "excerpt": record.excerpt.decode("utf-8", errors="backslashreplace"),
+            }
+            quarantine.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+        elif rejection := rejected_by(record.text, filters):
+            state.filtered[rejection] += 1
+        else:
+            yield record
+
+
+def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
+    batch: list[Record] = []
+    size = 0
+    for record in records:
+        if batch and (size + len(record.text) > BATCH_BYTES or len(batch) == BATCH_DOCUMENTS):
+            yield batch
+            batch, size = [], 0
+        batch.append(record)
+        size += len(record.text)
+    if batch:
+        yield batch
+
+
+def _encode(
+    batch: list[Record], encoder: Encoder, documents: _Documents, state: _Unit, settings: TokenizeSettings
+) -> None:
+    texts = [record.text for record in batch]
+    ids, offsets = encoder.encode(texts)
+    assert not len(ids) or int(ids.max()) < settings.tokenizer.vocab_size, "an id outside the vocabulary"
+    hashes = [document_hash(text) for text in texts]
+    for index, doc_hash in enumerate(hashes):
+        if int.from_bytes(doc_hash[8:], "big") % CROSS_CHECK_ONE_IN == 0 or (not state.hashes and index == 0):
+            _cross_check(batch[index], ids[offsets[index] : offsets[index + 1]], encoder, state)
+        if is_heldout_candidate(doc_hash, settings.heldout_fraction):
+            tokens = ids[offsets[index] : offsets[index + 1]].astype(documents.dtype)
+            state.candidates.append(
+                (doc_hash, len(state.hashes) + index, tokens, len(texts[index]), batch[index].doc_id)
+            )
+    if len(state.candidates) > 2 * settings.heldout_max_documents:
+        state.candidates = _smallest(state.candidates, settings.heldout_max_documents)
+    sizes = [len(text) for text in texts]
+    documents.add(ids, offsets, hashes, sizes, [record.doc_id for record in batch])
+    state.hashes += hashes
+    state.tokens += len(ids)
+    state.text_bytes += sum(sizes)
+    encoder.recycle()
+
+
+def _cross_check(record: Record, ids: np.ndarray, encoder: Encoder, state: _Unit) -> None:
+    if len(record.text) > CROSS_CHECK_BYTES:
+        return
+    expected = encoder.check(record.text)
+    if not np.array_equal(ids, expected):
+        at = next((i for i, (a, b) in enumerate(zip(ids, expected)) if a != b), min(len(ids), len(expected)))
+        raise RuntimeError(
+            f"{record.location}: the two encoders disagree from token {at} on ({len(ids)} and {len(expected)} tokens); "
+            "nothing of this unit is committed. Report the document to gigatoken or fastokens"
+        )
+    state.cross_checked += 1
+
+
+def _smallest(candidates: list[Any], count: int) -> list[Any]:
+    return sorted(candidates, key=lambda candidate: candidate[:2])[:count]
+
+
+class _Documents:
+    """The document shard under construction: row groups of about GROUP_TOKENS tokens."""
+
+    def __init__(self, path: Path, vocab_size: int) -> None:
+        self.path = path
+        self.dtype = token_dtype(vocab_size)
+        self._writer = parquet_writer(path, DOCUMENT_SCHEMA, DOCUMENT_ZSTD_LEVEL)
+        self._tables: list[pa.Table] = []
+        self._waiting = 0
+
+    def add(
+        self, ids: np.ndarray, offsets: np.ndarray, hashes: list[bytes], sizes: list[int], doc_ids: list[str]
+    ) -> None:
+        self._tables.append(document_table(ids.astype(self.dtype), offsets, hashes, sizes, doc_ids))
+        self._waiting += len(ids)
+        if self._waiting >= GROUP_TOKENS:
+            self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._writer.close()
+
+    def _flush(self) -> None:
+        if self._tables:
+            table = pa.concat_tables(self._tables).combine_chunks()
+            self._writer.write_table(table, row_group_size=max(1, table.num_rows))
+        self._tables, self._waiting = [], 0
+
+
+def _commit(
+    storage: Storage, unit: Unit, settings: TokenizeSettings, state: _Unit, documents: _Documents, folder: Path
+) -> UnitManifest:
+    entries: dict[str, Any] = {"documents": None, "index": None, "candidates": None, "quarantine": None}
+    if state.hashes:
+        (folder / "index").write_bytes(index_bytes(state.hashes))
+        entries["documents"] = put(storage, documents.path, shard_path("documents", unit.id, ".parquet"))
+        entries["index"] = put(storage, folder / "index", shard_path("documents", unit.id, ".index"))
+    if state.candidates:
+        path = folder / "candidates.parquet"
+        _write_candidates(path, _smallest(state.candidates, settings.heldout_max_documents))
+        entries["candidates"] = put(storage, path, shard_path("documents", unit.id, ".heldout.parquet"))
+    if state.quarantined:
+        entries["quarantine"] = put(storage, folder / "quarantine.jsonl", shard_path("quarantine", unit.id, ".jsonl"))
+    counts = DocumentCounts(
+        docs_in=state.docs_in,
+        docs_out=len(state.hashes),
+        heldout=0,
+        filtered=dict(sorted(state.filtered.items())),
+        quarantined=dict(sorted(state.quarantined.items())),
+    )
+    assert counts.balanced(), f"unit {unit.id}: documents were lost: {counts}"
+    manifest = UnitManifest(
+        id=unit.id,
+        source=unit.source,
+        slices=tuple(asdict(part) for part in unit.slices),
+        settings=settings.unit_settings,
+        counts=counts,
+        tokens=state.tokens,
+        text_bytes=state.text_bytes,
+        cross_checked=state.cross_checked,
+        versions=settings.versions,
+        **entries,
+    )
+    storage.create(manifest.path, manifest.to_json())
+    return manifest
+
+
+def index_bytes(hashes: list[bytes]) -> bytes:
+    """257 little-endian uint32 (first record of each leading byte, then the count), then INDEX_DTYPE records sorted by hash."""
+    halves = np.frombuffer(b"".join(hashes), ">u8").reshape(-1, 2)
+    records = np.empty(len(hashes), INDEX_DTYPE)
+    records["high"], records["low"], records["ordinal"] = halves[:, 0], halves[:, 1], np.arange(len(hashes))
+    records = records[np.lexsort((records["ordinal"], records["low"], records["high"]))]
+    first = np.searchsorted(records["high"] >> np.uint64(56), np.arange(257, dtype=np.uint64))
+    return first.astype("<u4").tobytes() + records.tobytes()
+
+
+def _write_candidates(path: Path, candidates: list[tuple[bytes, int, np.ndarray, int, str]]) -> None:
+    columns = {
+        "tokens": pa.array([tokens.tobytes() for _, _, tokens, _, _ in candidates], pa.binary()),
+        "n_bytes": pa.array([n_bytes for _, _, _, n_bytes, _ in candidates], pa.int64()),
+        "doc_id": pa.array([doc_id for *_, doc_id in candidates], pa.string()),
+        "doc_hash": pa.array([doc_hash for doc_hash, *_ in candidates], pa.binary(16)),
+        "ordinal": pa.array([ordinal for _, ordinal, *_ in candidates], pa.int64()),
+    }
+    table = pa.table(columns)
+    with parquet_writer(path, table.schema, DOCUMENT_ZSTD_LEVEL) as writer:
+        writer.write_table(table)

@@ -1,0 +1,173 @@
+"""The tokenizer of a dataset: loaded, or trained on a sample of the corpus, committed under `tokenizers/<identity>/`.
+
+A corpus that only grew keeps its tokenizer: one that was trained here with the same settings, on files that are all still
+in the corpus, is used again, so that old shards stay valid and a checkpoint's vocabulary stays the vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.filters import rejected_by
+from data_prep.listing import InputFile, hash_order, source_root
+from data_prep.plan import Slice
+from data_prep.readers import ReaderSettings, read_slice
+from data_prep.tokenize_unit import document_hash, is_heldout_candidate, open_input
+from pipeline.config.load import ConfigError, expand_path
+from pipeline.config.schema import RunConfig, SourceConfig
+from pipeline.manifest import FileEntry, TokenizerManifest, digest_of
+from pipeline.storage import Storage, filesystem
+from pipeline.tokenizer import Encoder, read_tokenizer, train_tokenizer
+from pipeline.tokenizer.files import CONFIG_JSON, RANK_FILE, TOKENIZER_JSON
+
+SMALLEST_SHARE = 64 * 1024  # bytes taken from one file of the sample, at least
+
+
+def tokenizer_identity(config: RunConfig) -> dict[str, Any]:
+    """What, beside the corpus, decides the tokenizer. Raises ConfigError if `tokenizer.path` holds none."""
+    settings = config.tokenizer.model_dump(mode="json", exclude={"path"})
+    if config.tokenizer.path is None:
+        weights = {source.name: source.weight for source in config.corpus.sources}
+        return {"settings": settings, "weights": weights}
+    names = {"eos_token": settings["eos_token"], "special_tokens": settings["special_tokens"]}
+    files = {name: hashlib.sha256(data).hexdigest() for name, data in _given_files(config).items()}
+    return {"settings": names, "files": files}
+
+
+def ensure_tokenizer(config: RunConfig, storage: Storage, listings: dict[str, list[InputFile]]) -> TokenizerManifest:
+    """The committed tokenizer; trains one if there is none yet."""
+    settings = tokenizer_identity(config)
+    training = None
+    if config.tokenizer.path is None:
+        training = {"settings": settings, "corpus": _corpus_of(config, listings)}
+        grown = _trained_on_less(storage, settings, training["corpus"])
+        if grown is not None:
+            return grown
+    identity = digest_of(training or settings)[:32]
+    folder = f"tokenizers/{identity}"
+    done = storage.read_or_none(f"{folder}/manifest.json")
+    if done is not None:
+        return TokenizerManifest.model_validate_json(done)
+    if training is None:
+        try:
+            files = read_tokenizer(_given_files(config), config.tokenizer)
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"tokenizer.path: {config.tokenizer.path}: {error}") from error
+    else:
+        files = train_tokenizer(sample(config, listings), config.tokenizer)
+    return _commit(storage, folder, files, training, config)
+
+
+def sample(config: RunConfig, listings: dict[str, list[InputFile]]) -> Iterator[str]:
+    """About `tokenizer.training_bytes` of text: of each source its weight's share, spread over its files in hash order.
+
+    Documents that could be held out are not looked at.
+    """
+    total = sum(source.weight for source in config.corpus.sources)
+    for source in config.corpus.sources:
+        budget = int(config.tokenizer.training_bytes * source.weight / total)
+        files = sorted((file for file in listings[source.name] if file.bytes), key=lambda file: hash_order(file.path))
+        share = max(budget // max(len(files), 1), min(budget // 64, 1 << 24), SMALLEST_SHARE)
+        for file in files:
+            if budget <= 0:
+                break
+            for text in _texts(config, source, file, min(share, budget)):
+                budget -= len(text)
+                yield text.decode()
+
+
+def _texts(config: RunConfig, source: SourceConfig, file: InputFile, budget: int) -> Iterator[bytes]:
+    reader = ReaderSettings(source.format, source.text_field, source.id_field, config.corpus.max_document_bytes)
+    with open_input(source_root(source), file.path, config.storage) as handle:
+        for record in read_slice(Slice(file.path, file.bytes, file.identity), handle, reader):
+            if record.reason or rejected_by(record.text, source.filters):
+                continue
+            if is_heldout_candidate(document_hash(record.text), config.corpus.heldout_fraction):
+                continue
+            text = record.text[:budget]
+            yield text if len(text) == len(record.text) else text.decode(errors="ignore").encode()
+            budget -= len(text)
+            if budget <= 0:
+                return
+
+
+def _corpus_of(config: RunConfig, listings: dict[str, list[InputFile]]) -> dict[str, Any]:
+    corpus = {}
+    for source in config.corpus.sources:
+        settings = source.model_dump(mode="json", include={"format", "text_field", "filters"})
+        corpus[source.name] = {
+            "settings": settings,
+            "files": {file.path: file.identity for file in listings[source.name]},
+        }
+    return {"sources": corpus, "heldout_fraction": config.corpus.heldout_fraction}
+
+
+def _trained_on_less(storage: Storage, settings: dict[str, Any], corpus: dict[str, Any]) -> TokenizerManifest | None:
+    """The tokenizer of the largest earlier corpus of which this one is a superset, if any."""
+    found = []
+    for entry in storage.list("tokenizers"):
+        if not entry.path.endswith("/training.json"):
+            continue
+        earlier = json.loads(storage.read(entry.path))
+        if earlier["settings"] != settings or earlier["corpus"]["heldout_fraction"] != corpus["heldout_fraction"]:
+            continue
+        sources = earlier["corpus"]["sources"]
+        if sources.keys() == corpus["sources"].keys() and all(
+            sources[name]["settings"] == now["settings"] and sources[name]["files"].items() <= now["files"].items()
+            for name, now in corpus["sources"].items()
+        ):
+            size = sum(len(source["files"]) for source in sources.values())
+            found.append((-size, entry.path))
+    for _, path in sorted(found):
+        manifest = storage.read_or_none(path.replace("training.json", "manifest.json"))
+        if manifest is not None:
+            return TokenizerManifest.model_validate_json(manifest)
+    return None
+
+
+def _commit(
+    storage: Storage, folder: str, files: dict[str, bytes], training: dict[str, Any] | None, config: RunConfig
+) -> TokenizerManifest:
+    encoder = Encoder(files)
+    if encoder.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: {config.model.vocab_size} is too small for the tokenizer's {encoder.vocab_size} ids; "
+            f"set it to at least {encoder.vocab_size}"
+        )
+    if training is not None:
+        storage.write(f"{folder}/training.json", json.dumps(training, indent=1, sort_keys=True).encode() + b"\n")
+    for name, data in files.items():
+        storage.write(f"{folder}/{name}", data)
+    manifest = TokenizerManifest(
+        folder=folder,
+        files=tuple(
+            FileEntry(path=f"{folder}/{name}", bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+            for name, data in sorted(files.items())
+        ),
+        vocab_size=encoder.vocab_size,
+        eos_id=encoder.eos_id,
+        special_tokens=encoder.special_tokens,
+        sha256=encoder.sha256,
+    )
+    storage.create(f"{folder}/manifest.json", manifest.to_json())
+    return manifest
+
+
+def _given_files(config: RunConfig) -> dict[str, bytes]:
+    """The tokenizer files at `tokenizer.path`, which may be a folder or one file."""
+    assert config.tokenizer.path is not None
+    path = expand_path(config.tokenizer.path).rstrip("/")
+    fs = filesystem(path, config.storage)
+    key = path.removeprefix("s3://")
+    names: Sequence[str] = (RANK_FILE, TOKENIZER_JSON, CONFIG_JSON)
+    if fs.isfile(key):
+        name = RANK_FILE if Path(key).suffix in {".model", ".tiktoken"} else TOKENIZER_JSON
+        return {name: fs.cat_file(key)}
+    found = {name: fs.cat_file(f"{key}/{name}") for name in names if fs.exists(f"{key}/{name}")}
+    if RANK_FILE not in found and TOKENIZER_JSON not in found:
+        raise ConfigError(f"tokenizer.path: {path} holds neither {TOKENIZER_JSON} nor {RANK_FILE}")
+    return found

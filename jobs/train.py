@@ -1,0 +1,139 @@
+"""The train stage on Ray: a `TorchTrainer` whose workers call the training core.
+
+Ray starts the worker group, joins it into a process group and starts it again when a worker dies. Nothing else is asked
+of it: checkpoints go straight from the ranks to storage and commit by their own manifest, so a restarted group simply
+calls `train` again, which continues from the newest one. `ray.train.report` is called once per committed checkpoint, on
+all ranks, for the dashboard; it carries no files, hence Ray's snapshot and our retention cannot disagree.
+
+A failure that a restart cannot cure (foreign checkpoint, too many skipped steps) is returned, not raised: raising would
+restart the group `cluster.max_failures` times. Whether the run is complete is read from storage by the driver.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import ray.train
+import torch
+from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from pipeline.config import schema
+from pipeline.config.load import validate
+from pipeline.dataset.order import check_demand
+from pipeline.manifest import CheckpointManifest, DatasetManifest, TrainManifest
+from pipeline.storage import Storage, open_storage
+from pipeline.training.checkpoint import ForeignCheckpoint, train_folder
+from pipeline.training.guard import TooManySkippedSteps
+from pipeline.training.metrics import TrainProgress
+from pipeline.training.trainer import TrainingStopped, train
+
+Report = Callable[[TrainProgress], None]
+
+
+class TrainingFailed(RuntimeError):
+    """Training ended without a complete run; the message says why."""
+
+
+def show(progress: TrainProgress) -> None:
+    print(
+        f"train: step {progress.step}/{progress.steps}  loss {progress.loss:.4f}  "
+        f"{progress.tokens_per_second:,.0f} tokens/s  {progress.eta_s:,.0f} s left",
+        flush=True,
+    )
+
+
+def train_with_ray(
+    config: schema.RunConfig, dataset: DatasetManifest, storage: Storage, report: Report = show
+) -> TrainManifest:
+    """Train the run to its end on the connected Ray cluster. `report` is called in the worker of rank 0.
+
+    Raises ValueError for wrong input, TrainingFailed (or Ray's own error, after `cluster.max_failures` restarts).
+    """
+    check_demand(config, dataset)
+    config = config.model_copy(update={"storage": storage.config.model_copy(update={"root": storage.root})})  # absolute
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # workers keep the job's working directory; Ray carries this one to them
+    cluster, folder = config.cluster, train_folder(config.run_id)
+    resources = {"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.use_gpu else {})}
+    trainer: Any = TorchTrainer(
+        cast(Any, _worker),
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "dataset": dataset.model_dump_json(),
+            "report": report,
+        },
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if cluster.use_gpu else "gloo", timeout_s=int(config.training.step_timeout_s)
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=config.parallelism.world_size, use_gpu=cluster.use_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=config.run_id,
+            storage_path=storage.key(f"{folder}/ray"),
+            storage_filesystem=PyFileSystem(FSSpecHandler(storage.fs)) if config.storage.is_s3 else LocalFileSystem(),
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+        ),
+    )
+    refusal = trainer.fit().return_value
+    if isinstance(refusal, str):
+        raise TrainingFailed(refusal)
+    data = storage.read_or_none(f"{folder}/manifest.json")
+    if data is None:
+        raise TrainingFailed(f"the workers ended, but {storage.uri(folder)}/manifest.json is not there")
+    return TrainManifest.model_validate_json(data)
+
+
+def _worker(arguments: dict[str, Any]) -> str | None:
+    """One rank. Returns why the run cannot go on, or None."""
+    config = validate(arguments["config"])
+    if not config.cluster.use_gpu:
+        torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    notice = PreemptionNotice(every=config.training.log_every)
+    try:
+        train(
+            config,
+            DatasetManifest.model_validate_json(arguments["dataset"]),
+            open_storage(config.storage),
+            report=arguments["report"],
+            on_checkpoint=_report_checkpoint,
+            should_stop=notice,
+        )
+    except (ForeignCheckpoint, TooManySkippedSteps) as error:
+        return str(error)
+    except TrainingStopped:
+        notice.wait_for_the_end()
+        raise
+    return None
+
+
+def _report_checkpoint(manifest: CheckpointManifest) -> None:
+    ray.train.report({"step": manifest.step, "tokens_seen": manifest.tokens_seen, "loss": manifest.loss})
+
+
+class PreemptionNotice:
+    """`should_stop` for nodes that are about to go: asked every step, asks Ray every `every`-th (a barrier of all ranks)."""
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        self._asked = 0
+        self._deadline = 0.0  # UNIX time
+
+    def __call__(self) -> bool:
+        self._asked += 1
+        if self._asked % self._every:
+            return False
+        info = ray.train.get_preemption_info()
+        if info is None:
+            return False
+        self._deadline = info.deadline_ms / 1000 if info.deadline_ms else time.time() + 120
+        return True
+
+    def wait_for_the_end(self) -> None:
+        """With the checkpoint safe, wait for Ray to take the group down: a preemption is no failure of the run."""
+        threading.Event().wait(max(0.0, self._deadline - time.time()) + 60)

@@ -1,0 +1,272 @@
+"""The checks of one file of a dataset. What is wrong is reported, not raised, and nothing is repaired.
+
+packed     rows and row groups as announced; tokens below the vocabulary's size; document lengths positive and within the
+           row; EOS at the ends of documents only; a piece without EOS (a long document goes on elsewhere) fills its row to
+           the end; padding is EOS; token count as announced; no held-out document (leakage.py)
+held-out   no EOS, tokens below the vocabulary's size, positive byte counts, totals as announced
+others     size and SHA-256 (tokenizer, document shards, quarantine)
+records    of the packs and tails that the dataset names by digest: document counts balanced, the unit's record as it was,
+           packed files those of the dataset, no row lost in a tail, one quarantine line per quarantined record
+
+A packed file is read once, row group by row group: SHA-256 of the whole, CRC-32 of each part, decoding, invariants. A
+finding names the row group where there is one. Memory: one row group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.dataset.leakage import HeldoutIndex
+from pipeline.dataset.packed_file import Block, CorruptBlock, Layout, fetch_range, read_footer, read_group
+from pipeline.manifest import DatasetManifest, DocumentCounts, FileEntry, HeldoutFile, PackedFile, digest_of
+from pipeline.storage import Storage
+
+PACKS, TAILS = "datasets/packs", "datasets/tails"  # where data_prep commits them: <first two digits>/<id>.json
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is not as the manifest says."""
+
+    path: str
+    row_group: int | None  # None: the file as a whole, or its footer
+    what: str
+
+    def __str__(self) -> str:
+        place = self.path if self.row_group is None else f"{self.path}: row group {self.row_group}"
+        return f"{place}: {self.what}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One file to check: `source` and `index` find it in the manifest (source -1: the tokenizer's, or all records whose
+    name begins with the hexadecimal digit `index`)."""
+
+    kind: Literal["packed", "heldout", "documents", "quarantine", "tokenizer", "records"]
+    source: int
+    index: int
+
+
+@dataclass
+class FileReport:
+    task: Task
+    path: str
+    bytes: int = 0
+    rows: int = 0
+    tokens: int = 0
+    documents: int = 0  # packed: that end here; held-out: all; records: that went in
+    records: int = 0
+    text_bytes: int = 0
+    findings: list[Finding] = field(default_factory=list)
+
+
+def check(dataset: DatasetManifest, heldout: HeldoutIndex, storage: Storage, task: Task) -> FileReport:
+    """Check one file; what is wrong is in the report, not raised."""
+    if task.kind == "records":
+        return _check_records(dataset, storage, task)
+    entry = _entry(dataset, task)
+    report = FileReport(task, entry.path)
+    try:
+        if isinstance(entry, PackedFile):
+            _check_packed(dataset, heldout, storage, entry, report)
+        elif isinstance(entry, HeldoutFile):
+            _check_heldout(dataset, storage, entry, report)
+        else:
+            _check_bytes(storage, entry, report)
+    except FileNotFoundError:
+        report.findings.append(Finding(entry.path, None, "the file is missing"))
+    return report
+
+
+def check_block(block: Block, eos_id: int, vocab_size: int) -> tuple[str, int]:
+    """What is wrong with the rows of a block ('' if nothing), and how many documents end in it. No loop over tokens."""
+    tokens, lengths = block.tokens, block.lengths.astype(np.int64)
+    rows, row_tokens = tokens.shape
+    row_of = np.repeat(np.arange(rows), np.diff(block.offsets))
+    used = np.bincount(row_of, weights=lengths, minlength=rows).astype(np.int64)
+    if (lengths <= 0).any():
+        return f"row {row_of[np.argmax(lengths <= 0)]}: a document of {lengths.min()} tokens", 0
+    if (used > row_tokens).any():
+        return f"row {np.argmax(used > row_tokens)}: documents of {used.max()} tokens in a row of {row_tokens}", 0
+    last = np.cumsum(lengths) - (np.cumsum(used) - used)[row_of] - 1  # column of each document's last token
+    is_end = np.zeros(tokens.shape, dtype=bool)
+    is_end[row_of, last] = True
+    padding = np.arange(row_tokens) >= used[:, None]
+    is_eos = tokens == eos_id
+    unfinished = is_end & ~is_eos
+    unfinished[:, -1] = False  # a document that goes on in another row fills this one
+    for wrong, what in (
+        (tokens >= vocab_size, f"token {tokens.max()} is outside the vocabulary of {vocab_size}"),
+        (is_eos & ~is_end & ~padding, "EOS inside a document"),
+        (padding & ~is_eos, "padding that is not EOS"),
+        (unfinished, "a document ends without EOS"),
+    ):
+        if wrong.any():
+            return f"row {np.argmax(wrong.any(axis=1))}: {what}", 0
+    return "", int((is_end & is_eos).sum())
+
+
+# -- files -------------------------------------------------------------------------------------------------------
+
+
+def _entry(dataset: DatasetManifest, task: Task) -> FileEntry:
+    if task.kind == "tokenizer":
+        return dataset.tokenizer.files[task.index]
+    files: tuple[FileEntry, ...] = getattr(dataset.sources[task.source], task.kind)
+    return files[task.index]
+
+
+def _check_bytes(storage: Storage, entry: FileEntry, report: FileReport) -> bool:
+    """Size and SHA-256 of the whole file."""
+    digest, size = hashlib.sha256(), 0
+    for chunk in _chunks(storage, entry.path):
+        digest.update(chunk)
+        size += len(chunk)
+    report.bytes = size
+    if size != entry.bytes:
+        report.findings.append(Finding(entry.path, None, f"{size} bytes, expected {entry.bytes}"))
+    elif digest.hexdigest() != entry.sha256:
+        report.findings.append(Finding(entry.path, None, f"SHA-256 is {digest.hexdigest()}, expected {entry.sha256}"))
+    return not report.findings
+
+
+def _check_packed(
+    dataset: DatasetManifest, heldout: HeldoutIndex, storage: Storage, entry: PackedFile, report: FileReport
+) -> None:
+    layout, digest = Layout.of(dataset), hashlib.sha256()
+
+    def fetch(start: int, stop: int) -> bytes:
+        return fetch_range(storage, entry, start, stop)
+
+    try:
+        footer = read_footer(fetch, entry, layout)
+    except CorruptBlock as error:
+        report.findings.append(Finding(entry.path, None, f"footer: {error.what}"))
+        return
+    for group in range(footer.metadata.num_row_groups):
+        try:
+            block, data = read_group(fetch, entry, layout, footer, group)
+        except CorruptBlock as error:
+            report.findings.append(Finding(entry.path, group, error.what))
+            continue
+        digest.update(data)
+        problem, ended = check_block(block, dataset.tokenizer.eos_id, dataset.tokenizer.vocab_size)
+        problem = problem or heldout.find(block)
+        if problem:
+            report.findings.append(Finding(entry.path, group, problem))
+        report.rows += len(block.tokens)
+        report.tokens += int(block.lengths.sum())
+        report.documents += ended
+    digest.update(fetch(footer.bounds[-1], entry.bytes))
+    report.bytes = entry.bytes
+    if report.findings:
+        return
+    if digest.hexdigest() != entry.sha256:
+        report.findings.append(Finding(entry.path, None, f"SHA-256 is {digest.hexdigest()}, expected {entry.sha256}"))
+    if report.tokens != entry.tokens:
+        report.findings.append(Finding(entry.path, None, f"{report.tokens} tokens, the manifest says {entry.tokens}"))
+
+
+def _check_heldout(dataset: DatasetManifest, storage: Storage, entry: HeldoutFile, report: FileReport) -> None:
+    if not _check_bytes(storage, entry, report):
+        return
+    width = np.dtype(dataset.token_dtype).itemsize
+    try:
+        file = pq.ParquetFile(io.BytesIO(storage.read(entry.path)), page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        report.findings.append(Finding(entry.path, None, str(error)))
+        return
+    for group in range(file.num_row_groups):
+        table = file.read_row_group(group, columns=["tokens", "n_bytes"], use_threads=False)
+        tokens = np.frombuffer(b"".join(table.column("tokens").to_pylist()), dtype=f"<u{width}")
+        n_bytes = table.column("n_bytes").to_numpy()
+        report.documents += len(table)
+        report.tokens += len(tokens)
+        report.text_bytes += int(n_bytes.sum())
+        if len(tokens) and int(tokens.max()) >= dataset.tokenizer.vocab_size:
+            report.findings.append(Finding(entry.path, group, f"token {tokens.max()} is outside the vocabulary"))
+        if (tokens == dataset.tokenizer.eos_id).any():
+            report.findings.append(Finding(entry.path, group, "a held-out document contains EOS"))
+        if len(n_bytes) and n_bytes.min() <= 0:
+            report.findings.append(Finding(entry.path, group, f"a held-out document of {n_bytes.min()} bytes"))
+    for name in ("documents", "tokens", "text_bytes"):
+        if getattr(report, name) != getattr(entry, name):
+            what = f"{getattr(report, name)} {name}, the manifest says {getattr(entry, name)}"
+            report.findings.append(Finding(entry.path, None, what))
+
+
+def _check_records(dataset: DatasetManifest, storage: Storage, task: Task) -> FileReport:
+    report = FileReport(task, f"{PACKS}/{task.index:x}*")
+    named, ours = set(dataset.units), {file for source in dataset.sources for file in source.packed}
+    for folder in (PACKS, TAILS):
+        for second in range(16):
+            for found in storage.list(f"{folder}/{task.index:x}{second:x}"):
+                data = storage.read(found.path)
+                report.bytes += len(data)
+                try:
+                    record = json.loads(data)
+                except ValueError as error:
+                    report.findings.append(Finding(found.path, None, str(error)))
+                    continue
+                if digest_of(record) in named:  # else of another dataset; a damaged one is missing from the total
+                    report.records += 1
+                    report.rows += sum(file["rows"] for file in record["packed"])
+                    problems = list(_foreign_files(record, ours))
+                    if folder == PACKS:
+                        report.documents += record["counts"]["docs_in"]
+                        problems += _check_pack(storage, record)
+                    else:
+                        problems += _check_tail(record)
+                    report.findings += [Finding(found.path, None, what) for what in problems]
+    return report
+
+
+def _foreign_files(record: dict[str, Any], ours: set[PackedFile]) -> Iterator[str]:
+    for file in record["packed"]:
+        if PackedFile(**file) not in ours:
+            yield f"{file['path']} is not among the dataset's files"
+
+
+def _check_tail(tail: dict[str, Any]) -> Iterator[str]:
+    rows = sum(rows for _, rows in tail["rests"])
+    kept = sum(file["rows"] for file in tail["packed"])
+    if rows != kept + tail["dropped_rows"]:
+        yield f"{rows} rows went in, {kept} came out and {tail['dropped_rows']} were dropped"
+
+
+def _check_pack(storage: Storage, pack: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the record of a pack, and with that of its unit."""
+    if not DocumentCounts(**pack["counts"]).balanced():
+        yield f"document counts do not balance: {pack['counts']}"
+    path = f"datasets/units/{pack['unit'][:2]}/{pack['unit']}.json"
+    data = storage.read_or_none(path)
+    if data is None:
+        yield f"{path} is missing"
+        return
+    try:
+        unit = json.loads(data)
+    except ValueError as error:
+        yield f"{path}: {error}"
+        return
+    if digest_of(unit) != pack["unit_digest"]:
+        yield f"{path} has digest {digest_of(unit)}, expected {pack['unit_digest']}"
+    elif unit["quarantine"] and not unit["failed"]:
+        lines = (storage.read_or_none(unit["quarantine"]["path"]) or b"").count(b"\n")
+        records = sum(unit["counts"]["quarantined"].values())
+        if lines != records:
+            yield f"{unit['quarantine']['path']} has {lines} lines for {records} quarantined records"
+
+
+def _chunks(storage: Storage, path: str, size: int = 8 << 20) -> Iterator[bytes]:
+    with storage.open(path) as file:
+        while chunk := file.read(size):
+            yield chunk

@@ -1,0 +1,142 @@
+"""The mixture-of-experts layer: route, sort rows by expert, dispatch, three grouped matmuls, combine, add shared experts.
+
+Routed experts are SwiGLU MLPs held as stacks [E, out, in] and run by grouped matmuls (pipeline/model/grouped.py): one
+call a projection, whatever the loads. Rows are sorted by expert with a permutation; going and coming back are gathers in both
+directions (no scatter-add), so results do not depend on the order of atomics. The shared experts are one ungated MLP
+of n_shared x F.
+
+Every row that reaches the experts belongs to one of them; no padding rows exist. An expert without rows gets a zero
+gradient.
+
+Legend: N tokens, K experts per token, M = N*K rows (after dispatch: the rows of this rank's experts), E experts (e of
+them here), D hidden, F expert width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.config.schema import ModelConfig
+from pipeline.model.grouped import ALIGNMENT, grouped_linear
+from pipeline.model.router import Router
+from pipeline.parallel.dispatch import LocalDispatch
+from pipeline.parallel.local import local_tensor
+
+
+class Dispatcher(Protocol):
+    """Brings rows to the ranks that hold their experts and back (pipeline/parallel/dispatch.py)."""
+
+    def dispatch(self, x_MD: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """Rows sorted by expert -> rows grouped by local expert, tokens per local expert, a handle for the way back."""
+
+    def combine(self, x_MD: Tensor, handle: Any) -> Tensor:
+        """Rows grouped by local expert -> the sorted rows that `dispatch` was given."""
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate x) * up x)."""
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, width, bias=False)
+        self.up_proj = nn.Linear(hidden, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Experts(nn.Module):
+    """All routed experts of a layer. Under expert parallelism the parameters hold this rank's slice of the stacks."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        E, D, F_ = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        for field, size in (("hidden_size", D), ("moe_intermediate_size", F_)):
+            if size % ALIGNMENT:
+                raise ValueError(
+                    f"{field} {size} must be a multiple of {ALIGNMENT}: grouped matmuls take rows of whole 16 bytes"
+                )
+        self.gate_proj = nn.Parameter(torch.empty(E, F_, D))
+        self.up_proj = nn.Parameter(torch.empty(E, F_, D))
+        self.down_proj = nn.Parameter(torch.empty(E, D, F_))
+        self.dispatcher: Dispatcher = LocalDispatch()
+
+    def forward(self, x_MD: Tensor, counts_E: Tensor) -> Tensor:
+        """Rows sorted by expert -> the same rows through their experts."""
+        rows_MD, counts_e, handle = self.dispatcher.dispatch(x_MD, counts_E)
+        offsets_e = counts_e.cumsum(0).int()
+        gate_MF = grouped_linear(rows_MD, local_tensor(self.gate_proj), offsets_e)
+        up_MF = grouped_linear(rows_MD, local_tensor(self.up_proj), offsets_e)
+        out_MD = grouped_linear(F.silu(gate_MF) * up_MF, local_tensor(self.down_proj), offsets_e)
+        return self.dispatcher.combine(out_MD, handle)
+
+
+class MoEOutput(NamedTuple):
+    x_BSD: Tensor
+    aux_loss: Tensor
+    tokens_per_expert_E: Tensor
+
+
+class MoE(nn.Module):
+    """x_BSD -> sum of the chosen experts, weighted, plus the shared experts."""
+
+    def __init__(self, config: ModelConfig, aux_loss_weight: float) -> None:
+        super().__init__()
+        self.router = Router(config, aux_loss_weight)
+        self.experts = Experts(config)
+        self.shared_experts = MLP(config.hidden_size, config.shared_intermediate_size)
+
+    def forward(self, x_BSD: Tensor) -> MoEOutput:
+        routing = self.router(x_BSD)
+        x_ND = x_BSD.flatten(0, 1)
+        order_M = routing.experts_NK.flatten().argsort(stable=True)
+        inverse_M = torch.empty_like(order_M)
+        inverse_M[order_M] = torch.arange(order_M.numel(), device=order_M.device)
+        rows_MD = SortRows.apply(x_ND, order_M, inverse_M)
+        out_MD = self.experts(rows_MD, routing.tokens_per_expert_E)
+        routed_ND = WeightedSum.apply(out_MD, routing.weights_NK, order_M, inverse_M)
+        shared_BSD = self.shared_experts(x_BSD)
+        return MoEOutput(shared_BSD + routed_ND.view_as(x_BSD), routing.aux_loss, routing.tokens_per_expert_E)
+
+
+class SortRows(torch.autograd.Function):
+    """rows_MD = x_ND[order // K]: each token once per chosen expert, sorted by expert. Backward gathers and sums over K."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, order_M: Tensor, inverse_M: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_M)
+        ctx.tokens = x_ND.shape[0]
+        K = order_M.numel() // max(x_ND.shape[0], 1)
+        return x_ND.index_select(0, order_M // max(K, 1))
+
+    @staticmethod
+    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None]:
+        (inverse_M,) = ctx.saved_tensors
+        D = grad_MD.shape[-1]
+        K = inverse_M.numel() // max(ctx.tokens, 1)
+        return grad_MD.index_select(0, inverse_M).view(ctx.tokens, K, D).sum(1), None, None
+
+
+class WeightedSum(torch.autograd.Function):
+    """y_ND[n] = sum over k of weights_NK[n, k] * rows_MD[row of (n, k)], products in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_MD: Tensor, weights_NK: Tensor, order_M: Tensor, inverse_M: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_MD, weights_NK, order_M)
+        N, K = weights_NK.shape
+        rows_NKD = rows_MD.index_select(0, inverse_M).view(N, K, rows_MD.shape[-1])
+        return (rows_NKD * weights_NK.unsqueeze(-1)).sum(1).to(rows_MD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        rows_MD, weights_NK, order_M = ctx.saved_tensors
+        grad_MD = grad_ND.index_select(0, order_M // weights_NK.shape[1])
+        grad_rows_MD = (grad_MD * weights_NK.flatten()[order_M].unsqueeze(-1)).to(rows_MD.dtype)
+        grad_weights_M = torch.empty_like(weights_NK).flatten()
+        grad_weights_M[order_M] = (rows_MD * grad_MD).sum(-1, dtype=weights_NK.dtype)
+        return grad_rows_MD, grad_weights_M.view_as(weights_NK), None, None

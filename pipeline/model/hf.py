@@ -1,0 +1,183 @@
+"""Weights in and out under the Hugging Face names of `DeepseekV3ForCausalLM`.
+
+Ours differ in two places: the experts of a layer are one stack [E, out, in] instead of E matrices, and the router is
+`mlp.router` instead of `mlp.gate`. Everything else is `model.` + our name, `lm_head` excepted.
+
+Both ways are streamed. Import reads, for each parameter, only what this rank keeps of it (for expert stacks: single
+experts; else the tensor, of which a shard is kept). Export gathers one parameter at a time; with sharded parameters
+every rank must walk through `hf_tensors` to the end, because each gather is a collective.
+
+A folder must hold exactly the model's tensors. Rotary `inv_freq` buffers, which older exports contain, are ignored.
+The router bias is fp32 here; the release stores it in bf16.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from pipeline.config.schema import ModelConfig
+from pipeline.model.moonlight import Moonlight
+from pipeline.model.safetensors import TensorFiles
+from pipeline.parallel.local import local_part, local_tensor
+from pipeline.storage import Storage
+
+NAMES_SHOWN = 5
+
+
+def hf_name(name: str) -> str:
+    """Our name of a tensor -> the Hugging Face name; of an expert stack -> a pattern with `{expert}`."""
+    if name.startswith("lm_head."):
+        return name
+    name = "model." + name.replace(".mlp.router.", ".mlp.gate.")
+    head, experts, projection = name.partition(".mlp.experts.")
+    return f"{head}.mlp.experts.{{expert}}.{projection}.weight" if experts else name
+
+
+def hf_tensors(model: Moonlight) -> Iterator[tuple[str, Tensor]]:
+    """All (name, full tensor) of the export, in the order of the model's state; dtypes as they are in the model.
+
+    Tensors may share memory with the model: copy what you keep. Collective if the model is sharded.
+    """
+    for name, tensor in _state(model):
+        yield from hf_split(name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+
+
+def hf_split(name: str, full: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What one of our tensors is in the export: itself under its other name, or one matrix an expert."""
+    if full.dim() == 3:
+        for expert, matrix in enumerate(full):
+            yield hf_name(name).format(expert=expert), matrix
+    else:
+        yield hf_name(name), full
+
+
+def hf_shapes(model: Moonlight) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every exported tensor; the model may be on the meta device."""
+    return {
+        hf: tuple(part.shape)
+        for name, tensor in _state(model)
+        for hf, part in hf_split(name, torch.empty(tensor.shape, device="meta"))
+    }
+
+
+@torch.no_grad()
+def load_hf(model: Moonlight, folder: str | Path, storage: Storage | None = None) -> None:
+    """Fill the model from the safetensors files of `folder`: local, or below the root of `storage`.
+
+    Raises ValueError that names the tensor, what was found and expected, and the remedy, before anything is changed.
+    """
+    source = _open_folder(folder, storage)
+    _check(hf_shapes(model), source, str(folder))
+    for name, tensor in _state(model):
+        target, part = local_tensor(tensor), local_part(tensor)
+        if tensor.dim() == 3:
+            for row, expert in enumerate(range(tensor.shape[0])[part[0]]):
+                target[row].copy_(source.read(hf_name(name).format(expert=expert))[part[1:]])
+        elif target.numel():
+            target.copy_(source.read(hf_name(name))[part])
+
+
+def hf_config(
+    config: ModelConfig, *, bos_token_id: int | None, eos_token_id: int, dtype: str = "bfloat16"
+) -> dict[str, Any]:
+    """config.json of the export: everything `transformers` needs to build the same network, and nothing of the run."""
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+        "ep_size": 1,
+        "first_k_dense_replace": config.first_k_dense_replace,
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "initializer_range": config.initializer_range,
+        "intermediate_size": config.intermediate_size,
+        "kv_lora_rank": config.kv_lora_rank,
+        "max_position_embeddings": config.max_position_embeddings,
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "moe_layer_freq": 1,
+        "n_group": 1,
+        "n_routed_experts": config.n_routed_experts,
+        "n_shared_experts": config.n_shared_experts,
+        "norm_topk_prob": config.norm_topk_prob,
+        "num_attention_heads": config.num_attention_heads,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_key_value_heads": config.num_attention_heads,
+        "num_nextn_predict_layers": 0,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": config.qk_nope_head_dim,
+        "qk_rope_head_dim": config.qk_rope_head_dim,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_interleave": True,
+        "rope_scaling": None,
+        "rope_theta": config.rope_theta,
+        "routed_scaling_factor": config.routed_scaling_factor,
+        "scoring_func": "sigmoid",
+        "tie_word_embeddings": False,
+        "topk_group": 1,
+        "topk_method": "noaux_tc",
+        "torch_dtype": dtype,
+        "use_cache": True,
+        "v_head_dim": config.v_head_dim,
+        "vocab_size": config.vocab_size,
+    }
+
+
+def _state(model: Moonlight) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and router biases, layer by layer."""
+    yield from model.state_dict().items()
+
+
+def _open_folder(folder: str | Path, storage: Storage | None) -> TensorFiles:
+    def read(name: str) -> IO[bytes]:
+        return (Path(folder) / name).open("rb") if storage is None else storage.open(f"{folder}/{name}")
+
+    if storage is None:
+        found = sorted(path.name for path in Path(folder).iterdir()) if Path(folder).is_dir() else []
+    else:
+        found = [info.path.removeprefix(f"{folder}/") for info in storage.list(str(folder))]
+    if "model.safetensors.index.json" in found:
+        with read("model.safetensors.index.json") as index:
+            files = sorted(set(json.load(index)["weight_map"].values()))
+        missing = sorted(set(files) - set(found))
+        if missing:
+            raise ValueError(
+                f"{folder}: {missing[0]} is named in model.safetensors.index.json but not there; fetch it again"
+            )
+    else:
+        files = [name for name in found if name.endswith(".safetensors")]
+    if not files:
+        raise ValueError(f"{folder}: no *.safetensors file; give a Hugging Face model folder")
+    return TensorFiles(files, read)
+
+
+def _check(expected: dict[str, tuple[int, ...]], source: TensorFiles, folder: str) -> None:
+    found = {name: e.shape for name, e in source.entries.items() if not name.endswith("rotary_emb.inv_freq")}
+    remedy = "check that the model section of the config describes this folder's network"
+    if missing := sorted(set(expected) - set(found)):
+        raise ValueError(
+            f"{folder}: {len(missing)} tensors are missing: {_some(missing)}; expected {missing[0]} of shape "
+            f"{list(expected[missing[0]])}; fetch all shards, or {remedy}"
+        )
+    if extra := sorted(set(found) - set(expected)):
+        raise ValueError(
+            f"{folder}: {len(extra)} tensors are not part of the model: {_some(extra)}; found {extra[0]} of shape "
+            f"{list(found[extra[0]])}; {remedy}"
+        )
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise ValueError(f"{folder}: {name} has shape {list(found[name])}, expected {list(shape)}; {remedy}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")

@@ -1,0 +1,81 @@
+"""Sigmoid router with a selection bias (DeepSeek-V3, arXiv 2412.19437, section 2.1.2, as Moonlight uses it).
+
+Scores are s = sigmoid(W x), in fp32. The top k of s + b choose the experts; b is the selection bias. What an expert
+weighs comes from the *unbiased* scores of the chosen: w = factor * s / (sum of chosen s + 1e-20). So the bias moves
+load between experts and never touches the output of a given choice. No gradient reaches it: once per optimizer step
+`update_router_bias` moves it by the rate u against the sign of each expert's excess load, mean-centred so that the sum
+of the biases, hence their size, cannot drift (MoonshotAI/Moonlight issue 21).
+
+A small sequence-wise loss keeps single sequences balanced (the same paper, equations 17-20):
+    alpha * mean over sequences of  sum_e f_e P_e,   f_e = E / (k S) * (tokens of the sequence routed to e),
+    P_e = mean over the sequence of s_e / sum_j s_j.
+f counts the experts that were really chosen, bias included.
+
+Legend: N tokens = B sequences x S, D hidden, E experts, K chosen per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.config.schema import ModelConfig
+
+
+class Routing(NamedTuple):
+    experts_NK: Tensor  # int64
+    weights_NK: Tensor  # fp32, sums to the routed scaling factor where normalised
+    tokens_per_expert_E: Tensor  # int64
+    aux_loss: Tensor  # fp32 scalar, already weighted
+
+
+class Router(nn.Module):
+    def __init__(self, config: ModelConfig, aux_loss_weight: float) -> None:
+        super().__init__()
+        experts = config.n_routed_experts
+        self.top_k = config.num_experts_per_tok
+        self.normalise = config.norm_topk_prob
+        self.factor = config.routed_scaling_factor
+        self.aux_loss_weight = aux_loss_weight
+        self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
+        self.e_score_correction_bias: Tensor
+        self.tokens_per_expert: Tensor
+        self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32))
+        # Summed by Moonlight.forward over the micro-batches of a step; outside the blocks, so that a block recomputed
+        # under activation checkpointing does not count its tokens twice.
+        self.register_buffer("tokens_per_expert", torch.zeros(experts, dtype=torch.int64), persistent=False)
+
+    def forward(self, x_BSD: Tensor) -> Routing:
+        B, S, D = x_BSD.shape
+        E = self.weight.shape[0]
+        scores_NE = F.linear(x_BSD.reshape(-1, D).float(), self.weight.float()).sigmoid()
+        experts_NK = (scores_NE.detach() + self.e_score_correction_bias).topk(self.top_k, dim=-1, sorted=False).indices
+        chosen_NK = scores_NE.gather(1, experts_NK)
+        if self.normalise:
+            chosen_NK = chosen_NK / (chosen_NK.sum(-1, keepdim=True) + 1e-20)
+        counts_BE = torch.zeros(B, E, dtype=torch.int64, device=x_BSD.device)
+        counts_BE.scatter_add_(1, experts_NK.view(B, -1), torch.ones_like(experts_NK).view(B, -1))
+        aux_loss = scores_NE.new_zeros(())
+        if self.aux_loss_weight > 0:
+            load_BE = counts_BE * (E / (self.top_k * S))
+            share_BE = (scores_NE / scores_NE.sum(-1, keepdim=True)).view(B, S, E).mean(1)
+            aux_loss = self.aux_loss_weight * (load_BE * share_BE).sum(-1).mean()
+        return Routing(experts_NK, chosen_NK * self.factor, counts_BE.sum(0), aux_loss)
+
+
+@torch.no_grad()
+def update_router_bias(model: nn.Module, counts_per_layer: Mapping[str, Tensor], rate: float | Tensor) -> None:
+    """b += rate * (sign(mean load - load) - mean of those signs), once per optimizer step.
+
+    `counts_per_layer` maps the name of a router (`layers.3.mlp.router`) to its tokens per expert of the whole step,
+    already summed over ranks and micro-batches. A layer that saw no token keeps its bias.
+    """
+    for name, counts_E in counts_per_layer.items():
+        bias_E = model.get_buffer(f"{name}.e_score_correction_bias")
+        load_E = counts_E.to(bias_E)
+        direction_E = (load_E.mean() - load_E).sign()
+        bias_E += rate * (direction_E - direction_E.mean())

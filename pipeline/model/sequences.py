@@ -1,0 +1,81 @@
+"""Which tokens of a packed batch see each other, and where each token stands in its document.
+
+A row of a batch is either one causal sequence or several documents laid end to end (`doc_lens`). With documents,
+attention is block-diagonal and positions restart at every document, so a row gives exactly what its documents would
+give one by one. What follows the last document of a row is padding; it forms a document of its own.
+
+Built once per forward pass and shared by all layers. The mask form depends on the device: CUDA takes cumulative
+document lengths (variable-length attention, no S x S memory); the CPU takes a boolean mask, S^2 bytes a row.
+
+B rows, S tokens a row, R rotary dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceLayout:
+    """A plain object, not a pytree: FSDP's mixed precision must not cast the rotary tables to bf16."""
+
+    cos: Tensor  # [S, R/2], or [B, S, R/2] with documents; fp32
+    sin: Tensor
+    mask_B1SS: Tensor | None = None  # True where a query (row) may look at a key (column); CPU with documents
+    document_ends: Tensor | None = None  # [documents + 1] int32, cumulative over all rows; CUDA with documents
+    longest_document: int = 0
+
+
+def sequence_layout(
+    batch: int,
+    length: int,
+    doc_lens: Sequence[Sequence[int]] | None,
+    *,
+    rope_dim: int,
+    rope_theta: float,
+    device: torch.device,
+) -> SequenceLayout:
+    """The layout of `batch` rows of `length` tokens. Raises ValueError if the documents of a row do not fit in it."""
+    rows = None if doc_lens is None else _complete(doc_lens, batch, length)
+    if rows is None or all(len(row) == 1 for row in rows):
+        cos, sin = rotary_tables(torch.arange(length, device=device), rope_dim, rope_theta)
+        return SequenceLayout(cos, sin)
+    lengths = torch.tensor([n for row in rows for n in row], dtype=torch.int64)
+    ends = lengths.cumsum(0)
+    starts = ends - lengths
+    positions = torch.arange(batch * length) - starts.repeat_interleave(lengths)
+    cos, sin = rotary_tables(positions.view(batch, length).to(device), rope_dim, rope_theta)
+    if device.type == "cuda":
+        zero = torch.zeros(1, dtype=torch.int64)
+        return SequenceLayout(
+            cos, sin, document_ends=torch.cat([zero, ends]).int().to(device), longest_document=int(lengths.max())
+        )
+    document_BS = torch.arange(len(lengths)).repeat_interleave(lengths).view(batch, length)
+    same_BSS = document_BS[:, :, None] == document_BS[:, None, :]
+    return SequenceLayout(cos, sin, mask_B1SS=same_BSS.tril_().unsqueeze(1).to(device))
+
+
+def rotary_tables(positions: Tensor, rope_dim: int, rope_theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of position x frequency, frequency i = theta^(-2i/R); shape positions.shape + [R/2], fp32."""
+    exponents = torch.arange(0, rope_dim, 2, device=positions.device, dtype=torch.float32) / rope_dim
+    angles = positions.float().unsqueeze(-1) * (1.0 / rope_theta**exponents)
+    return angles.cos(), angles.sin()
+
+
+def _complete(doc_lens: Sequence[Sequence[int]], batch: int, length: int) -> list[list[int]]:
+    """Document lengths per row with the padding added as a last document."""
+    if len(doc_lens) != batch:
+        raise ValueError(f"doc_lens: {len(doc_lens)} rows given for a batch of {batch}; give one list of lengths a row")
+    rows = []
+    for index, row in enumerate(doc_lens):
+        used = sum(row)
+        if used > length or any(n <= 0 for n in row):
+            raise ValueError(
+                f"doc_lens[{index}]: {list(row)} must be positive and sum to at most the row's {length} tokens"
+            )
+        rows.append([*row, length - used] if used < length else list(row))
+    return rows

@@ -1,0 +1,151 @@
+"""FSDP2 and expert parallelism applied to a Moonlight on the meta device, and its initialisation shard by shard.
+
+Order: experts over `ep`, checkpointing and compilation set per block, then `fully_shard` from the inside out.
+Allocation (`to_empty`) and values (`reset_parameters`, a checkpoint, an import) come after, so no rank ever holds more
+than its shards plus one tensor.
+
+    experts stack [E, ...]   Shard(0) over `ep` (whole experts), then over `efsdp` by Shard(0); where efsdp * ep > E, so
+                             that ranks would stay without an expert, by Shard(1): every rank holds a slice of each
+    everything else          Shard(0) over `shard`, copied over `replicate`
+    units of gathering       embedding, each block with its experts, and (final norm + head) together
+
+A block is one unit with two groups of parameters, each with its own mesh, rather than a unit for the experts inside of
+the block's: hooks of an inner unit would run in the middle of what activation checkpointing recomputes, where weights
+that are prefetched, or not, make the recomputation differ from the forward pass (selective checkpointing refuses that).
+
+Gradients are summed, never averaged, in every group (`loss` is already divided by the global token count), and with
+plain SUM, which gloo has, rather than the pre-multiplied sum of NCCL. An expert's gradient needs no other factor: the
+all-to-all brings it the tokens of all ranks of its ep group, and efsdp and replicate groups add the rest.
+
+Mixed precision is FSDP2's: fp32 shards (the optimizer's masters), bf16 gathered weights and activations, fp32
+reduction. Sources: PyTorch FSDP2; torchtitan's measurements of explicit prefetch order for mixtures of experts
+(issues #1581, #1968): the host waits for token counts inside each block, so implicit prefetch comes too late on CUDA.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+from torch.distributed.tensor import DTensor, Shard
+
+from pipeline.config.schema import TrainingConfig
+from pipeline.model.block import Block
+from pipeline.model.experts import Experts, MoE
+from pipeline.model.moonlight import Moonlight
+from pipeline.parallel.dispatch import AllToAllDispatch
+from pipeline.parallel.mesh import Meshes
+
+Placement = Shard | ShardPlacementResult
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def compute_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype:
+    """The dtype of gathered weights and activations: bf16 on CUDA and fp32 elsewhere unless the configuration says."""
+    if training.compute_dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[training.compute_dtype]
+
+
+def shard_model(model: Moonlight, meshes: Meshes, training: TrainingConfig, device: torch.device) -> None:
+    """Shard `model` (on the meta device) in place. Without meshes only checkpointing and compilation are applied.
+
+    Raises ValueError where an expert stack cannot be cut evenly, or reduced precision is asked of an unsharded model.
+    """
+    dtype = compute_dtype(training, device)
+    layers = [cast(Block, block) for block in model.layers]
+    if meshes.ep is not None:
+        for block in layers:
+            if isinstance(block.mlp, MoE):
+                _spread_experts(block.mlp.experts, meshes.ep)
+    for block in layers:
+        block.activation_checkpointing = training.activation_checkpointing
+        if training.compile:
+            _compile(block, dtype)
+
+    if meshes.dense is None:
+        if dtype != torch.float32:
+            raise ValueError(
+                f"training.compute_dtype {training.compute_dtype}: mixed precision needs FSDP, hence a process group; "
+                "start with torchrun --nproc-per-node 1, or use fp32"
+            )
+        return
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype,
+        reduce_dtype=None if dtype == torch.float32 else torch.float32,
+    )
+    common: dict[str, Any] = {"mp_policy": policy, "reshard_after_forward": training.reshard_after_forward}
+    dense = {"mesh": meshes.dense_fsdp, **common}
+
+    expert_mesh = None if meshes.ep is None else _mesh_info(meshes.expert_fsdp)
+
+    fully_shard(model.embed_tokens, **dense)
+    for index, block in enumerate(layers):
+        placements: dict[nn.Parameter, Placement] = {}
+        if isinstance(block.mlp, MoE):
+            experts = block.mlp.experts
+            cut = Shard(_expert_dim(f"layers.{index}.mlp.experts", experts, meshes))
+            placement = cut if expert_mesh is None else ShardPlacementResult(cut, expert_mesh)
+            placements = dict.fromkeys(experts.parameters(), placement)
+        fully_shard(block, shard_placement_fn=placements.get, **dense)
+    fully_shard([model.norm, model.lm_head], mesh=meshes.dense_fsdp, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, **dense)
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    _set_prefetch_order(model)
+
+
+def _compile(block: Block, dtype: torch.dtype) -> None:
+    """Compile what a block computes; FSDP's hooks and the checkpoint stay outside. Compiled `grouped_mm` knows bf16 only."""
+    if isinstance(block.mlp, MoE) and dtype != torch.bfloat16:
+        block.mlp.experts.forward = torch.compiler.disable(block.mlp.experts.forward)  # type: ignore[method-assign]
+    block._run = torch.compile(block._run)  # type: ignore[method-assign]
+
+
+def _spread_experts(experts: Experts, ep: DeviceMesh) -> None:
+    """Keep E / ep whole experts on each rank of the axis, as DTensor parameters, and route tokens between the ranks."""
+    for name, parameter in list(experts.named_parameters(recurse=False)):
+        size = parameter.shape[0]
+        assert size % ep.size() == 0, (name, size, ep.size())  # refused by the configuration
+        local = parameter.detach().narrow(0, ep.get_local_rank() * (size // ep.size()), size // ep.size())
+        spread = DTensor.from_local(local, ep, [Shard(0)], run_check=False)
+        setattr(experts, name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
+    experts.dispatcher = AllToAllDispatch(ep.get_group())
+
+
+def _expert_dim(name: str, experts: nn.Module, meshes: Meshes) -> int:
+    """The dim that FSDP cuts: 0 while every rank gets an expert, else 1."""
+    assert meshes.sparse is not None
+    cuts = meshes.sparse["efsdp"].size()
+    for stack_name, stack in experts.named_parameters(recurse=False):
+        if stack.shape[0] >= cuts * meshes.sparse["ep"].size():
+            continue
+        if stack.shape[1] % cuts:
+            raise ValueError(
+                f"{name}.{stack_name} {tuple(stack.shape)}: {stack.shape[0]} experts are fewer than efsdp * ep = "
+                f"{cuts * meshes.sparse['ep'].size()} ranks, and dim 1 cannot be cut into {cuts} equal parts; "
+                "raise parallelism.replicate, or lower parallelism.shard"
+            )
+        return 1
+    return 0
+
+
+def _mesh_info(mesh: DeviceMesh) -> FSDPMeshInfo:
+    if mesh.ndim == 1:
+        return FSDPMeshInfo(mesh, shard_mesh_dim=0)
+    return HSDPMeshInfo(mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
+
+
+def _set_prefetch_order(model: Moonlight) -> None:
+    """Gather a block's weights while the one before it computes; on the way back, the one after it."""
+    units: list[Any] = [model.embed_tokens, *model.layers, model.lm_head]
+    for now, following in zip(units, units[1:]):
+        now.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([now])

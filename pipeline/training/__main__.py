@@ -1,0 +1,97 @@
+"""`python -m pipeline.training --config <preset or path> --dataset <dataset.json> [section.key=value ...]`
+
+Trains without Ray, in one process or under `torchrun --nproc-per-node N -m pipeline.training ...`. The dataset must
+exist; `--dataset` is the path of its manifest below the storage root (`datasets/<digest>/dataset.json`).
+
+Exit code 0: the run is complete. 2: the configuration or the data is wrong, one line says how. 3: stopped by SIGTERM or
+SIGINT after committing a checkpoint; the same command goes on from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pydantic import ValidationError
+
+from pipeline.config.load import load_config
+from pipeline.config.schema import RunConfig
+from pipeline.manifest import DatasetManifest
+from pipeline.storage import Storage, open_storage
+from pipeline.training.metrics import TrainProgress
+from pipeline.training.trainer import TrainingStopped, train
+
+BAD_INPUT, STOPPED = 2, 3
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.training", description="Train a run without Ray.")
+    parser.add_argument("--config", required=True, help="preset name or YAML file")
+    parser.add_argument("--dataset", required=True, help="path of dataset.json below the storage root")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    given = parser.parse_args(arguments)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        config = load_config(given.config, given.overrides)
+        storage = open_storage(config.storage)
+        storage.check_writable()
+        dataset = read_dataset(storage, given.dataset)
+        join_ranks(config)
+        manifest = train(config, dataset, storage, report=show, should_stop=stop.is_set)
+    except TrainingStopped as stopped:
+        print(stopped, file=sys.stderr)
+        return STOPPED
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"complete: {manifest.steps} steps, checkpoint {manifest.checkpoint.content_sha256}")
+    return 0
+
+
+def read_dataset(storage: Storage, path: str) -> DatasetManifest:
+    """Raises ValueError if there is no such manifest."""
+    try:
+        return DatasetManifest.model_validate_json(storage.read(path))
+    except FileNotFoundError:
+        raise ValueError(f"--dataset {path}: nothing at {storage.uri(path)}; run the prepare stage first") from None
+    except ValidationError as error:
+        raise ValueError(f"--dataset {path}: not a dataset manifest ({error.error_count()} problems)") from None
+
+
+def join_ranks(config: RunConfig) -> None:
+    """Join the group that torchrun's environment describes; one process needs none on CPU, and a group of one on CUDA."""
+    if config.cluster.use_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "cpu:gloo,cuda:nccl" if config.cluster.use_gpu else "gloo"
+    options: dict[str, Any] = {}
+    if "RANK" not in os.environ:
+        if not config.cluster.use_gpu:
+            return
+        options = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
+    elif not config.cluster.use_gpu:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    dist.init_process_group(backend, **options)
+
+
+def show(progress: TrainProgress) -> None:
+    print(
+        f"step {progress.step}/{progress.steps}  loss {progress.loss:.4f}  "
+        f"{progress.tokens_per_second:,.0f} tokens/s  {progress.eta_s:,.0f} s left",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""From the closed-form data order to the micro-batches of a step.
+
+Step t trains on the `global_batch` training sequences after `next_sequence`, whatever the number of ranks; rank r gets
+those with n % world == r (pipeline/dataset/loader.py, which also reads ahead). Here they get their labels: the next
+token of the row, and -100 (no loss) at the row's end, in padding and right before it, and with document masks at each
+document's last token.
+
+Legend: B rows, S tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.dataset.loader import Loader
+from pipeline.model.loss import IGNORE
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    tokens_BS: Tensor  # int64
+    labels_BS: Tensor  # int64, -100: no loss
+    doc_lens: list[list[int]] | None  # None: plain causal attention
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """This rank's share of one step."""
+
+    micro_batches: list[MicroBatch]
+    sequences: int  # of the whole global batch
+    valid_tokens: int  # labels that count, on this rank
+
+
+def labels_of(tokens_BS: Tensor, doc_lens: list[list[int]], document_mask: bool) -> Tensor:
+    labels_BS = torch.full_like(tokens_BS, IGNORE)
+    labels_BS[:, :-1] = tokens_BS[:, 1:]
+    for row, lengths in enumerate(doc_lens):
+        ends = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
+        used = int(ends[-1]) if lengths else 0
+        labels_BS[row, max(used - 1, 0) :] = IGNORE
+        if document_mask:
+            labels_BS[row, ends - 1] = IGNORE
+    return labels_BS
+
+
+def read_step(loader: Loader, first: int, sequences: int, micro_batch: int, document_mask: bool) -> StepBatch:
+    """This rank's rows of training sequences [first, first + sequences), cut into micro-batches."""
+    batch = loader.batch(first, sequences)
+    rows = len(batch.doc_lens)
+    assert rows * loader.world == sequences, (rows, loader.world, sequences)  # the configuration makes batches divide
+    labels_BS = labels_of(batch.tokens_BS, batch.doc_lens, document_mask)
+    micro_batches = [
+        MicroBatch(
+            batch.tokens_BS[row : row + micro_batch],
+            labels_BS[row : row + micro_batch],
+            batch.doc_lens[row : row + micro_batch] if document_mask else None,
+        )
+        for row in range(0, rows, micro_batch)
+    ]
+    return StepBatch(micro_batches, sequences, int((labels_BS != IGNORE).sum()))

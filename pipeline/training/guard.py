@@ -1,0 +1,47 @@
+"""Steps that must not happen: a non-finite loss or gradient norm changes nothing.
+
+The verdict is a 0/1 tensor on the device that multiplies into every update (optimizer, router bias), so no step waits
+for the host to learn that all is well. Loss and norm are sums over all ranks: one bad value anywhere is a bad value
+everywhere and the ranks agree without asking. Data goes on (the batch is passed over, never retried) and schedules are
+functions of tokens, so what follows is the run it would have been.
+
+Skipped steps are counted on the device. The host sees the counts with the metrics, one step late; a run that skips
+`training.max_skipped_steps` in a row stops: its state is damaged or its data is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class TooManySkippedSteps(RuntimeError):
+    """The run cannot go on by itself; the message says what to look at."""
+
+
+class Guard:
+    """Judges steps and counts the skipped ones; its counters are part of a checkpoint."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+
+    def judge(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
+        """1.0 (fp32) if the step may happen, else 0.0."""
+        good = torch.isfinite(loss) & torch.isfinite(gradient_norm)
+        self.skipped += ~good
+        self.in_a_row.copy_(torch.where(good, 0, self.in_a_row + 1))
+        return good.float()
+
+    def state(self) -> dict[str, Tensor]:
+        return {"guard.skipped_steps": self.skipped, "guard.skipped_in_a_row": self.in_a_row}
+
+
+def check_skipped(in_a_row: int, limit: int, step: int) -> None:
+    """Raises TooManySkippedSteps on the host."""
+    if in_a_row >= limit:
+        raise TooManySkippedSteps(
+            f"step {step}: the last {in_a_row} steps had a non-finite loss or gradient and were skipped "
+            f"(training.max_skipped_steps {limit}); look at train/metrics, then lower the learning rate, leave the data out "
+            "with training.skip_sequences, or start from an earlier checkpoint"
+        )

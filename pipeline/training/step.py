@@ -1,0 +1,128 @@
+"""One optimizer step: forward and backward over the micro-batches, then one update that may turn out to be nothing.
+
+    loss = sum over all tokens of the global batch of -log p / number of those tokens  +  mean over its sequences of the
+           balance loss (already weighted by the network)
+
+The number of tokens is reduced first (8 bytes), so each rank divides by the global count and gradients are plain sums
+over ranks and micro-batches: the same step whatever the world size, micro-batch or amount of padding.
+
+After the last backward one float64 vector is summed over all ranks, the only reduction of the update:
+
+    [loss, balance loss, stop requests, this rank's share of the squared gradient norm, tokens per expert of all layers]
+
+(float64 holds token counts exactly). From it follow, on the device and identically on every rank: the norm, the verdict
+of the guard, the clipping, the update of the router biases (after the verdict), and the figures to log. The host reads
+them one step later and never waits here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from pipeline.config.schema import OptimizerConfig
+from pipeline.model.loss import LossOutput
+from pipeline.model.moonlight import Moonlight
+from pipeline.model.qk_clip import observe_max_logits, qk_clip_, take_max_logits
+from pipeline.model.router import update_router_bias
+from pipeline.optim.muon import MoonlightOptimizer
+from pipeline.parallel.grad_norm import clip_, local_gradients, local_squared_norm
+from pipeline.parallel.mesh import Meshes
+from pipeline.training.batches import MicroBatch, StepBatch
+from pipeline.training.guard import Guard
+
+
+class Step:
+    """Callable; owns nothing but references to the parts it drives."""
+
+    def __init__(
+        self,
+        model: Moonlight,
+        optimizer: MoonlightOptimizer,
+        guard: Guard,
+        meshes: Meshes,
+        config: OptimizerConfig,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.guard = guard
+        self.meshes = meshes
+        self.gradient_clip = config.gradient_clip
+        self.qk_clip = config.qk_clip
+        self.device = device
+        self.parameters = list(model.parameters())
+        self.routers = dict(model.routers())
+        observe_max_logits(model, self.qk_clip is not None)
+
+    def __call__(self, batch: StepBatch, learning_rate: float, bias_rate: float, stop: bool) -> Tensor:
+        """Train on one global batch; the figures of the step as a device vector (see metrics.FIXED)."""
+        tokens = torch.tensor(batch.valid_tokens, dtype=torch.int64, device=self.device)
+        if self.meshes.world_size > 1:
+            dist.all_reduce(tokens)
+        loss, aux_loss = self.forward_backward(batch.micro_batches, tokens.clamp(min=1), batch.sequences)
+        return self.update(loss, aux_loss, learning_rate, bias_rate, stop)
+
+    def forward_backward(
+        self, micro_batches: Sequence[MicroBatch], tokens: Tensor, sequences: int
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the global loss, accumulated; returns this rank's share of loss and balance loss."""
+        loss = torch.zeros((), device=self.device)
+        aux_loss = torch.zeros((), device=self.device)
+        for index, micro in enumerate(micro_batches):
+            if (
+                isinstance(self.model, FSDPModule) and self.meshes.replicas > 1
+            ):  # copies meet once a step, not per micro-batch
+                self.model.set_requires_all_reduce(index == len(micro_batches) - 1)
+            out = self.model(
+                micro.tokens_BS.to(self.device, non_blocking=True),
+                micro.labels_BS.to(self.device, non_blocking=True),
+                micro.doc_lens,
+            )
+            assert isinstance(out, LossOutput)
+            share = out.loss_sum / tokens
+            aux_share = out.aux_loss * (micro.tokens_BS.shape[0] / sequences)
+            (share + aux_share).backward()
+            loss += share.detach()
+            aux_loss += aux_share.detach()
+        return loss, aux_loss
+
+    @torch.no_grad()
+    def update(self, loss: Tensor, aux_loss: Tensor, learning_rate: float, bias_rate: float, stop: bool) -> Tensor:
+        """Apply the gradients unless the guard objects. Nothing here reads a device value on the host."""
+        gradients = local_gradients(self.parameters)
+        squares = local_squared_norm(gradients, self.meshes.replicas)
+        counts_LE = torch.stack([router.tokens_per_expert for router in self.routers.values()]).double()
+        stopping = torch.full((), float(stop), dtype=torch.float64, device=self.device)
+        packed = torch.cat([torch.stack([loss.double(), aux_loss.double(), stopping, squares]), counts_LE.flatten()])
+        if self.meshes.world_size > 1:
+            dist.all_reduce(packed)
+        loss, aux_loss, stopping, squares = packed[:4].unbind()
+        counts_LE = packed[4:].view_as(counts_LE)
+
+        norm = squares.sqrt()
+        ok = self.guard.judge(loss, norm)
+        clip_(gradients, norm, self.gradient_clip)
+        self.optimizer.step(learning_rate, ok)
+        self.optimizer.zero_grad()
+        update_router_bias(self.model, dict(zip(self.routers, counts_LE)), bias_rate * ok)
+        for router in self.routers.values():
+            router.tokens_per_expert.zero_()
+
+        if self.qk_clip is not None:
+            self.clip_logits(self.qk_clip, ok)
+
+        imbalance_L = counts_LE.amax(1) / counts_LE.mean(1)
+        skipped = torch.stack([self.guard.skipped, self.guard.in_a_row]).double()
+        return torch.cat([torch.stack([loss, aux_loss, norm]), skipped, stopping.unsqueeze(0), imbalance_L])
+
+    def clip_logits(self, threshold: float, ok: Tensor) -> None:
+        """QK-clip by the largest logits of the whole global batch; a skipped step clips nothing. One more small all-reduce."""
+        max_logits_LH = take_max_logits(self.model)
+        if self.meshes.world_size > 1:
+            dist.all_reduce(max_logits_LH, dist.ReduceOp.MAX)
+        qk_clip_(self.model, torch.where(ok.bool(), max_logits_LH, -torch.inf), threshold)

@@ -1,0 +1,245 @@
+"""The training loop: one process, `torchrun` ranks or Ray Train workers, all the same.
+
+    build      network on the meta device, sharded, shards allocated, weights drawn by name; optimizer with its state
+    restore    newest committed checkpoint of the run, if any, resharded to the ranks that are here
+    loop       read the step's rows, train on them (step.py), look at the figures of the step before, save when due
+    finish     last checkpoint, metrics and the run's manifest
+
+All that a restart needs is (state, next sequence, tokens seen): learning rate, batch size and bias rate are functions
+of tokens, and the data order is a function of the sequence number. The same number of ranks gives the same bits; any
+other number the same losses up to the order of summation.
+
+The process group, if any, is initialised by the caller; this module reads no environment and knows no launcher.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.config.schema import RunConfig
+from pipeline.dataset.loader import Loader
+from pipeline.dataset.order import Order, check_demand
+from pipeline.manifest import CheckpointManifest, DatasetManifest, TrainManifest
+from pipeline.model.hf import load_hf
+from pipeline.model.moonlight import Moonlight
+from pipeline.optim.muon import MoonlightOptimizer, build_optimizer
+from pipeline.optim.rules import moonlight_rules
+from pipeline.optim.schedule import at_step, total_steps
+from pipeline.parallel.mesh import Meshes, build_meshes
+from pipeline.parallel.shard import shard_model
+from pipeline.storage import Storage
+from pipeline.training.batches import read_step
+from pipeline.training.checkpoint import Checkpointer, RunFacts, train_folder
+from pipeline.training.guard import Guard, check_skipped
+from pipeline.training.identity import identity_digest, identity_of
+from pipeline.training.metrics import Fetch, MetricsFiles, Pace, PendingRecord, StepRecord, TrainProgress
+from pipeline.training.step import Step
+from pipeline.training.watchdog import Watchdog
+
+
+class TrainingStopped(RuntimeError):
+    """The run was asked to stop before its end and did, after committing `checkpoint`; starting it again goes on there."""
+
+    def __init__(self, checkpoint: CheckpointManifest) -> None:
+        super().__init__(f"stopped after step {checkpoint.step}; the same command continues from its checkpoint")
+        self.checkpoint = checkpoint
+
+
+@dataclass
+class Position:
+    """Where a run stands. Everything else about it is a function of this and of the tensors."""
+
+    step: int = 0
+    next_sequence: int = 0
+    tokens_seen: int = 0
+
+
+def train(
+    config: RunConfig,
+    dataset: DatasetManifest,
+    storage: Storage,
+    *,
+    report: Callable[[TrainProgress], None],
+    on_checkpoint: Callable[[CheckpointManifest], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> TrainManifest:
+    """Train the run to its end and return its manifest; every rank calls this and gets the same.
+
+    `report` is called on rank 0 at logged steps; `on_checkpoint` on every rank, in the same order, once a checkpoint is
+    known to be committed; `should_stop` is asked every step on every rank, and one yes stops all (TrainingStopped).
+
+    Raises ValueError for what the configuration cannot do here (mesh, data, foreign checkpoint), TooManySkippedSteps.
+    """
+    check_demand(config, dataset)
+    run = Run(config, dataset, storage)
+    try:
+        with Watchdog(config.training.step_timeout_s) as watchdog:
+            return run.train(watchdog, report, on_checkpoint or _ignore, should_stop or _never)
+    finally:
+        run.close()
+
+
+class Run:
+    """A run built on this rank, restored from its newest checkpoint."""
+
+    def __init__(self, config: RunConfig, dataset: DatasetManifest, storage: Storage) -> None:
+        self.config = config
+        self.storage = storage
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if config.cluster.use_gpu else torch.device("cpu")
+        )
+        self.meshes = build_meshes(config.parallelism, self.device.type)
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.order = Order.of_run(config, dataset)
+        self.identity = identity_of(config, dataset.digest, self.order.describe())
+        facts = RunFacts(config.run_id, self.identity, dataset.digest, self.order.digest)
+        self.checkpoints = Checkpointer(storage, config.checkpoint, facts, self.device)
+        self.loader = Loader(self.order, storage, self.rank, self.meshes.world_size)
+        self.steps = total_steps(config.schedule, config.training.sequence_length)
+
+        resume_from = self.checkpoints.newest(lambda sequences: int(self.order.positions(sequences - 1)) + 1)
+        self.model, self.optimizer = build(config, self.meshes, self.device)
+        self.guard = Guard(self.device)
+        self.at = Position()
+        self.loss = 0.0  # of the last step that counted
+        self.checkpoint: CheckpointManifest | None = resume_from
+        if resume_from is not None:
+            state = self.state()
+            self.checkpoints.restore(state, resume_from)
+            self.optimizer.load_state_dict({name: state[name] for name in self.optimizer.state_dict()})
+            self.at = Position(resume_from.step, resume_from.next_sequence, resume_from.tokens_seen)
+            self.loss = resume_from.loss
+        elif config.training.initial_weights:
+            import_weights(self.model, config.training.initial_weights, storage)
+        self.step = Step(self.model, self.optimizer, self.guard, self.meshes, config.optimizer, self.device)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that a restart needs, by name; sharing memory with the live ones."""
+        return {**self.model.state_dict(), **self.optimizer.state_dict(), **self.guard.state()}
+
+    def close(self) -> None:
+        self.loader.close()
+        self.checkpoints.close()
+
+    def train(
+        self,
+        watchdog: Watchdog,
+        report: Callable[[TrainProgress], None],
+        on_checkpoint: Callable[[CheckpointManifest], None],
+        should_stop: Callable[[], bool],
+    ) -> TrainManifest:
+        config, at = self.config, self.at
+        files = MetricsFiles(self.storage, train_folder(config.run_id), config.checkpoint.every_steps, at.step)
+        pace = Pace(at.tokens_seen, self.steps, config.schedule.total_tokens)
+        pending: PendingRecord | None = None
+
+        def observe(record: PendingRecord) -> StepRecord:
+            seen = record.fetch()
+            self.loss = seen.loss if math.isfinite(seen.loss) else self.loss
+            check_skipped(seen.skipped_in_a_row, config.training.max_skipped_steps, seen.step)
+            if self.rank == 0 and (seen.step % config.training.log_every == 0 or seen.step in (1, self.steps)):
+                files.add(seen)
+                report(pace.progress(seen, record.clock))
+            return seen
+
+        def settle() -> None:
+            manifest = self.checkpoints.settle()
+            if manifest is not None:
+                self.checkpoint = manifest
+                on_checkpoint(manifest)
+
+        stop = False
+        while at.step < self.steps and not stop:
+            record = self.advance(should_stop())
+            watchdog.beat()
+            if pending is not None:
+                stop = observe(pending).stop
+            pending = record
+            if stop or at.step % config.checkpoint.every_steps == 0 or at.step == self.steps:
+                seen = observe(pending)  # waits for the device: a save copies the state anyway
+                pending, stop = None, stop or seen.stop
+                settle()
+                watchdog.beat()
+                if self.rank == 0:
+                    files.write(at.step)
+                self.checkpoints.save(
+                    self.state(),
+                    step=at.step,
+                    next_sequence=at.next_sequence,
+                    tokens_seen=at.tokens_seen,
+                    loss=self.loss,
+                )
+                watchdog.beat()
+        settle()
+        assert self.checkpoint is not None
+        assert self.checkpoint.step == at.step
+        if at.step < self.steps:
+            raise TrainingStopped(self.checkpoint)
+        return self.finish(files)
+
+    def advance(self, stop: bool) -> PendingRecord:
+        """Train on the next global batch."""
+        at, training = self.at, self.config.training
+        now = at_step(self.config.schedule, training.sequence_length, at.step)
+        assert (now.first_sequence, now.tokens_before) == (at.next_sequence, at.tokens_seen), (now, at)
+        batch = read_step(self.loader, now.first_sequence, now.sequences, training.micro_batch, training.document_mask)
+        values = self.step(batch, now.learning_rate, now.bias_rate, stop)
+        at.step += 1
+        at.next_sequence += now.sequences
+        at.tokens_seen += now.sequences * training.sequence_length
+        return PendingRecord(
+            at.step, at.tokens_seen, now.learning_rate, now.bias_rate, now.sequences, Fetch(values), time.monotonic()
+        )
+
+    def finish(self, files: MetricsFiles) -> TrainManifest:
+        """Commit the run: its manifest names the last checkpoint."""
+        assert self.checkpoint is not None
+        path = f"{train_folder(self.config.run_id)}/manifest.json"
+        if self.rank == 0:
+            manifest = TrainManifest(
+                identity=identity_digest(self.identity),
+                checkpoint=self.checkpoint,
+                steps=self.steps,
+                metrics=files.entries(self.steps),
+                skipped_steps=int(self.guard.skipped),
+            )
+            self.storage.write(path, manifest.to_json())
+        if dist.is_initialized():
+            dist.barrier()
+        return TrainManifest.model_validate_json(self.storage.read(path))
+
+
+def build(config: RunConfig, meshes: Meshes, device: torch.device) -> tuple[Moonlight, MoonlightOptimizer]:
+    """The network and its optimizer on this rank, with initial weights."""
+    with torch.device("meta"):
+        model = Moonlight(config.model, aux_loss_weight=config.training.aux_loss_weight)
+    shard_model(model, meshes, config.training, device)
+    model.to_empty(device=device)
+    model.reset_parameters(config.seed)
+    model.train()
+    rules = moonlight_rules(config.model, config.optimizer)
+    return model, build_optimizer(model.named_parameters(), config.optimizer, rules)
+
+
+def import_weights(model: Moonlight, folder: str, storage: Storage) -> None:
+    """Start from a Hugging Face folder: an absolute local path, an s3:// URI, or a path below the storage root."""
+    if folder.startswith("s3://"):
+        load_hf(model, "", Storage(storage.config.model_copy(update={"root": folder})))
+    else:
+        load_hf(model, folder, None if Path(folder).is_absolute() else storage)
+
+
+def _ignore(_: CheckpointManifest) -> None:
+    pass
+
+
+def _never() -> bool:
+    return False

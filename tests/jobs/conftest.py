@@ -1,0 +1,56 @@
+"""A small dataset prepared from the standard library's own text, for the commands that read one."""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from data_prep.prepare import prepare
+from pipeline.config.load import load_config
+from pipeline.config.schema import RunConfig
+from pipeline.manifest import DatasetManifest
+from pipeline.storage import Storage, open_storage
+
+
+class Prepared(NamedTuple):
+    arguments: list[str]  # of a command: --config and overrides
+    config: RunConfig
+    storage: Storage
+    dataset: DatasetManifest
+    texts: dict[str, dict[str, str]]  # by source and document name
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    root = tmp_path_factory.mktemp("prepared")
+    modules = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    texts: dict[str, dict[str, str]] = {}
+    for number, name in enumerate(("even", "odd")):
+        (root / name).mkdir()
+        chosen = [path for path in modules if 500 < path.stat().st_size < 30_000][number::2][:40]
+        texts[name] = {path.name: path.read_text() for path in chosen}
+        texts[name] |= {f"short-{path.name}": path.read_text()[200:700] for path in chosen}  # several fit into a row
+        texts[name]["empty.py"] = ""  # goes to quarantine
+        for path, text in texts[name].items():
+            (root / name / path).write_text(text)
+    sources = [
+        {"name": name, "path": str(root / name), "weight": 2 - number, "max_epochs": 9}
+        for number, name in enumerate(texts)
+    ]
+    overrides = [
+        f"storage.root={root / 'storage'}",
+        'tokenizer={"vocab_size": 600, "training_bytes": 200000}',
+        "model.vocab_size=600",
+        "corpus=" + json.dumps({"sources": sources, "unit_bytes": 200_000, "heldout_fraction": 0.05}),
+        "data.rows_per_group=4",
+        "data.groups_per_file=8",
+        "data.mixture_block=6",
+        "schedule.total_tokens=491520",
+    ]
+    config = load_config("debug", overrides)
+    storage = open_storage(config.storage)
+    return Prepared(["--config", "debug", *overrides], config, storage, prepare(config, storage), texts)

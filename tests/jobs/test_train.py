@@ -1,0 +1,62 @@
+"""The train stage on a real Ray: a worker dies, the group restarts from the checkpoint, the run ends as it should."""
+
+import os
+from pathlib import Path
+
+import pytest
+import ray
+
+from jobs.train import TrainingFailed, train_with_ray
+from pipeline.storage import Storage
+from pipeline.training.metrics import TrainProgress
+from tests.distributed import run_distributed
+from tests.training.make import Watched, tiny, tiny_dataset
+
+ROOT = Path(__file__).parents[2]
+PARALLELISM = {"shard": 2, "ep": 2}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A small local Ray, unless one is running already."""
+    if ray.is_initialized():
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        env = {"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}}
+        ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=10**8, runtime_env=env)
+        yield
+        ray.shutdown()
+
+
+class DiesOnce:
+    """A `report` that kills its worker at step 3, the first time."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def __call__(self, progress: TrainProgress) -> None:
+        with (self.folder / "seen").open("a") as seen:
+            seen.write(f"{progress.step} ")
+        died = self.folder / "died"
+        if progress.step == 3 and not died.exists():
+            died.touch()
+            os._exit(1)
+
+
+def without_ray(root: str):
+    return Watched().train(tiny(root, parallelism=PARALLELISM))
+
+
+def test_a_dead_worker_costs_no_more_than_an_interval(tmp_path, cluster):
+    config = tiny(str(tmp_path / "ray"), parallelism=PARALLELISM, cluster={"max_failures": 2})
+    storage = Storage(config.storage)
+    manifest = train_with_ray(config, tiny_dataset(storage), storage, DiesOnce(str(tmp_path)))
+    assert (tmp_path / "seen").read_text().split() == ["1", "2", "3", "3", "4"]  # the checkpoint of step 2 was used
+    assert manifest == run_distributed(without_ray, 2, str(tmp_path / "plain"))[0]
+
+    foreign = tiny(str(tmp_path / "ray"), parallelism=PARALLELISM, optimizer__weight_decay=0.3)
+    with pytest.raises(TrainingFailed, match=r"optimizer.weight_decay is 0.3 here and 0.1 there"):
+        train_with_ray(foreign, tiny_dataset(storage), storage)

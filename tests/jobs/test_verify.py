@@ -1,0 +1,110 @@
+"""`jobs.verify` on a real Ray: sound data, a flipped bit, damaged records."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from jobs import verify
+from pipeline.dataset import verify as in_process
+from pipeline.manifest import digest_of
+from tests.jobs.conftest import Prepared
+
+
+@pytest.fixture
+def ray_running() -> Iterator[None]:
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=128 << 20)
+    yield
+    ray.shutdown()
+
+
+def test_on_ray(prepared: Prepared, capsys: pytest.CaptureFixture, ray_running: None) -> None:
+    dataset, storage = prepared.dataset, prepared.storage
+    assert verify.main(prepared.arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith(f"verify: dataset {dataset.identity} is sound: ")
+    assert f"{dataset.tokens:,} tokens" in lines[-1]
+
+    entry = dataset.sources[1].packed[0]
+    good = storage.read(entry.path)
+    middle = bytearray(good)
+    middle[len(good) // 2] ^= 4
+    storage.write(entry.path, bytes(middle))
+    try:
+        assert verify.main(prepared.arguments) == 1
+    finally:
+        storage.write(entry.path, good)
+    out = capsys.readouterr().out
+    assert f"verify: DAMAGED {entry.path}: row group " in out
+    assert f"dataset {dataset.identity} is NOT sound" in out
+
+
+def test_damaged_records_are_named(prepared: Prepared) -> None:
+    """Records of packs and units: a missing one, one with other counts, a unit that changed, a lost quarantine line."""
+    dataset, storage = prepared.dataset, prepared.storage
+    pack_path = next(file.path for file in storage.list("datasets/packs") if file.path.endswith(".json"))
+    pack = json.loads(storage.read(pack_path))
+    unit_path = f"datasets/units/{pack['unit'][:2]}/{pack['unit']}.json"
+
+    def findings() -> list[str]:
+        return [str(finding) for finding in in_process.verify(dataset, storage).findings]
+
+    assert findings() == []
+    packs = len(dataset.units)
+    for path, change, expected in (
+        (pack_path, None, f"datasets/packs: {packs - 1} of the dataset's {packs} packs and tails have their record"),
+        (
+            pack_path,
+            ("padding", -1),
+            f"datasets/packs: {packs - 1} of the dataset's {packs} packs and tails have their record",
+        ),
+        (unit_path, None, f"{pack_path}: {unit_path} is missing"),
+        (unit_path, ("tokens", 1), f"{pack_path}: {unit_path} has digest "),
+    ):
+        good = storage.read(path)
+        if change is None:
+            storage.delete(path)
+        else:
+            storage.write(path, json.dumps({**json.loads(good), change[0]: change[1]}).encode())
+        found = findings()
+        storage.write(path, good)
+        assert len(found) == 1
+        assert found[0].startswith(expected)
+
+    tail_path = next(file.path for file in storage.list("datasets/tails"))
+    tail = json.loads(storage.read(tail_path))
+    changed = {**tail, "dropped_rows": tail["dropped_rows"] + 1}
+    renamed = dataset.model_copy(
+        update={"units": tuple(sorted({*dataset.units, digest_of(changed)} - {digest_of(tail)}))}
+    )
+    storage.write(tail_path, json.dumps(changed).encode())
+    found = [str(finding) for finding in in_process.verify(renamed, storage).findings]
+    storage.write(tail_path, json.dumps(tail).encode())
+    assert len(found) == 1
+    assert re.fullmatch(
+        rf"{tail_path}: \d+ rows went in, \d+ came out and {changed['dropped_rows']} were dropped", found[0]
+    )
+
+    quarantine = dataset.sources[0].quarantine[0]
+    good = storage.read(quarantine.path)
+    storage.write(quarantine.path, b"")
+    found = findings()
+    storage.write(quarantine.path, good)
+    assert len(found) == 2
+    assert any(finding.endswith(f"{quarantine.path} has 0 lines for 1 quarantined records") for finding in found)
+    assert f"{quarantine.path}: 0 bytes, expected {quarantine.bytes}" in found
+    assert findings() == []
+
+
+def test_the_manifest_is_made_of_its_files(prepared: Prepared) -> None:
+    """What verify relies on, computed here by other means."""
+    for source in prepared.dataset.sources:
+        for file in source.packed:
+            data = prepared.storage.read(file.path)
+            assert (len(data), hashlib.sha256(data).hexdigest()) == (file.bytes, file.sha256)

@@ -1,0 +1,80 @@
+"""The chunked loss against the plain one, also where gradients arrive scaled and labels are left out."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pipeline.model import loss as loss_module
+from pipeline.model.loss import Head, cross_entropy_sum
+
+
+def draws(N=70, D=16, V=50, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(N, D, generator=generator).to(dtype).requires_grad_()
+    weight = (torch.randn(V, D, generator=generator) * 0.3).to(dtype).requires_grad_()
+    labels = torch.randint(0, V, (N,), generator=generator)
+    labels[::7] = -100
+    return x, weight, labels
+
+
+@pytest.mark.parametrize("upstream", [1.0, 1 / 37, -3.5])
+def test_sum_and_gradients_equal_cross_entropy(upstream, monkeypatch):
+    monkeypatch.setitem(loss_module.CHUNK_TOKENS, "cpu", 16)  # several chunks, the last one short
+    x, weight, labels = draws()
+    ours = cross_entropy_sum(x, weight, labels)
+    theirs = F.cross_entropy(x @ weight.T, labels, reduction="sum")
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    for a, b in zip(
+        torch.autograd.grad(ours * upstream, (x, weight)), torch.autograd.grad(theirs * upstream, (x, weight))
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_all_labels_ignored_gives_zero_loss_and_zero_gradients():
+    x, weight, _ = draws()
+    loss = cross_entropy_sum(x, weight, torch.full((70,), -100))
+    assert loss.item() == 0.0
+    assert all(grad.abs().max() == 0 for grad in torch.autograd.grad(loss, (x, weight)))
+
+
+def test_bf16_loss_is_summed_in_fp32(monkeypatch):
+    """Four thousand losses of about four: a bf16 sum has steps of 64 there."""
+    monkeypatch.setitem(loss_module.CHUNK_TOKENS, "cpu", 64)
+    x, weight, labels = draws(N=4096, dtype=torch.bfloat16)
+    ours = cross_entropy_sum(x, weight, labels)
+    exact = F.cross_entropy(x.double() @ weight.double().T, labels, reduction="sum")
+    assert ours.dtype == torch.float32
+    assert ours.item() == pytest.approx(exact.item(), rel=3e-4)
+    (grad,) = torch.autograd.grad(ours, weight)
+    (expected,) = torch.autograd.grad(exact, weight)
+    assert (grad - expected).norm() < 0.01 * expected.norm()
+
+
+def test_all_logits_are_never_held(monkeypatch):
+    """Largest tensor made on the way: a chunk of logits or the weight's gradient, not tokens x vocabulary."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    self.numel = max(self.numel, tensor.numel())
+            return out
+
+    monkeypatch.setitem(loss_module.CHUNK_TOKENS, "cpu", 16)
+    x, weight, labels = draws(N=512, D=8, V=200)
+    with Largest() as largest:
+        cross_entropy_sum(x, weight, labels).backward()
+    assert largest.numel <= max(16 * 200, 200 * 8, 512 * 8)
+    with Largest() as largest:
+        F.cross_entropy(x @ weight.T, labels, reduction="sum").backward()
+    assert largest.numel == 512 * 200  # the test sees what it looks for
+
+
+def test_logits_are_fp32_whatever_the_weights():
+    head = Head(16, 50).to(torch.bfloat16)
+    torch.nn.init.normal_(head.weight)
+    assert head(torch.randn(1, 3, 16, dtype=torch.bfloat16)).dtype == torch.float32

@@ -1,0 +1,88 @@
+"""Sharding: who holds what, that initial weights do not depend on it, and refusals."""
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from pipeline.config.schema import ModelConfig, ParallelismConfig, TrainingConfig
+from pipeline.model.moonlight import Moonlight
+from pipeline.parallel.local import local_part, local_tensor
+from pipeline.parallel.mesh import build_meshes
+from pipeline.parallel.shard import compute_dtype, shard_model
+from tests.distributed import run_distributed
+
+CPU = torch.device("cpu")
+TRAINING = TrainingConfig(sequence_length=16)
+GATE = "layers.1.mlp.experts.gate_proj"
+
+
+def network(experts: int, width: int = 8) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, kv_lora_rank=8, qk_nope_head_dim=8,
+        qk_rope_head_dim=4, v_head_dim=8, intermediate_size=24, moe_intermediate_size=width, n_routed_experts=experts,
+        n_shared_experts=1, num_experts_per_tok=2, max_position_embeddings=16,
+    )  # fmt: skip
+
+
+def sharded(experts: int, width: int = 8, **parallelism: int) -> Moonlight:
+    with torch.device("meta"):
+        model = Moonlight(network(experts, width))
+    shard_model(model, build_meshes(ParallelismConfig(**parallelism), "cpu"), TRAINING, CPU)
+    model.to_empty(device=CPU)
+    model.reset_parameters(3)
+    return model
+
+
+def parts(cases: list[tuple[int, dict]]) -> list[tuple[dict, str]]:
+    """Per case: every parameter's box and values on this rank, and the placement of the experts."""
+    with pytest.raises(
+        ValueError, match=r"gate_proj \(2, 6, 16\): 2 experts are fewer than efsdp \* ep = 4 ranks, and dim 1"
+    ):
+        sharded(2, width=6, shard=4)  # 6 rows do not go into 4 parts
+    found = []
+    for experts, parallelism in cases:
+        model = sharded(experts, **parallelism)
+        held = {name: (local_part(p), local_tensor(p).detach().numpy().copy()) for name, p in model.named_parameters()}
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+        found.append((held, str(model.get_parameter(GATE).placements)))
+    return found
+
+
+CASES = [
+    (8, {"shard": 4, "ep": 2}),
+    (6, {"shard": 4, "ep": 2}),  # three experts a rank of ep, cut into 2 and 1
+    (2, {"shard": 4, "ep": 2}),  # fewer experts than ranks
+    (4, {"replicate": 2, "shard": 2, "ep": 2}),
+    (3, {"shard": 4}),
+]
+
+
+def test_shards_are_slices_of_the_whole():
+    """On 4 ranks, each case: the values are those of one process, every element is held once per replica."""
+    by_rank = run_distributed(parts, 4, CASES)
+    for index, (experts, parallelism) in enumerate(CASES):
+        whole = Moonlight(network(experts))
+        whole.reset_parameters(3)
+        for name, parameter in whole.named_parameters():
+            times = torch.zeros(parameter.shape)
+            for held, _ in (found[index] for found in by_rank):
+                part, values = held[name]
+                assert np.array_equal(values, parameter[part].detach()), name
+                times[part] += 1
+            assert (times == parallelism.get("replicate", 1)).all(), name
+    placements = [by_rank[0][index][1] for index in range(len(CASES))]
+    assert placements == [
+        "(_StridedShard(dim=0, sf=2), Shard(dim=0))",
+        "(_StridedShard(dim=0, sf=2), Shard(dim=0))",
+        "(Shard(dim=1), Shard(dim=0))",
+        "(Replicate(), _StridedShard(dim=0, sf=2), Shard(dim=0))",
+        "(Shard(dim=1),)",
+    ]
+
+
+def test_dtypes():
+    cuda = torch.device("cuda", 0)
+    assert compute_dtype(TRAINING, CPU) is torch.float32
+    assert compute_dtype(TRAINING, cuda) is torch.bfloat16
+    assert compute_dtype(TRAINING.model_copy(update={"compute_dtype": "bf16"}), CPU) is torch.bfloat16

@@ -1,0 +1,108 @@
+"""A run small enough to train in a second: 2 layers, 4 experts, rows of 16 tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from typing import Any
+
+import numpy as np
+
+from pipeline.config.load import validate
+from pipeline.config.schema import RunConfig
+from pipeline.manifest import CheckpointManifest, DatasetManifest, PackedFile, TrainManifest
+from pipeline.packed import group_crc32
+from pipeline.storage import Storage
+from pipeline.training.metrics import TrainProgress
+from pipeline.training.trainer import train
+from tests.dataset.make import documents, manifest, packed_bytes
+
+VOCABULARY = 64
+SEQUENCE = 16
+BATCH = 8
+EOS = 1
+
+
+def tiny(root: str, *, steps: int = 4, **overrides: Any) -> RunConfig:
+    """`training__micro_batch=2` sets `training.micro_batch`."""
+    tokens = steps * BATCH * SEQUENCE
+    values: dict[str, Any] = {
+        "run_id": "tiny",
+        "storage": {"root": root},
+        "tokenizer": {"path": "none", "vocab_size": VOCABULARY},
+        "corpus": {"sources": [{"name": "s0", "path": "none", "max_epochs": 8}, {"name": "s1", "path": "none", "max_epochs": 8}]},
+        "data": {"sequence_length": SEQUENCE, "rows_per_group": 4, "lanes": 4, "mixture_block": 4, "window_blocks": 2},
+        "model": {
+            "vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "kv_lora_rank": 8,
+            "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "intermediate_size": 24, "moe_intermediate_size": 8,
+            "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "max_position_embeddings": SEQUENCE,
+        },
+        "schedule": {
+            "total_tokens": tokens,
+            "learning_rate": [{"until_tokens": tokens, "shape": "linear", "start": 0.01, "end": 0.001}],
+            "global_batch": [{"until_tokens": tokens, "sequences": BATCH}],
+            "bias_rate": [{"until_tokens": tokens, "rate": 0.01}],
+        },
+        "training": {"sequence_length": SEQUENCE, "micro_batch": 2, "log_every": 1, "step_timeout_s": 100.0},
+        "checkpoint": {"every_steps": 2, "keep": 3, "async_save": False},
+    }  # fmt: skip
+    if "experts" in overrides:
+        values["model"] |= {"n_routed_experts": overrides.pop("experts"), "num_experts_per_tok": 1}
+    for name, value in overrides.items():
+        section, _, key = name.partition("__")
+        if key:
+            values.setdefault(section, {})[key] = value
+        else:
+            values[section] = value
+    return validate(values)
+
+
+def tiny_dataset(storage: Storage, rows: int = 64) -> DatasetManifest:
+    """Two sources of packed documents with a pattern to learn: each token is the one before plus the document's stride."""
+    sources = []
+    for s in range(2):
+        rng = np.random.default_rng(s)
+        doc_lens = [documents(rng, SEQUENCE) for _ in range(rows)]
+        tokens = np.full((rows, SEQUENCE), EOS, dtype=np.uint16)
+        for row, lengths in enumerate(doc_lens):
+            at = 0
+            for length in lengths:
+                tokens[row, at : at + length - 1] = 2 + (rng.integers(62) + (1 + s) * np.arange(length - 1)) % 62
+                at += length
+        data = packed_bytes(tokens, doc_lens, 4)
+        path = f"datasets/tiny/packed/s{s}.parquet"
+        storage.write(path, data)
+        sources.append(
+            [
+                PackedFile(
+                    path=path,
+                    bytes=len(data),
+                    sha256=hashlib.sha256(data).hexdigest(),
+                    rows=rows,
+                    tokens=sum(map(sum, doc_lens)),
+                    group_crc32=group_crc32(io.BytesIO(data)),
+                )
+            ]
+        )
+    found = manifest(sources, SEQUENCE, 4, "uint16")
+    tokenizer = found.tokenizer.model_copy(update={"vocab_size": VOCABULARY, "eos_id": EOS})
+    return found.model_copy(update={"tokenizer": tokenizer})
+
+
+class Watched:
+    """What a run reported."""
+
+    def __init__(self) -> None:
+        self.progress: list[TrainProgress] = []
+        self.checkpoints: list[CheckpointManifest] = []
+
+    @property
+    def losses(self) -> list[float]:
+        return [progress.loss for progress in self.progress]
+
+    def train(self, config: RunConfig, **options: Any) -> TrainManifest:
+        storage = Storage(config.storage)
+        return train(
+            config, tiny_dataset(storage), storage,
+            report=self.progress.append, on_checkpoint=self.checkpoints.append, **options,
+        )  # fmt: skip

@@ -1,0 +1,114 @@
+"""Checkpoints as objects: when they exist, whose they are, what is kept, and refusals that say what to do."""
+
+import dataclasses
+import hashlib
+
+import pytest
+import torch
+
+from pipeline.storage import Storage
+from pipeline.training.checkpoint import ForeignCheckpoint, committed, load_state, step_folder
+from pipeline.training.trainer import Run
+from tests.training.make import Watched, tiny, tiny_dataset
+
+
+def steps(root) -> list[int]:
+    return [manifest.step for manifest in committed(Storage(tiny(str(root)).storage), "tiny")]
+
+
+def test_another_configuration_is_refused_by_name(tmp_path):
+    Watched().train(tiny(str(tmp_path)))
+    with pytest.raises(
+        ForeignCheckpoint, match=r"optimizer.weight_decay is 0.3 here and 0.1 there. Choose another run_id"
+    ):
+        Watched().train(tiny(str(tmp_path), optimizer__weight_decay=0.3))
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    Watched().train(tiny(str(tmp_path), steps=8, checkpoint__keep=2))
+    assert steps(tmp_path) == [6, 8]
+    storage = Storage(tiny(str(tmp_path)).storage)
+    assert storage.list(step_folder("tiny", 4)) == []
+
+
+def test_without_a_manifest_it_does_not_exist(tmp_path):
+    """A save that was cut off leaves files and no manifest: not loaded, and cleared before the folder is used again."""
+    config = tiny(str(tmp_path))
+    reference = Watched().train(config)
+    storage = Storage(config.storage)
+    storage.delete(f"{step_folder('tiny', 4)}/manifest.json")
+    storage.write(f"{step_folder('tiny', 4)}/__7_0.distcp", b"left by a larger world")
+    watched = Watched()
+    again = watched.train(config)
+    assert [progress.step for progress in watched.progress] == [3, 4]
+    assert again == reference
+    assert not storage.exists(f"{step_folder('tiny', 4)}/__7_0.distcp")
+
+
+def test_asynchronous_saves_are_the_same_bytes(tmp_path):
+    """The next steps change the live tensors while the thread writes: it must write what it was given."""
+    saved = {}
+    for asynchronous in (False, True):
+        config = tiny(
+            str(tmp_path / str(asynchronous)), steps=8, checkpoint__async_save=asynchronous, checkpoint__keep=9
+        )
+        watched = Watched()
+        watched.train(config)
+        saved[asynchronous] = watched.checkpoints
+    assert [manifest.step for manifest in saved[True]] == [2, 4, 6, 8]
+    assert saved[True] == saved[False]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_failed_save_fails_the_run(tmp_path, monkeypatch, asynchronous):
+    write = Storage.write
+
+    def full(self, path, data):
+        if path.endswith("manifest.json"):
+            raise OSError("disk full")
+        write(self, path, data)
+
+    monkeypatch.setattr(Storage, "write", full)
+    with pytest.raises(OSError, match="disk full"):
+        Watched().train(tiny(str(tmp_path), checkpoint__async_save=asynchronous))
+    assert steps(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("norm.weight"), r"norm.weight \(16,\) is not a tensor of this run"),
+        (lambda state: state.update(extra=torch.zeros(3)), r"extra is missing; expected shape \(3,\)"),
+        (
+            lambda state: state.update({"norm.weight": torch.zeros(17)}),
+            r"norm.weight has shape \(16,\), expected \(17,\); check the model section",
+        ),
+    ],
+)
+def test_tensors_that_do_not_match_are_named(tmp_path, change, message):
+    config = tiny(str(tmp_path), steps=2)
+    manifest = Watched().train(config)
+    storage = Storage(config.storage)
+    run = Run(config, tiny_dataset(storage), storage)
+    state = run.state()
+    run.close()
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        load_state(state, storage, manifest.checkpoint, None)
+
+
+def test_the_manifest_lists_every_file_with_its_hash(tmp_path):
+    config = tiny(str(tmp_path), steps=2)
+    manifest = Watched().train(config).checkpoint
+    storage = Storage(config.storage)
+    assert [entry.path.rsplit("/", 1)[1] for entry in manifest.files] == [".metadata", "__0_0.distcp"]
+    for entry in manifest.files:
+        data = storage.read(entry.path)
+        assert (entry.bytes, entry.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    assert manifest.next_sequence == 16
+    assert manifest.tokens_seen == 16 * 16
+    assert dataclasses.asdict(Run(config, tiny_dataset(storage), storage).at) == {
+        "step": 2,
+        "next_sequence": 16,
+        "tokens_seen": 256,
+    }

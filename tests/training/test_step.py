@@ -1,0 +1,131 @@
+"""The optimizer step: what a bad gradient may not do, what the host may not wait for, and what the loss is."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipeline.manifest import DatasetManifest
+from pipeline.parallel.local import local_tensor
+from pipeline.storage import Storage
+from pipeline.training.batches import read_step
+from pipeline.training.guard import TooManySkippedSteps
+from pipeline.training.step import Step
+from pipeline.training.trainer import Run
+from tests.distributed import run_distributed
+from tests.training.make import Watched, tiny, tiny_dataset
+
+PARALLELISM = {1: {}, 2: {"shard": 2, "ep": 2}}
+
+
+def build(root: str, dataset: DatasetManifest, world: int, **overrides) -> Run:
+    config = tiny(root, parallelism=PARALLELISM[world], **overrides)
+    return Run(config, dataset, Storage(config.storage))
+
+
+def held(run: Run) -> dict[str, Tensor]:
+    """A copy of what this rank holds, the guard's own counters aside."""
+    return {name: local_tensor(t).clone() for name, t in run.state().items() if not name.startswith("guard.")}
+
+
+def poison(run: Run, rank: int, value: float) -> None:
+    """The next step finds `value` in one element of one gradient of one rank."""
+    backward = run.step.forward_backward
+
+    def poisoned(*args):
+        result = backward(*args)
+        if (dist.get_rank() if dist.is_initialized() else 0) == rank:
+            gradient = local_tensor(run.model.layers[1].mlp.experts.up_proj.grad)
+            gradient.view(-1)[3] = value
+        run.step.forward_backward = backward
+        return result
+
+    run.step.forward_backward = poisoned
+
+
+def skipped(root: str, dataset: DatasetManifest, world: int, value: float) -> None:
+    run = build(root, dataset, world)
+    for _ in range(2):
+        before = run.advance(False).fetch()
+    poison(run, world - 1, value)
+    state = held(run)
+    bad = run.advance(False).fetch()
+    after = held(run)
+    changed = [name for name in state if not torch.equal(state[name], after[name])]
+    assert changed == []
+    assert (before.skipped_steps, bad.skipped_steps, bad.skipped_in_a_row) == (0, 1, 1)
+    assert (run.at.step, run.at.next_sequence) == (3, 24)  # the batch is passed over
+
+    good = run.advance(False).fetch()
+    assert (good.skipped_steps, good.skipped_in_a_row) == (1, 0)
+    assert good.loss < before.loss + 0.5
+    moved = [name for name, tensor in held(run).items() if not torch.equal(tensor, after[name])]
+    assert {
+        name for name, _ in run.model.named_parameters() if local_tensor(run.model.get_parameter(name)).numel()
+    } <= set(moved)
+    run.close()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_bad_gradient_changes_nothing(tmp_path, value):
+    skipped(str(tmp_path), tiny_dataset(Storage(tiny(str(tmp_path)).storage)), 1, value)
+
+
+def test_one_bad_gradient_on_one_rank_changes_nothing_anywhere(tmp_path):
+    dataset = tiny_dataset(Storage(tiny(str(tmp_path)).storage))
+    run_distributed(skipped, 2, str(tmp_path), dataset, 2, float("nan"))
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails where a value goes from a tensor to Python, which on a GPU would stop the host until the device is there."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default), func
+        assert func is not torch.ops.aten.nonzero.default, "the size of the result is a host read"
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_never_waits(tmp_path, monkeypatch):
+    """Forward, backward, guard, clipping, optimizer and router bias of a step without a read; then the check's own check."""
+    run = build(str(tmp_path), tiny_dataset(Storage(tiny(str(tmp_path)).storage)), 1)
+    run.advance(False)
+    reads = []
+    for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__"):
+        original = getattr(Tensor, name)
+        monkeypatch.setattr(
+            Tensor, name, lambda self, *a, o=original, n=name, **k: (reads.append(n), o(self, *a, **k))[1]
+        )
+    batch = read_step(run.loader, 8, 8, 2, False)
+    reads.clear()
+    with NoHostReads():
+        values = run.step(batch, 0.01, 0.01, False)
+    assert reads == []
+    with pytest.raises(AssertionError), NoHostReads():
+        values[0].item()
+    run.close()
+
+
+def test_too_many_in_a_row_stop_the_run(tmp_path, monkeypatch):
+    original = Step.forward_backward
+    monkeypatch.setattr(
+        Step, "forward_backward", lambda self, *args: tuple(value * torch.nan for value in original(self, *args))
+    )
+    watched = Watched()
+    with pytest.raises(TooManySkippedSteps, match=r"the last 3 steps had a non-finite loss"):
+        watched.train(tiny(str(tmp_path), steps=8, training__max_skipped_steps=3))
+    assert [progress.step for progress in watched.progress] == [1, 2]
+
+
+def test_the_loss_is_the_mean_over_valid_tokens(tmp_path):
+    """Against cross_entropy on the logits of the same network, over rows with different amounts of padding."""
+    run = build(str(tmp_path), tiny_dataset(Storage(tiny(str(tmp_path)).storage)), 1, training__aux_loss_weight=0.0)
+    micro = read_step(run.loader, 0, 8, 8, False).micro_batches[0]
+    with torch.no_grad():
+        logits = run.model(micro.tokens_BS)
+    expected = F.cross_entropy(logits.flatten(0, 1), micro.labels_BS.flatten(), ignore_index=-100)
+    counts = (micro.labels_BS != -100).sum(1)
+    assert counts.min() < counts.max()
+    assert run.advance(False).fetch().loss == pytest.approx(expected.item(), rel=1e-6)
+    run.close()
