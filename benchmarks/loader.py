@@ -8,6 +8,7 @@ decode    a verified row group to an array: CRC-32, page checksums, zstd-3, for 
 verify    the whole proof of a packed file
 batches   shuffled batches of int64, as training receives them: an epoch in each system's own global shuffle
 reads     bytes read by all ranks of an epoch, divided by the bytes of the blocks: ranks divide lanes
+shuffle   spread of a sorted property's mean over batches, relative to batches drawn at random; rows sharing a block
 seek      a manifest of 5.7 T tokens (no data behind it): open it and find the first sequence; find 1,000 random ones
 
 Tokens: words, spaces and punctuation of the Python sources on this machine, numbered by frequency: real text
@@ -126,6 +127,7 @@ def run(folder: Path, count: int, rounds: int) -> list[dict[str, Any]]:
         )
     worst = max(read_amplification(storage, folder, ranks) for ranks in (1, 2, 4, 8))
     results.append(result("loader: read amplification, 1, 2, 4 and 8 ranks on 8 lanes", worst, None, 1.1, worst <= 1.1))
+    results += shuffle()
     with multiprocessing.get_context("spawn").Pool(1) as pool:  # a fresh process, for its memory
         return results + pool.apply(seek)
 
@@ -163,11 +165,11 @@ def write_packed(storage: Storage, folder: Path, tokens: np.ndarray, dtype: str,
     """The tokens as the data stage writes them: one document a row."""
     local = folder / f"local-{dtype}-{group}"
     local.mkdir()
-    writer = PackedWriter(local, "packed", tokens.shape[1], np.dtype(dtype), 0, group, 256, 3)
+    writer = PackedWriter(local, local.name, tokens.shape[1], np.dtype(dtype), 0, group, 256, 3)
     for row in tokens:
         writer.add([row], [len(row)])
     writer.close()
-    files = [put_packed(storage, path, f"{local.name}/{path.name}", rows, used) for path, rows, used in writer.files]
+    files = [put_packed(storage, local.name, file) for file in writer.files]
     return manifest([files], dtype, tokens.shape[1], group)
 
 
@@ -262,6 +264,32 @@ def read_amplification(storage: Storage, folder: Path, ranks: int) -> float:
     amplification = read / sum(file.bytes for file in dataset.sources[0].packed)
     print(f"{ranks} ranks on 8 lanes: {amplification:.3f} bytes read per byte stored")
     return amplification
+
+
+def shuffle() -> list[dict[str, Any]]:
+    """Rows numbered by the property they are sorted by: how near batches come to random draws from the whole source."""
+    print(
+        f"\n{'lanes':>6s} {'window':>7s} {'group':>6s} {'batch':>6s} {'rows':>12s}  spread of batch means  rows sharing a block"
+    )
+    worst = 0.0
+    for lanes, window, group, batch, rows, recommended in (
+        (16, 4, 16, 16, 6_400, True),  # the debug preset
+        (4096, 4, 256, 2048, 1 << 26, True),  # Moonlight
+        (4096, 4, 256, 4096, 1 << 26, True),
+        (1024, 4, 256, 1024, 1 << 24, True),
+        (256, 4, 256, 1024, 1 << 23, True),
+        (64, 4, 256, 1024, 1 << 22, False),  # lanes * window_blocks below the batch
+        (64, 16, 256, 1024, 1 << 22, True),
+    ):
+        files = [PackedFile(path="none", bytes=0, sha256="", rows=rows, tokens=0, group_crc32="")]
+        order = order_of(manifest([files], "uint16", ROW, group), lanes, window)
+        row = order.locate(np.arange(min(200, rows // batch) * batch)).row.reshape(-1, batch)
+        spread = float((row / rows).mean(axis=1).std() * (12 * batch) ** 0.5)
+        sharing = 1 - np.mean([len(np.unique(blocks)) for blocks in row // group]) / batch
+        worst = max(worst, spread) if recommended else worst
+        print(f"{lanes:6d} {window:7d} {group:6d} {batch:6d} {rows:12,d}  {spread:21.2f}  {sharing:20.1%}")
+    name = "loader: spread of batch means on sorted rows over the ideal, lanes * window_blocks >= batch, worst"
+    return [result(name, worst, None, 1.2, worst <= 1.2)]
 
 
 def seek() -> list[dict[str, Any]]:

@@ -333,7 +333,9 @@ def _dataset(
         sequence_length=config.data.sequence_length,
         rows_per_group=config.data.rows_per_group,
         sources=tuple(sources),
-        units=tuple(sorted(pack.digest for pack in packed)),
+        units=tuple(
+            sorted([pack.digest for pack in packed] + [tail.digest for found in tails.values() for tail in found])
+        ),
         versions=_versions(),
     )
 

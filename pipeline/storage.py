@@ -52,7 +52,8 @@ class Storage:
 
     def key(self, path: str) -> str:
         """The full key that `self.fs` understands (no scheme)."""
-        assert not path.startswith("/") and ".." not in path.split("/"), path
+        assert not path.startswith("/"), path
+        assert ".." not in path.split("/"), path
         return f"{self._prefix}/{path}" if path else self._prefix
 
     def uri(self, path: str = "") -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import sys
 import tempfile
 import time
@@ -61,7 +62,7 @@ def _collect(pipes: list[Any], deadline: float, timeout: float) -> list[Any]:
             raise TimeoutError(f"ranks {sorted(waiting)} of {len(pipes)} did not finish within {timeout:.0f} s")
         for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
             try:
-                succeeded, value = waiting.pop(rank).recv()
+                succeeded, value = pickle.loads(waiting.pop(rank).recv_bytes())
             except EOFError:
                 succeeded, value = False, "the process ended without a word (killed, or out of memory)"
             if succeeded:
@@ -88,10 +89,10 @@ def _rank(fn: Callable[..., Any], args: tuple, rank: int, world: int, store: str
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
         )
         value = fn(*args)
-        pipe.send((True, value))
+        pipe.send_bytes(pickle.dumps((True, value)))  # by value: no tensor is shared with a process about to end
         dist.destroy_process_group()
     except BaseException:
-        pipe.send((False, traceback.format_exc()))
+        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
     finally:
         pipe.close()
         sys.stdout.flush()

@@ -5,8 +5,8 @@ packed     rows and row groups as announced; tokens below the vocabulary's size;
            the end; padding is EOS; token count as announced; no held-out document (leakage.py)
 held-out   no EOS, tokens below the vocabulary's size, positive byte counts, totals as announced
 others     size and SHA-256 (tokenizer, document shards, quarantine)
-records    of the packs that the dataset names by digest: its unit's record as it was, document counts balanced, packed
-           files those of the dataset, one quarantine line per quarantined record
+records    of the packs and tails that the dataset names by digest: document counts balanced, the unit's record as it was,
+           packed files those of the dataset, no row lost in a tail, one quarantine line per quarantined record
 
 A packed file is read once, row group by row group: SHA-256 of the whole, CRC-32 of each part, decoding, invariants. A
 finding names the row group where there is one. Memory: one row group.
@@ -30,7 +30,7 @@ from pipeline.dataset.packed_file import Block, CorruptBlock, Layout, fetch_rang
 from pipeline.manifest import DatasetManifest, DocumentCounts, FileEntry, HeldoutFile, PackedFile, digest_of
 from pipeline.storage import Storage
 
-PACKS = "datasets/packs"  # where data_prep commits packs: <first two digits>/<id>.json
+PACKS, TAILS = "datasets/packs", "datasets/tails"  # where data_prep commits them: <first two digits>/<id>.json
 
 
 @dataclass(frozen=True)
@@ -207,30 +207,46 @@ def _check_heldout(dataset: DatasetManifest, storage: Storage, entry: HeldoutFil
 def _check_records(dataset: DatasetManifest, storage: Storage, task: Task) -> FileReport:
     report = FileReport(task, f"{PACKS}/{task.index:x}*")
     named, ours = set(dataset.units), {file for source in dataset.sources for file in source.packed}
-    for second in range(16):
-        for found in storage.list(f"{PACKS}/{task.index:x}{second:x}"):
-            data = storage.read(found.path)
-            report.bytes += len(data)
-            try:
-                pack = json.loads(data)
-            except ValueError as error:
-                report.findings.append(Finding(found.path, None, str(error)))
-                continue
-            if digest_of(pack) in named:  # else of another dataset; a damaged one is missing from the total
-                report.records += 1
-                report.documents += pack["counts"]["docs_in"]
-                problems = _check_pack(storage, pack, ours)
-                report.findings += [Finding(found.path, None, what) for what in problems]
+    for folder in (PACKS, TAILS):
+        for second in range(16):
+            for found in storage.list(f"{folder}/{task.index:x}{second:x}"):
+                data = storage.read(found.path)
+                report.bytes += len(data)
+                try:
+                    record = json.loads(data)
+                except ValueError as error:
+                    report.findings.append(Finding(found.path, None, str(error)))
+                    continue
+                if digest_of(record) in named:  # else of another dataset; a damaged one is missing from the total
+                    report.records += 1
+                    report.rows += sum(file["rows"] for file in record["packed"])
+                    problems = list(_foreign_files(record, ours))
+                    if folder == PACKS:
+                        report.documents += record["counts"]["docs_in"]
+                        problems += _check_pack(storage, record)
+                    else:
+                        problems += _check_tail(record)
+                    report.findings += [Finding(found.path, None, what) for what in problems]
     return report
 
 
-def _check_pack(storage: Storage, pack: dict[str, Any], ours: set[PackedFile]) -> Iterator[str]:
+def _foreign_files(record: dict[str, Any], ours: set[PackedFile]) -> Iterator[str]:
+    for file in record["packed"]:
+        if PackedFile(**file) not in ours:
+            yield f"{file['path']} is not among the dataset's files"
+
+
+def _check_tail(tail: dict[str, Any]) -> Iterator[str]:
+    rows = sum(rows for _, rows in tail["rests"])
+    kept = sum(file["rows"] for file in tail["packed"])
+    if rows != kept + tail["dropped_rows"]:
+        yield f"{rows} rows went in, {kept} came out and {tail['dropped_rows']} were dropped"
+
+
+def _check_pack(storage: Storage, pack: dict[str, Any]) -> Iterator[str]:
     """What is wrong with the record of a pack, and with that of its unit."""
     if not DocumentCounts(**pack["counts"]).balanced():
         yield f"document counts do not balance: {pack['counts']}"
-    for file in pack["packed"]:
-        if PackedFile(**file) not in ours:
-            yield f"{file['path']} is not among the dataset's files"
     path = f"datasets/units/{pack['unit'][:2]}/{pack['unit']}.json"
     data = storage.read_or_none(path)
     if data is None:
@@ -244,7 +260,7 @@ def _check_pack(storage: Storage, pack: dict[str, Any], ours: set[PackedFile]) -
     if digest_of(unit) != pack["unit_digest"]:
         yield f"{path} has digest {digest_of(unit)}, expected {pack['unit_digest']}"
     elif unit["quarantine"] and not unit["failed"]:
-        lines = storage.read(unit["quarantine"]["path"]).count(b"\n")
+        lines = (storage.read_or_none(unit["quarantine"]["path"]) or b"").count(b"\n")
         records = sum(unit["counts"]["quarantined"].values())
         if lines != records:
             yield f"{unit['quarantine']['path']} has {lines} lines for {records} quarantined records"

@@ -15,15 +15,13 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.dataset.checks import PACKS
+from pipeline.dataset.checks import PACKS, TAILS
 from pipeline.dataset.loader import cut
 from pipeline.dataset.order import Order
 from pipeline.dataset.packed_file import Block
 from pipeline.dataset.reader import BlockId, BlockReader
 from pipeline.manifest import PackedFile
 from pipeline.storage import Storage
-
-TAILS = "datasets/tails"  # where data_prep commits what the last rows of packs were gathered into
 
 
 @dataclass(frozen=True)

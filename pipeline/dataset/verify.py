@@ -108,19 +108,21 @@ def summarize(dataset: DatasetManifest, reports: list[FileReport]) -> VerifyRepo
                 Finding(f"source {source.name}", None, f"document counts do not balance: {source.counts.model_dump()}")
             )
     records = [report for report in reports if report.task.kind == "records"]
-    if sum(report.records for report in records) != len(dataset.units):
-        what = (
-            f"{sum(report.records for report in records)} of the dataset's {len(dataset.units)} packs have their record"
-        )
+    found = sum(report.records for report in records)
+    if found != len(dataset.units):
+        what = f"{found} of the dataset's {len(dataset.units)} packs and tails have their record"
         findings.append(Finding(PACKS, None, what))
     elif records:
-        docs_in, went_in = (sum(source.counts.docs_in for source in dataset.sources), sum(r.documents for r in records))
-        if docs_in != went_in:
-            findings.append(Finding(PACKS, None, f"{went_in} documents went in, the manifest says {docs_in}"))
+        for name, announced, found in (
+            ("documents", sum(source.counts.docs_in for source in dataset.sources), sum(r.documents for r in records)),
+            ("rows", dataset.rows, sum(report.rows for report in records)),
+        ):
+            if announced != found:
+                findings.append(Finding(PACKS, None, f"{found} {name} on record, the manifest says {announced}"))
     return VerifyReport(
         files=sum(report.task.kind != "records" for report in reports),
         bytes=sum(report.bytes for report in reports),
-        rows=sum(report.rows for report in reports),
+        rows=sum(report.rows for report in reports if report.task.kind == "packed"),
         tokens=sum(report.tokens for report in reports if report.task.kind == "packed"),
         findings=tuple(sorted(findings, key=lambda finding: (finding.path, finding.row_group or -1, finding.what))),
     )

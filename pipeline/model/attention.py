@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.config.schema import ModelConfig
+from pipeline.model import cpu_attention
+from pipeline.model.matmul import Linear
+from pipeline.model.norm import RMSNorm
 from pipeline.model.sequences import SequenceLayout
 
 CUDA_BACKENDS = [
@@ -44,11 +47,11 @@ class Attention(nn.Module):
         self.latent_dim = config.kv_lora_rank
         self.scale = config.qk_head_dim**-0.5
         hidden = config.hidden_size
-        self.q_proj = nn.Linear(hidden, self.heads * config.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.latent_dim + self.rope_dim, bias=False)
-        self.kv_a_layernorm = nn.RMSNorm(self.latent_dim, eps=LATENT_NORM_EPS)
-        self.kv_b_proj = nn.Linear(self.latent_dim, self.heads * (self.nope_dim + self.value_dim), bias=False)
-        self.o_proj = nn.Linear(self.heads * self.value_dim, hidden, bias=False)
+        self.q_proj = Linear(hidden, self.heads * config.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(hidden, self.latent_dim + self.rope_dim)
+        self.kv_a_layernorm = RMSNorm(self.latent_dim, eps=LATENT_NORM_EPS)
+        self.kv_b_proj = Linear(self.latent_dim, self.heads * (self.nope_dim + self.value_dim))
+        self.o_proj = Linear(self.heads * self.value_dim, hidden)
         self.observe_max_logits = False  # for QK-clip, pipeline/model/qk_clip.py
         self.max_logits: Tensor  # [H], the largest logit of each head since it was last taken
         self.register_buffer("max_logits", torch.full((self.heads,), -torch.inf), persistent=False)
@@ -101,8 +104,11 @@ def attend(q_BSHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, scale: float, layout:
                 q_BSHQ.transpose(1, 2), k_BSHQ.transpose(1, 2), v_BSHV.transpose(1, 2), is_causal=True, scale=scale
             )
         return o_BHSV.transpose(1, 2)
-    q, k, v = (_widen(t, max(width, value_width)).transpose(1, 2) for t in (q_BSHQ, k_BSHQ, v_BSHV))
     mask = layout.mask_B1SS
+    if S <= cpu_attention.LONGEST and q_BSHQ.dtype == torch.float32:
+        q, k, v = (t.transpose(1, 2) for t in (q_BSHQ, k_BSHQ, v_BSHV))
+        return cpu_attention.causal_attention(q, k, v, scale, mask).transpose(1, 2)
+    q, k, v = (_widen(t, max(width, value_width)).transpose(1, 2) for t in (q_BSHQ, k_BSHQ, v_BSHV))
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     return o[..., :value_width].transpose(1, 2)
 

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from pipeline.config.schema import ModelConfig
 from pipeline.model.attention import Attention
 from pipeline.model.experts import MLP, MoE
+from pipeline.model.norm import RMSNorm
 from pipeline.model.sequences import SequenceLayout
 
 aten = torch.ops.aten
@@ -28,7 +29,9 @@ KEPT = {
     aten.mm.default,
     aten.addmm.default,
     aten.bmm.default,
-    aten._grouped_mm.default,
+    torch.ops.moonlight.linear.default,
+    torch.ops.moonlight.grouped_rows.default,
+    torch.ops.moonlight.causal_attention.default,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_efficient_attention.default,
@@ -45,9 +48,9 @@ class BlockOutput(NamedTuple):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, aux_loss_weight: float) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp: MLP | MoE
         if layer < config.first_k_dense_replace:
             self.mlp = MLP(config.hidden_size, config.intermediate_size)

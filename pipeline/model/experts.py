@@ -1,12 +1,12 @@
 """The mixture-of-experts layer: route, sort rows by expert, dispatch, three grouped matmuls, combine, add shared experts.
 
-Routed experts are SwiGLU MLPs held as stacks [E, out, in] and run by `torch.nn.functional.grouped_mm`: one call a
-projection, whatever the loads. Rows are sorted by expert with a permutation; going and coming back are gathers in both
+Routed experts are SwiGLU MLPs held as stacks [E, out, in] and run by grouped matmuls (pipeline/model/grouped.py): one
+call a projection, whatever the loads. Rows are sorted by expert with a permutation; going and coming back are gathers in both
 directions (no scatter-add), so results do not depend on the order of atomics. The shared experts are one ungated MLP
 of n_shared x F.
 
-Every row handed to grouped_mm belongs to an expert: the offsets end exactly at the number of rows, because the kernel
-leaves what lies behind them uninitialised. An expert without rows gets a zero gradient.
+Every row that reaches the experts belongs to one of them; no padding rows exist. An expert without rows gets a zero
+gradient.
 
 Legend: N tokens, K experts per token, M = N*K rows (after dispatch: the rows of this rank's experts), E experts (e of
 them here), D hidden, F expert width.
@@ -19,11 +19,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from pipeline.config.schema import ModelConfig
+from pipeline.model.grouped import ALIGNMENT, grouped_linear
+from pipeline.model.matmul import Linear
 from pipeline.model.router import Router
 from pipeline.parallel.dispatch import LocalDispatch
+from pipeline.parallel.local import local_tensor
 
 
 class Dispatcher(Protocol):
@@ -41,9 +43,9 @@ class MLP(nn.Module):
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, width, bias=False)
-        self.up_proj = nn.Linear(hidden, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden, bias=False)
+        self.gate_proj = Linear(hidden, width)
+        self.up_proj = Linear(hidden, width)
+        self.down_proj = Linear(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -55,6 +57,11 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         E, D, F_ = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        for field, size in (("hidden_size", D), ("moe_intermediate_size", F_)):
+            if size % ALIGNMENT:
+                raise ValueError(
+                    f"{field} {size} must be a multiple of {ALIGNMENT}: grouped matmuls take rows of whole 16 bytes"
+                )
         self.gate_proj = nn.Parameter(torch.empty(E, F_, D))
         self.up_proj = nn.Parameter(torch.empty(E, F_, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, F_))
@@ -64,9 +71,9 @@ class Experts(nn.Module):
         """Rows sorted by expert -> the same rows through their experts."""
         rows_MD, counts_e, handle = self.dispatcher.dispatch(x_MD, counts_E)
         offsets_e = counts_e.cumsum(0).int()
-        gate_MF = grouped_linear(rows_MD, self.gate_proj, offsets_e)
-        up_MF = grouped_linear(rows_MD, self.up_proj, offsets_e)
-        out_MD = grouped_linear(F.silu(gate_MF) * up_MF, self.down_proj, offsets_e)
+        gate_MF = grouped_linear(rows_MD, local_tensor(self.gate_proj), offsets_e)
+        up_MF = grouped_linear(rows_MD, local_tensor(self.up_proj), offsets_e)
+        out_MD = grouped_linear(F.silu(gate_MF) * up_MF, local_tensor(self.down_proj), offsets_e)
         return self.dispatcher.combine(out_MD, handle)
 
 
@@ -96,13 +103,6 @@ class MoE(nn.Module):
         routed_ND = WeightedSum.apply(out_MD, routing.weights_NK, order_M, inverse_M)
         shared_BSD = self.shared_experts(x_BSD)
         return MoEOutput(shared_BSD + routed_ND.view_as(x_BSD), routing.aux_loss, routing.tokens_per_expert_E)
-
-
-def grouped_linear(x_MI: Tensor, weight_eOI: Tensor, offsets_e: Tensor) -> Tensor:
-    """Rows up to offsets_e[0] times expert 0's weight, the next ones expert 1's, ... -> x_MO."""
-    if isinstance(weight_eOI, DTensor):
-        weight_eOI = weight_eOI.to_local()
-    return F.grouped_mm(x_MI, weight_eOI.transpose(-2, -1), offs=offsets_e)
 
 
 class SortRows(torch.autograd.Function):

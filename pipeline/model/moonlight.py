@@ -23,6 +23,7 @@ from pipeline.model.block import Block
 from pipeline.model.experts import MoE
 from pipeline.model.init import initialise
 from pipeline.model.loss import IGNORE, Head, LossOutput
+from pipeline.model.norm import RMSNorm
 from pipeline.model.router import Router
 from pipeline.model.sequences import sequence_layout
 
@@ -35,7 +36,7 @@ class Moonlight(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer, aux_loss_weight) for layer in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = Head(config.hidden_size, config.vocab_size)
         if self.embed_tokens.weight.device.type != "meta":
             self.reset_parameters(0)

@@ -21,6 +21,8 @@ ends. The host never waits for the device.
 
 Memory: 4 bytes per Muon element of state; in a step about 2 x 3 buckets in the wire dtype, the fp32 direction of a
 bucket, and Newton-Schulz's workspace of up to four copies of a bucket.
+
+Legend: B matrices of one shape, M rows, N columns.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import math
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -40,8 +43,9 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from pipeline.config.schema import MuonConfig, OptimizerConfig
 from pipeline.optim.adamw import AdamW, local
+from pipeline.optim.boxes import Box, Layout, numel
 from pipeline.optim.exchange import Exchange, Handle, Piece, cut
-from pipeline.optim.layout import Box, Layout, MuonParameter, MuonPlan, Plan, numel, plan_muon, splitting_pays, view
+from pipeline.optim.layout import MuonParameter, MuonPlan, Plan, bytes_sent, plan_muon, splitting_pays, view
 from pipeline.optim.newton_schulz import coefficients, orthogonalize
 from pipeline.optim.rules import Rule, match_rules
 
@@ -158,6 +162,7 @@ class Muon:
             Exchange(bucket, device, groups[bucket.axis] if bucket.axis else None, replica, replica_group, replicas)
             for bucket in view(self.plan, rank)
         ]
+        self.bytes_sent = bytes_sent(self.plan, rank, self.wire.itemsize)
         self.squares: dict[str, tuple[Tensor, int]] = {}
 
     def _make_plan(self, planned: Sequence[MuonParameter]) -> MuonPlan:
@@ -186,7 +191,7 @@ class Muon:
 
     def stats(self) -> dict[str, Any]:
         return {
-            "bytes_sent": sum(exchange.bytes_sent(self.wire.itemsize) for exchange in self.exchanges),
+            "bytes_sent": self.bytes_sent,
             "newton_schulz_flops": self.plan.loads[self.rank],
             "imbalance": self.plan.imbalance,
             "buckets": len(self.plan.buckets),
@@ -205,6 +210,7 @@ class Muon:
         """The phases of one bucket; yields what has to be waited for before it is resumed."""
         send = torch.empty(sum(exchange.send_splits), dtype=self.wire, device=exchange.device)
         self._directions(exchange.pieces, exchange.slots(send), ok)
+        self._momentum([piece for piece in exchange.other_pieces if self._gradient(piece) is not None], ok)
         received, handle = exchange.forth(send)
         yield handle
         results = [orthogonalize(x_BMN, self.schedule, self.config.backend) for x_BMN in exchange.assemble(received)]
@@ -221,26 +227,33 @@ class Muon:
             updates = updates + cut(theirs, [piece.region for piece in exchange.other_pieces])
         self._apply(pieces, updates, lr, ok, measure)
 
-    def _directions(self, pieces: Sequence[Piece], slots: Sequence[Tensor], ok: Tensor | None) -> None:
-        """Momentum of the pieces, and their Nesterov direction into the slots."""
-        mu = self.config.momentum
-        live = [(piece, slot) for piece, slot in zip(pieces, slots) if self._gradient(piece) is not None]
-        for piece, slot in zip(pieces, slots):
-            if self._gradient(piece) is None:
-                slot.zero_()
-        if not live:
-            return
-        gradients = [self._view(self._gradient(piece), piece) for piece, _ in live]
-        momenta = [self._view(self.momentum[piece.block.parameter], piece) for piece, _ in live]
+    def _momentum(self, pieces: Sequence[Piece], ok: Tensor | None) -> list[Tensor]:
+        """Advances the momentum of the pieces (which have gradients) and returns it; not ok: as if it had advanced."""
+        momenta = [self._view(self.momentum[piece.block.parameter], piece) for piece in pieces]
+        gradients = [self._view(self._gradient(piece), piece) for piece in pieces]
+        if not momenta:
+            return []
         if ok is None:
-            torch._foreach_lerp_(momenta, gradients, 1 - mu)
-            new = momenta
-        else:
-            new = list(torch._foreach_lerp(momenta, gradients, 1 - mu))
-            _select(ok, new, momenta)
+            torch._foreach_lerp_(momenta, gradients, 1 - self.config.momentum)
+            return momenta
+        advanced = list(torch._foreach_lerp(momenta, gradients, 1 - self.config.momentum))
+        _select(ok, advanced, momenta)
+        return advanced
+
+    def _directions(self, pieces: Sequence[Piece], slots: Sequence[Tensor], ok: Tensor | None) -> None:
+        """Advances momentum and writes the (Nesterov) direction into the slots; zero where there is no gradient."""
+        has_gradient = [self._gradient(piece) is not None for piece in pieces]
+        live = list(compress(pieces, has_gradient))
+        for slot, found in zip(slots, has_gradient):
+            if not found:
+                slot.zero_()
+        directions = self._momentum(live, ok)
+        if not directions:
+            return
         if self.config.nesterov:
-            new = list(torch._foreach_lerp(gradients, new, mu))
-        torch._foreach_copy_([slot for _, slot in live], new)
+            gradients = [self._view(self._gradient(piece), piece) for piece in live]
+            directions = list(torch._foreach_lerp(gradients, directions, self.config.momentum))
+        torch._foreach_copy_(list(compress(slots, has_gradient)), directions)
 
     def _apply(
         self, pieces: Sequence[Piece], updates: Sequence[Tensor], lr: float, ok: Tensor | None, measure: bool
@@ -337,11 +350,15 @@ def _replicas(
     planned: Sequence[MuonParameter], meshes: Sequence[DeviceMesh | None], rank: int
 ) -> tuple[int, dist.ProcessGroup, int]:
     """(index, group, number) of the replicas that share the work."""
-    for mesh, item in zip(meshes, planned):
-        if mesh is not None and len(item.layout.replicas) == 1:
-            axis = item.layout.replicas[0]
-            return item.layout.coordinates(rank)[axis], mesh.get_group(axis), item.layout.axes[axis][1]
-    raise ValueError("hsdp_split needs parameters that are replicated along exactly one mesh axis; set it to 'off'")
+    for item in planned:
+        if len(item.layout.replicas) != 1:
+            raise ValueError(
+                f"parameter {item.fqn!r} is replicated along {len(item.layout.replicas)} mesh axes; muon.hsdp_split needs "
+                f"every parameter replicated along exactly one: set it to 'off'"
+            )
+    axis = planned[0].layout.replicas[0]
+    assert meshes[0] is not None
+    return planned[0].layout.coordinates(rank)[axis], meshes[0].get_group(axis), planned[0].layout.axes[axis][1]
 
 
 def _select(ok: Tensor, new: Sequence[Tensor], old: Sequence[Tensor]) -> None:

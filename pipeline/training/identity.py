@@ -12,7 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.config.schema import RunConfig
-from pipeline.manifest import digest_of
+from pipeline.dataset.order import Order
+from pipeline.manifest import DatasetManifest, digest_of
 
 MECHANICS_OF_MUON = {"bucket_bytes", "hsdp_split"}  # where and in what pieces the same updates are computed
 DECIDE_THE_LOSS = {
@@ -39,6 +40,11 @@ def identity_of(config: RunConfig, dataset_digest: str, order: dict[str, Any]) -
         "training": config.training.model_dump(mode="json", include=DECIDE_THE_LOSS),
     }
     return dict(_flatten("", values))
+
+
+def run_identity(config: RunConfig, dataset: DatasetManifest) -> str:
+    """`TrainManifest.identity` of the run, before it has run."""
+    return identity_digest(identity_of(config, dataset.digest, Order.of_run(config, dataset).describe()))
 
 
 def identity_digest(identity: dict[str, Any]) -> str:

@@ -6,12 +6,12 @@ import torch
 from tests.model.oracle import random_model, small_config
 
 
-def step(mode: str, compiled: bool = False):
+def step(mode: str, backend: str | None = None):
     model = random_model(small_config(), aux_loss_weight=1e-2)
     for block in model.layers:
         block.activation_checkpointing = mode
-        if compiled:
-            block.compile(fullgraph=True)
+        if backend is not None:
+            block.compile(fullgraph=True, backend=backend)
     ids = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(0))
     out = model(ids, ids)
     (out.loss_sum + out.aux_loss).backward()
@@ -61,11 +61,13 @@ def test_counts_add_up_over_micro_batches_and_not_in_evaluation():
     assert [int(router.tokens_per_expert.sum()) for _, router in model.routers()] == [2 * 144, 2 * 144]
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("mode", ["none", "full"])
-def test_a_block_compiles_to_one_graph(mode):
+@pytest.mark.parametrize(
+    ("mode", "backend"),
+    [("none", "aot_eager"), ("full", "aot_eager"), pytest.param("none", "inductor", marks=pytest.mark.long)],
+)
+def test_a_block_compiles_to_one_graph(mode, backend):
     plain, gradients, counts = step("none")
-    out, same, recounted = step(mode, compiled=True)
+    out, same, recounted = step(mode, backend)
     assert out.loss_sum.item() == pytest.approx(plain.loss_sum.item(), rel=1e-5)
     for name, gradient in gradients.items():
         assert (same[name] - gradient).norm() <= 1e-4 * gradient.norm(), name

@@ -30,7 +30,7 @@ def configs(draw):
         qk_rope_head_dim=2 * draw(st.integers(2, 6)),
         v_head_dim=draw(st.integers(4, 28)),
         intermediate_size=draw(st.integers(8, 64)),
-        moe_intermediate_size=4 * draw(st.integers(1, 10)),
+        moe_intermediate_size=8 * draw(st.integers(1, 5)),
         n_routed_experts=experts,
         num_experts_per_tok=draw(st.integers(1, experts)),
         n_shared_experts=draw(st.integers(1, 3)),
