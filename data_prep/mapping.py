@@ -31,14 +31,14 @@ def map_on_ray(cluster: ClusterConfig) -> MapUnits:
         context = ray.data.DataContext.get_current()
         context.execution_no_progress_timeout_s = -1  # a unit takes minutes, and waiting for nodes may take hours
         context.enable_progress_bars = False
-        dataset = ray.data.from_items(
-            [{"index": index, "item": item} for index, item in enumerate(items)], override_num_blocks=len(items)
-        )
+        rows = [{"index": index, "item": item} for index, item in enumerate(items)]
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
 
         def call(row: dict[str, Any]) -> dict[str, Any]:
             return {"index": row["index"], "result": function(row["item"])}
 
         done = dataset.map(call, num_cpus=cluster.prepare_cpus, memory=cluster.prepare_memory_bytes)
+        done.set_name(getattr(function, "func", function).__name__.strip("_"))  # what the dashboard calls it
         for row in done.iter_rows():
             yield int(row["index"]), row["result"]
 

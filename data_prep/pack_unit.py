@@ -66,7 +66,8 @@ def pack_unit(settings: PackSettings, task: PackTask) -> PackManifest:
     unit = UnitManifest.model_validate_json(storage.read(task.unit))
     excluded = _excluded(storage, settings, task, unit)
     identity = {
-        "documents": unit.documents.sha256 if unit.documents else unit.id,
+        "unit": unit.id,
+        "documents": unit.documents.sha256 if unit.documents else None,
         "excluded": hashlib.sha256(excluded.ordinals.astype("<i8").tobytes()).hexdigest(),
         "heldout": excluded.heldout,
         "layout": layout(settings.data),
@@ -76,26 +77,19 @@ def pack_unit(settings: PackSettings, task: PackTask) -> PackManifest:
     done = storage.read_or_none(shard_path("packs", pack_id, ".json"))
     if done is not None:
         return PackManifest.model_validate_json(done)
-    dtype = token_dtype(settings.tokenizer.vocab_size)
     data = settings.data
     with tempfile.TemporaryDirectory(prefix="pack-") as folder:
-        writer = PackedWriter(
-            Path(folder), pack_id, data.sequence_length, dtype, settings.tokenizer.eos_id,
-            data.rows_per_group, data.groups_per_file, data.zstd_level,
-        )  # fmt: skip
+        writer = packed_writer(Path(folder), pack_id, settings)
         text_bytes = _pack(
             storage,
             unit,
             excluded.ordinals,
             Packer(data.sequence_length, data.packing, data.max_documents_per_row),
             writer,
-            dtype,
         )
         writer.close()
-        packed = tuple(
-            put_packed(storage, path, shard_path("packed", pack_id, path.name.removeprefix(pack_id)), rows, tokens)
-            for path, rows, tokens in writer.files
-        )
+        packed = tuple(put_packed(storage, pack_id, file) for file in writer.files)
+        rest = put_packed(storage, pack_id, writer.rest) if writer.rest else None
     filtered = {name: count for name, count in {**unit.counts.filtered, **excluded.counts}.items() if count}
     counts = DocumentCounts(
         docs_in=unit.counts.docs_in,
@@ -110,16 +104,26 @@ def pack_unit(settings: PackSettings, task: PackTask) -> PackManifest:
         unit=unit.id,
         unit_digest=unit.digest,
         packed=packed,
+        rest=rest,
         counts=counts,
-        rows=sum(file.rows for file in packed),
-        tokens=sum(file.tokens for file in packed),
         padding=writer.padding,
         text_bytes=text_bytes,
-        dropped_rows=writer.dropped_rows,
-        dropped_tokens=writer.dropped_tokens,
     )
     storage.create(manifest.path, manifest.to_json())
     return manifest
+
+
+def packed_writer(folder: Path, name: str, settings: PackSettings) -> PackedWriter:
+    return PackedWriter(
+        folder,
+        name,
+        settings.data.sequence_length,
+        token_dtype(settings.tokenizer.vocab_size),
+        fill=settings.tokenizer.eos_id,
+        rows_per_group=settings.data.rows_per_group,
+        groups_per_file=settings.data.groups_per_file,
+        zstd_level=settings.data.zstd_level,
+    )
 
 
 def _excluded(storage: Storage, settings: PackSettings, task: PackTask, unit: UnitManifest) -> _Excluded:
@@ -141,13 +145,11 @@ def _excluded(storage: Storage, settings: PackSettings, task: PackTask, unit: Un
     return _Excluded(ordinals, len(chosen), {"heldout_copy": len(copies), "exact_duplicate": len(duplicates)})
 
 
-def _pack(
-    storage: Storage, unit: UnitManifest, excluded: np.ndarray, packer: Packer, writer: PackedWriter, dtype: Any
-) -> int:
+def _pack(storage: Storage, unit: UnitManifest, excluded: np.ndarray, packer: Packer, writer: PackedWriter) -> int:
     """Stream the shard through the packer. Returns the text bytes of the documents packed."""
     first, text_bytes = 0, 0
     held: dict[int, np.ndarray] = {}  # tokens of documents that rows still open refer to
-    for tokens, offsets, n_bytes in _windows(storage, unit, dtype):
+    for tokens, offsets, n_bytes in _windows(storage, unit, writer.dtype):
         count = len(offsets) - 1
         lengths = np.diff(offsets) + 1  # EOS
         left_out = excluded[np.searchsorted(excluded, first) : np.searchsorted(excluded, first + count)] - first

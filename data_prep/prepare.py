@@ -1,4 +1,4 @@
-"""Raw files to a committed dataset: list, plan, tokenizer, tokenize units, resolve, pack units, commit.
+"""Raw files to a committed dataset: list, plan, tokenizer, tokenize units, resolve, pack units, gather rests, commit.
 
 Every step writes objects named by what they were made from, and commits them by a conditional create; what is committed is
 never done again. So the same call, after any crash, finishes the work with the same bytes, and several runs at once
@@ -29,12 +29,14 @@ from data_prep.records import (
     Plan,
     PrepareProgress,
     Report,
+    TailManifest,
     UnitManifest,
     dataset_path,
     plan_path,
     shard_path,
 )
 from data_prep.resolve import Heldout, choose_heldout, find_duplicates, partitions_of
+from data_prep.tail import TailTask, build_tail, tail_tasks
 from data_prep.tokenize_unit import TokenizeSettings, open_input, token_dtype
 from data_prep.tokenizer_stage import ensure_tokenizer, tokenizer_identity
 from pipeline.config.schema import RunConfig, SourceConfig
@@ -66,8 +68,10 @@ def prepare(
     units = [Unit.from_json(value) for value in plan.units]
     tokenized = _tokenize(config, plan, units, map_units, report)
     heldout, packed = _resolve_and_pack(config, storage, plan, units, tokenized, map_units, report)
-    dataset = _dataset(config, plan, units, tokenized, heldout, packed)
+    tails = _tails(config, plan, units, packed, map_units, report)
+    dataset = _dataset(config, plan, units, tokenized, heldout, packed, tails)
     storage.create(dataset_path(dataset_identity), dataset.to_json())
+    storage.sweep("datasets")
     return DatasetManifest.model_validate_json(storage.read(dataset_path(dataset_identity)))
 
 
@@ -190,11 +194,11 @@ def _tokenize(
     def measure(value: dict[str, Any]) -> tuple[int, int, int, bool]:
         return value["counts"]["docs_in"], value["text_bytes"], value["tokens"], bool(value["failed"])
 
-    found = _mapped("tokenize", partial(_tokenize_one, settings), units, map_units, report, measure)
+    found = _mapped("tokenize", partial(_tokenize_unit, settings), units, map_units, report, measure)
     return [UnitManifest.model_validate(value) for value in found]
 
 
-def _tokenize_one(settings: dict[str, TokenizeSettings], unit: Unit) -> dict[str, Any]:
+def _tokenize_unit(settings: dict[str, TokenizeSettings], unit: Unit) -> dict[str, Any]:
     return tokenize_guarded(settings[unit.source], unit).model_dump(mode="json")
 
 
@@ -207,7 +211,7 @@ def _resolve_and_pack(
     map_units: MapUnits,
     report: Report,
 ) -> tuple[dict[str, Heldout], list[PackManifest]]:
-    folder = f"datasets/{plan.identity}/resolved"
+    folder = _resolved(plan)
     heldout: dict[str, Heldout] = {}
     partitions: dict[str, list[Any]] = {}
     places: dict[str, list[int]] = {}  # of a source's units in the plan
@@ -236,17 +240,54 @@ def _resolve_and_pack(
                 duplicates=tuple(partition.output for partition in partitions[unit.source]),
             )
         )
-    settings = PackSettings(config.storage, config.data, plan.tokenizer, f"{folder}/heldout.hashes")
+    settings = _pack_settings(config, plan)
 
     def measure(value: dict[str, Any]) -> tuple[int, int, int, bool]:
-        return value["counts"]["docs_out"], value["text_bytes"], value["tokens"], False
+        return value["counts"]["docs_out"], value["text_bytes"], _tokens(value["packed"]), False
 
-    found = _mapped("pack", partial(_pack_one, settings), tasks, map_units, report, measure)
+    found = _mapped("pack", partial(_pack_unit, settings), tasks, map_units, report, measure)
     return heldout, [PackManifest.model_validate(value) for value in found]
 
 
-def _pack_one(settings: PackSettings, task: PackTask) -> dict[str, Any]:
+def _pack_unit(settings: PackSettings, task: PackTask) -> dict[str, Any]:
     return pack_unit(settings, task).model_dump(mode="json")
+
+
+def _resolved(plan: Plan) -> str:
+    return f"datasets/{plan.identity}/resolved"
+
+
+def _pack_settings(config: RunConfig, plan: Plan) -> PackSettings:
+    return PackSettings(config.storage, config.data, plan.tokenizer, f"{_resolved(plan)}/heldout.hashes")
+
+
+def _tails(
+    config: RunConfig, plan: Plan, units: list[Unit], packed: list[PackManifest], map_units: MapUnits, report: Report
+) -> dict[str, list[TailManifest]]:
+    tasks: list[TailTask] = []
+    owners: list[str] = []
+    for source in config.corpus.sources:
+        mine = [place for place, unit in enumerate(units) if unit.source == source.name]
+        found = tail_tasks([packed[place] for place in mine], [units[place].generation for place in mine])
+        tasks += found
+        owners += [source.name] * len(found)
+
+    def measure(value: dict[str, Any]) -> tuple[int, int, int, bool]:
+        return 0, 0, _tokens(value["packed"]), False
+
+    built = _mapped("tail", partial(_build_tail, _pack_settings(config, plan)), tasks, map_units, report, measure)
+    tails: dict[str, list[TailManifest]] = {source.name: [] for source in config.corpus.sources}
+    for owner, value in zip(owners, built):
+        tails[owner].append(TailManifest.model_validate(value))
+    return tails
+
+
+def _build_tail(settings: PackSettings, task: TailTask) -> dict[str, Any]:
+    return build_tail(settings, task).model_dump(mode="json")
+
+
+def _tokens(files: list[dict[str, Any]]) -> int:
+    return sum(file["tokens"] for file in files)
 
 
 # -- commit ----------------------------------------------------------------------------------------------------------
@@ -259,6 +300,7 @@ def _dataset(
     tokenized: list[UnitManifest],
     heldout: dict[str, Heldout],
     packed: list[PackManifest],
+    tails: dict[str, list[TailManifest]],
 ) -> DatasetManifest:
     sources = []
     for source in config.corpus.sources:
@@ -267,19 +309,21 @@ def _dataset(
         counts = total_counts([pack.counts for _, pack in mine])
         assert counts.balanced(), f"{source.name}: documents were lost: {counts}"
         assert counts.heldout == (chosen.documents if chosen else 0), f"{source.name}: held-out documents were lost"
+        files = [file for _, pack in mine for file in pack.packed]
+        files += [file for tail in tails[source.name] for file in tail.packed]
         sources.append(
             SourceManifest(
                 name=source.name,
-                packed=tuple(file for _, pack in mine for file in pack.packed),
+                packed=tuple(files),
                 heldout=(chosen,) if chosen else (),
                 documents=tuple(unit.documents for unit, _ in mine if unit.documents),
                 quarantine=tuple(unit.quarantine for unit, _ in mine if unit.quarantine),
                 failed_units=tuple(unit.id for unit, _ in mine if unit.failed),
                 counts=counts,
-                rows=sum(pack.rows for _, pack in mine),
-                tokens=sum(pack.tokens for _, pack in mine),
+                rows=sum(file.rows for file in files),
+                tokens=sum(file.tokens for file in files),
                 text_bytes=sum(pack.text_bytes for _, pack in mine),
-                dropped_rows=sum(pack.dropped_rows for _, pack in mine),
+                dropped_rows=sum(tail.dropped_rows for tail in tails[source.name]),
             )
         )
     return DatasetManifest(
@@ -289,7 +333,9 @@ def _dataset(
         sequence_length=config.data.sequence_length,
         rows_per_group=config.data.rows_per_group,
         sources=tuple(sources),
-        units=tuple(sorted(pack.digest for pack in packed)),
+        units=tuple(
+            sorted([pack.digest for pack in packed] + [tail.digest for found in tails.values() for tail in found])
+        ),
         versions=_versions(),
     )
 

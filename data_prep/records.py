@@ -8,7 +8,10 @@ datasets/documents/ab/<unit>.heldout.parquet   the unit's candidates for the hel
 datasets/quarantine/ab/<unit>.jsonl       records that could not be used: location, reason, excerpt
 datasets/units/ab/<unit>.json             commit of the above
 datasets/packed/ab/<pack>-00000.parquet   packed rows of a unit
+datasets/packed/ab/<pack>-rest.parquet    its last rows, short of a whole group
 datasets/packs/ab/<pack>.json             commit of the packed rows
+datasets/packed/ab/<tail>-00000.parquet   rests of many units, in whole groups
+datasets/tails/ab/<tail>.json             commit of these
 datasets/heldout/<source>-<digest>.parquet
 datasets/<identity>/dataset.json          commit of the dataset version
 ```
@@ -67,17 +70,28 @@ class PackManifest(Record):
     unit: str
     unit_digest: str
     packed: tuple[PackedFile, ...]
+    rest: PackedFile | None  # the last rows, short of a whole group: for the tail
     counts: DocumentCounts
-    rows: int
-    tokens: int
     padding: int  # tokens
     text_bytes: int
+
+    @property
+    def path(self) -> str:
+        return shard_path("packs", self.id, ".json")
+
+
+class TailManifest(Record):
+    """The rests of up to 512 units, in whole groups. What still is short of one is dropped."""
+
+    id: str
+    rests: tuple[tuple[str, int], ...]  # path and rows of each, in order
+    packed: tuple[PackedFile, ...]
     dropped_rows: int
     dropped_tokens: int
 
     @property
     def path(self) -> str:
-        return shard_path("packs", self.id, ".json")
+        return shard_path("tails", self.id, ".json")
 
 
 class Plan(Record):
@@ -92,7 +106,7 @@ class Plan(Record):
 class PrepareProgress:
     """Where prepare stands. Rates are over the documents, bytes and tokens done in this run."""
 
-    phase: str  # tokenizer, tokenize, resolve, pack, done
+    phase: str  # tokenizer, tokenize, resolve, pack, tail
     units_done: int
     units_total: int
     units_failed: int

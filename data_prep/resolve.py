@@ -29,7 +29,7 @@ from data_prep.records import UnitManifest
 from data_prep.tokenize_unit import INDEX_DTYPE, token_dtype
 from data_prep.writer import DOCUMENT_ZSTD_LEVEL, parquet_writer, put
 from pipeline.config.schema import StorageConfig
-from pipeline.manifest import HeldoutFile, TokenizerManifest
+from pipeline.manifest import HeldoutFile, TokenizerManifest, digest_of
 from pipeline.storage import Storage, open_storage
 
 PARTITION_DOCUMENTS = 4_000_000
@@ -64,9 +64,10 @@ def partitions_of(source: str, units: Sequence[UnitManifest], folder: str) -> li
     while count < 256 and documents > count * PARTITION_DOCUMENTS:
         count *= 2
     paths = tuple(unit.index.path if unit.index else "" for unit in units)
+    made_from = digest_of([unit.index.sha256 if unit.index else "" for unit in units])[:16]
     edges = [256 * part // count for part in range(count + 1)]
     return [
-        Partition(source, paths, low, high, f"{folder}/{source}-{low:02x}-{high:03x}.duplicates")
+        Partition(source, paths, low, high, f"{folder}/{source}-{made_from}-{low:02x}-{high:03x}.duplicates")
         for low, high in zip(edges, edges[1:])
     ]
 

@@ -151,7 +151,7 @@ def _commit(
         vocab_size=encoder.vocab_size,
         eos_id=encoder.eos_id,
         special_tokens=encoder.special_tokens,
-        sha256=hashlib.sha256(files[TOKENIZER_JSON]).hexdigest(),
+        sha256=encoder.sha256,
     )
     storage.create(f"{folder}/manifest.json", manifest.to_json())
     return manifest

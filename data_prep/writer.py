@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.records import shard_path
 from pipeline.manifest import FileEntry, PackedFile
 from pipeline.packed import group_crc32
 from pipeline.storage import Storage, sha256_of
@@ -81,7 +82,7 @@ def token_buffer(column: pa.Array, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 class PackedWriter:
-    """Rows into files of `groups_per_file` whole groups of `rows_per_group`; what is left over at `close` is dropped and counted."""
+    """Rows into files of `groups_per_file` whole groups of `rows_per_group`; what is left over at `close` is the rest, a file of one short group."""
 
     def __init__(
         self,
@@ -98,15 +99,14 @@ class PackedWriter:
         self._schema = packed_schema(length, np.dtype(dtype).itemsize)
         self._groups_per_file, self._zstd_level = groups_per_file, zstd_level
         self._fill = fill
+        self.dtype = np.dtype(dtype)
         self._tokens_RL = np.full((rows_per_group, length), fill, dtype)
         self._doc_lens: list[list[int]] = []
         self._writer: pq.ParquetWriter | None = None
         self._groups = 0  # in the open file
         self._checksum = 0  # crc32 of the open file's token bytes
-        self._tokens = 0  # in the open file
         self.files: list[tuple[Path, int, int]] = []  # path, rows, tokens
-        self.dropped_rows = 0
-        self.dropped_tokens = 0
+        self.rest: tuple[Path, int, int] | None = None
         self.padding = 0
 
     def add(self, pieces: Iterable[np.ndarray], lengths: list[int]) -> None:
@@ -121,17 +121,20 @@ class PackedWriter:
             self._flush()
 
     def close(self) -> None:
-        self.dropped_rows = len(self._doc_lens)
-        self.dropped_tokens = sum(map(sum, self._doc_lens))
         self._close_file()
+        if self._doc_lens:
+            self._flush(f"{self._name}-rest.parquet")
+            self._close_file()
+            self.rest = self.files.pop()
 
-    def _flush(self) -> None:
+    def _flush(self, name: str = "") -> None:
+        """Write the rows that wait as one row group."""
+        rows, length = len(self._doc_lens), self._tokens_RL.shape[1]
         if self._writer is None:
-            path = self._folder / f"{self._name}-{len(self.files):05d}.parquet"
+            path = self._folder / (name or f"{self._name}-{len(self.files):05d}.parquet")
             self._writer = parquet_writer(path, self._schema, self._zstd_level)
             self.files.append((path, 0, 0))
-        rows, length = self._tokens_RL.shape
-        data = self._tokens_RL.tobytes()
+        data = self._tokens_RL[:rows].tobytes()
         lens = np.fromiter((value for row in self._doc_lens for value in row), np.int32)
         edges = np.zeros(rows + 1, np.int32)
         np.cumsum([len(row) for row in self._doc_lens], out=edges[1:])
@@ -143,10 +146,12 @@ class PackedWriter:
         )
         column = _fixed(data, length * self._tokens_RL.itemsize, rows)
         self._writer.write_table(pa.Table.from_arrays([column, doc_lens], schema=self._schema), row_group_size=rows)
+        path, rows_before, tokens_before = self.files[-1]
+        tokens = int(lens.sum())
+        self.files[-1] = (path, rows_before + rows, tokens_before + tokens)
+        self.padding += rows * length - tokens
         self._checksum = zlib.crc32(data, self._checksum)
         self._groups += 1
-        self._tokens += int(lens.sum())
-        self.padding += rows * length - int(lens.sum())
         self._doc_lens = []
         self._tokens_RL[:] = self._fill
         if self._groups == self._groups_per_file:
@@ -156,10 +161,8 @@ class PackedWriter:
         if self._writer is None:
             return
         self._writer.close()
-        path = self.files[-1][0]
-        verify_packed(path, self._checksum)
-        self.files[-1] = (path, self._groups * len(self._tokens_RL), self._tokens)
-        self._writer, self._groups, self._checksum, self._tokens = None, 0, 0, 0
+        verify_packed(self.files[-1][0], self._checksum)
+        self._writer, self._groups, self._checksum = None, 0, 0
 
 
 def verify_packed(path: Path, checksum: int) -> None:
@@ -182,13 +185,12 @@ def put(storage: Storage, local: Path, path: str) -> FileEntry:
     return FileEntry(path=path, bytes=local.stat().st_size, sha256=digest)
 
 
-def put_packed(storage: Storage, local: Path, path: str, rows: int, tokens: int) -> PackedFile:
-    entry = put(storage, local, path)
-    with local.open("rb") as file:
-        checksums = group_crc32(file)
-    return PackedFile(
-        path=entry.path, bytes=entry.bytes, sha256=entry.sha256, rows=rows, tokens=tokens, group_crc32=checksums
-    )
+def put_packed(storage: Storage, name: str, file: tuple[Path, int, int]) -> PackedFile:
+    """`file`: a local file called `name` and a suffix, its rows and tokens."""
+    local, rows, tokens = file
+    entry = put(storage, local, shard_path("packed", name, local.name.removeprefix(name)))
+    with local.open("rb") as opened:
+        return PackedFile(**entry.model_dump(), rows=rows, tokens=tokens, group_crc32=group_crc32(opened))
 
 
 def _fixed(data: bytes, width: int, count: int) -> pa.Array:

@@ -1,6 +1,7 @@
 """Look at what training sees.
 
     python -m jobs.inspect --config <preset or path> step 120        which rows and documents formed optimizer step 120
+    python -m jobs.inspect --config <preset or path> sequence 5000   the same of one training sequence
     python -m jobs.inspect --config <preset or path> mixture         what the run would draw from each source
     python -m jobs.inspect --config <preset or path> row web-en 17   row 17 of a source, as text
 
@@ -34,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     what = parser.add_subparsers(dest="what", required=True)
     step = what.add_parser("step", help="rows and documents of an optimizer step")
     step.add_argument("step", type=int)
+    sequence = what.add_parser("sequence", help="rows and documents of a training sequence")
+    sequence.add_argument("number", type=int)
     what.add_parser("mixture", help="what the run draws from each source")
     row = what.add_parser("row", help="a packed row as text")
     row.add_argument("source")
@@ -47,7 +50,11 @@ def main(arguments: list[str] | None = None) -> int:
         dataset = open_dataset(config, storage, parsed.dataset)
         order = Order.of_run(config, dataset)
         if parsed.what == "step":
-            lines = step_lines(config, order, storage, parsed.step)
+            first, count = step_sequences(config.schedule, order.sequence_length, parsed.step)
+            print(f"step {parsed.step}: sequences {first} to {first + count - 1}")
+            lines = sequence_lines(order, storage, range(first, first + count))
+        elif parsed.what == "sequence":
+            lines = sequence_lines(order, storage, range(parsed.number, parsed.number + 1))
         elif parsed.what == "mixture":
             lines = mixture_lines(config, order)
         else:
@@ -60,10 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def step_lines(config: RunConfig, order: Order, storage: Storage, step: int) -> Iterator[str]:
-    first, count = step_sequences(config.schedule, order.sequence_length, step)
-    yield f"step {step}: sequences {first} to {first + count - 1}"
-    for found in sequences(order, storage, range(first, first + count)):
+def sequence_lines(order: Order, storage: Storage, numbers: range) -> Iterator[str]:
+    for found in sequences(order, storage, numbers):
         part = f", part {found.part}" if order.parts > 1 else ""
         yield f"{found.number}: {found.source}, epoch {found.epoch}, {found.path}, row group {found.row_group}, row {found.row}{part}"
         for length, piece in zip(found.doc_lens, found.pieces):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pyarrow as pa
 import ray
@@ -20,9 +20,10 @@ from jobs.dataset import open_dataset
 from pipeline.config.load import load_config
 from pipeline.config.schema import StorageConfig
 from pipeline.dataset.checks import FileReport, Task, check
+from pipeline.dataset.leakage import HeldoutIndex
 from pipeline.dataset.verify import VerifyReport, verify
 from pipeline.manifest import DatasetManifest
-from pipeline.storage import open_storage
+from pipeline.storage import Storage, open_storage
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -41,36 +42,33 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     progress = Progress(dataset)
-    result = verify(dataset, storage, map_tasks=on_ray(dataset, config.storage), report=progress)
+    result = verify(dataset, storage, map_tasks=on_ray, report=progress)
     print(summary(dataset, result))
     return 0 if result.ok else 1
 
 
 def on_ray(
-    dataset: DatasetManifest, storage: StorageConfig
-) -> Callable[[Callable[[Task], FileReport], list[Task]], Iterator[FileReport]]:
-    """A `map_tasks` that checks each file in a Ray task; at most two per core wait at a time."""
-
-    def run(_: Callable[[Task], FileReport], tasks: list[Task]) -> Iterator[FileReport]:
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False)
-        shared = ray.put(dataset.to_json())
-        remote = ray.remote(num_cpus=1, max_retries=3)(_check)
-        waiting = list(reversed(tasks))
-        running: list[ray.ObjectRef] = []
-        while waiting or running:
-            room = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
-            while waiting and len(running) < room:
-                running.append(remote.remote(shared, storage, waiting.pop()))
-            done, running = ray.wait(running)
-            yield from ray.get(done)
-
-    return run
+    dataset: DatasetManifest, heldout: HeldoutIndex, storage: Storage, tasks: list[Task]
+) -> Iterator[FileReport]:
+    """Checks each file in a Ray task; at most two per core wait at a time."""
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False)
+    shared = ray.put((dataset.to_json(), heldout, storage.config))
+    remote = ray.remote(num_cpus=1, max_retries=3)(_check)
+    waiting = list(reversed(tasks))
+    running: list[ray.ObjectRef] = []
+    while waiting or running:
+        room = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+        while waiting and len(running) < room:
+            running.append(remote.remote(shared, waiting.pop()))
+        done, running = ray.wait(running)
+        yield from ray.get(done)
 
 
-def _check(dataset: bytes, storage: StorageConfig, task: Task) -> FileReport:
+def _check(shared: tuple[bytes, HeldoutIndex, StorageConfig], task: Task) -> FileReport:
     pa.set_cpu_count(1)
-    return check(DatasetManifest.model_validate_json(dataset), open_storage(storage), task)
+    dataset, heldout, storage = shared
+    return check(DatasetManifest.model_validate_json(dataset), heldout, open_storage(storage), task)
 
 
 class Progress:

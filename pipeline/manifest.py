@@ -64,7 +64,7 @@ class PackedFile(FileEntry):
 
     rows: int
     tokens: int  # without padding
-    group_crc32: str = ""  # 8 hex digits per row group and 8 for the footer (pipeline/packed.py)
+    group_crc32: str  # 8 hex digits per row group and 8 for the footer (pipeline/packed.py)
 
 
 class HeldoutFile(FileEntry):
@@ -116,7 +116,7 @@ class DatasetManifest(Record):
     sequence_length: int
     rows_per_group: int
     sources: tuple[SourceManifest, ...]
-    units: tuple[str, ...]  # digests of the unit manifests, sorted
+    units: tuple[str, ...]  # digests of the records of packs (one per unit) and tails, sorted
     versions: dict[str, str]  # format version and the libraries that decide bytes
 
     @property
@@ -176,6 +176,7 @@ class EvaluationManifest(Record):
     sources: dict[str, SourceScore]
     unigram_entropy: float  # nats per token of the same held-out tokens under their own frequencies
     baselines: dict[str, float]  # bits per byte of simple compressors, e.g. {"xz -9": 2.1}
+    source_baselines: dict[str, dict[str, float]]  # the same, each source's text by itself
 
 
 class ModelManifest(Record):

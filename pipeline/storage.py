@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ import fsspec
 from pipeline.config.schema import StorageConfig
 
 CHUNK = 8 * 1024 * 1024
+UPLOAD_PART = 16 * 1024 * 1024
 
 
 class StorageError(ValueError):
@@ -49,7 +52,8 @@ class Storage:
 
     def key(self, path: str) -> str:
         """The full key that `self.fs` understands (no scheme)."""
-        assert not path.startswith("/") and ".." not in path.split("/"), path
+        assert not path.startswith("/"), path
+        assert ".." not in path.split("/"), path
         return f"{self._prefix}/{path}" if path else self._prefix
 
     def uri(self, path: str = "") -> str:
@@ -143,12 +147,11 @@ class Storage:
     def upload(self, local: Path, path: str) -> None:
         """Put a local file (multipart on S3 where large), replacing any. Atomic."""
         if self.config.is_s3:
-            self.fs.put_file(str(local), self.key(path))
+            # 64 MiB in flight; s3fs aborts a multipart upload that fails
+            self.fs.put_file(str(local), self.key(path), chunksize=UPLOAD_PART, max_concurrency=4)
             return
         with self._temporary(path) as temporary:
-            with local.open("rb") as source, temporary.open("wb") as target:
-                while chunk := source.read(CHUNK):
-                    target.write(chunk)
+            shutil.copyfile(local, temporary)
             _sync(temporary)
             os.replace(temporary, self.key(path))
 
@@ -156,6 +159,15 @@ class Storage:
         """Remove an object or everything below a folder. Nothing there is fine."""
         with contextlib.suppress(FileNotFoundError):
             self.fs.rm(self.key(prefix), recursive=True)
+
+    def sweep(self, prefix: str) -> None:
+        """Remove what killed processes of this machine left half-written below a folder. On S3 there is nothing to see."""
+        if self.config.is_s3:
+            return
+        for leftover in Path(self.key(prefix)).rglob("*.tmp-*-*"):
+            host, _, pid = leftover.name.rpartition(".tmp-")[2].rpartition("-")[0].rpartition("-")
+            if host == socket.gethostname() and pid.isdigit() and not Path(f"/proc/{pid}").exists():
+                leftover.unlink(missing_ok=True)
 
     def check_writable(self) -> None:
         """Write and delete one small object; raises StorageError that says why and what to change."""
@@ -175,7 +187,7 @@ class Storage:
     def _temporary(self, path: str) -> Iterator[Path]:
         target = Path(self.key(path))
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex}")
+        temporary = target.with_name(f"{target.name}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}")
         try:
             yield temporary
         finally:

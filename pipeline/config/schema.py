@@ -103,7 +103,7 @@ class CorpusConfig(Section):
     heldout_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01  # of documents, chosen by document hash
     heldout_max_documents: PositiveInt = 1000  # per source
     unit_bytes: PositiveInt = 2_000_000_000  # target size of a unit of work (2-5 minutes of one core)
-    max_document_bytes: PositiveInt = 256 * 1024 * 1024  # a larger record goes to quarantine
+    max_document_bytes: PositiveInt = 32 * 1024 * 1024  # a larger record goes to quarantine
 
     @model_validator(mode="after")
     def _names_agree(self) -> CorpusConfig:

@@ -2,11 +2,11 @@
 
 packed     rows and row groups as announced; tokens below the vocabulary's size; document lengths positive and within the
            row; EOS at the ends of documents only; a piece without EOS (a long document goes on elsewhere) fills its row to
-           the end; padding is EOS; token count as announced
+           the end; padding is EOS; token count as announced; no held-out document (leakage.py)
 held-out   no EOS, tokens below the vocabulary's size, positive byte counts, totals as announced
 others     size and SHA-256 (tokenizer, document shards, quarantine)
-records    of the packs that the dataset names by digest: its unit's record as it was, document counts balanced, packed
-           files those of the dataset, one quarantine line per quarantined record
+records    of the packs and tails that the dataset names by digest: document counts balanced, the unit's record as it was,
+           packed files those of the dataset, no row lost in a tail, one quarantine line per quarantined record
 
 A packed file is read once, row group by row group: SHA-256 of the whole, CRC-32 of each part, decoding, invariants. A
 finding names the row group where there is one. Memory: one row group.
@@ -25,11 +25,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.dataset.leakage import HeldoutIndex
 from pipeline.dataset.packed_file import Block, CorruptBlock, Layout, fetch_range, read_footer, read_group
 from pipeline.manifest import DatasetManifest, DocumentCounts, FileEntry, HeldoutFile, PackedFile, digest_of
 from pipeline.storage import Storage
 
-PACKS = "datasets/packs"  # where data_prep commits packs: <first two digits>/<id>.json
+PACKS, TAILS = "datasets/packs", "datasets/tails"  # where data_prep commits them: <first two digits>/<id>.json
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class FileReport:
     findings: list[Finding] = field(default_factory=list)
 
 
-def check(dataset: DatasetManifest, storage: Storage, task: Task) -> FileReport:
+def check(dataset: DatasetManifest, heldout: HeldoutIndex, storage: Storage, task: Task) -> FileReport:
     """Check one file; what is wrong is in the report, not raised."""
     if task.kind == "records":
         return _check_records(dataset, storage, task)
@@ -76,7 +77,7 @@ def check(dataset: DatasetManifest, storage: Storage, task: Task) -> FileReport:
     report = FileReport(task, entry.path)
     try:
         if isinstance(entry, PackedFile):
-            _check_packed(dataset, storage, entry, report)
+            _check_packed(dataset, heldout, storage, entry, report)
         elif isinstance(entry, HeldoutFile):
             _check_heldout(dataset, storage, entry, report)
         else:
@@ -138,7 +139,9 @@ def _check_bytes(storage: Storage, entry: FileEntry, report: FileReport) -> bool
     return not report.findings
 
 
-def _check_packed(dataset: DatasetManifest, storage: Storage, entry: PackedFile, report: FileReport) -> None:
+def _check_packed(
+    dataset: DatasetManifest, heldout: HeldoutIndex, storage: Storage, entry: PackedFile, report: FileReport
+) -> None:
     layout, digest = Layout.of(dataset), hashlib.sha256()
 
     def fetch(start: int, stop: int) -> bytes:
@@ -157,6 +160,7 @@ def _check_packed(dataset: DatasetManifest, storage: Storage, entry: PackedFile,
             continue
         digest.update(data)
         problem, ended = check_block(block, dataset.tokenizer.eos_id, dataset.tokenizer.vocab_size)
+        problem = problem or heldout.find(block)
         if problem:
             report.findings.append(Finding(entry.path, group, problem))
         report.rows += len(block.tokens)
@@ -203,30 +207,46 @@ def _check_heldout(dataset: DatasetManifest, storage: Storage, entry: HeldoutFil
 def _check_records(dataset: DatasetManifest, storage: Storage, task: Task) -> FileReport:
     report = FileReport(task, f"{PACKS}/{task.index:x}*")
     named, ours = set(dataset.units), {file for source in dataset.sources for file in source.packed}
-    for second in range(16):
-        for found in storage.list(f"{PACKS}/{task.index:x}{second:x}"):
-            data = storage.read(found.path)
-            report.bytes += len(data)
-            try:
-                pack = json.loads(data)
-            except ValueError as error:
-                report.findings.append(Finding(found.path, None, str(error)))
-                continue
-            if digest_of(pack) in named:  # else of another dataset; a damaged one is missing from the total
-                report.records += 1
-                report.documents += pack["counts"]["docs_in"]
-                problems = _check_pack(storage, pack, ours)
-                report.findings += [Finding(found.path, None, what) for what in problems]
+    for folder in (PACKS, TAILS):
+        for second in range(16):
+            for found in storage.list(f"{folder}/{task.index:x}{second:x}"):
+                data = storage.read(found.path)
+                report.bytes += len(data)
+                try:
+                    record = json.loads(data)
+                except ValueError as error:
+                    report.findings.append(Finding(found.path, None, str(error)))
+                    continue
+                if digest_of(record) in named:  # else of another dataset; a damaged one is missing from the total
+                    report.records += 1
+                    report.rows += sum(file["rows"] for file in record["packed"])
+                    problems = list(_foreign_files(record, ours))
+                    if folder == PACKS:
+                        report.documents += record["counts"]["docs_in"]
+                        problems += _check_pack(storage, record)
+                    else:
+                        problems += _check_tail(record)
+                    report.findings += [Finding(found.path, None, what) for what in problems]
     return report
 
 
-def _check_pack(storage: Storage, pack: dict[str, Any], ours: set[PackedFile]) -> Iterator[str]:
+def _foreign_files(record: dict[str, Any], ours: set[PackedFile]) -> Iterator[str]:
+    for file in record["packed"]:
+        if PackedFile(**file) not in ours:
+            yield f"{file['path']} is not among the dataset's files"
+
+
+def _check_tail(tail: dict[str, Any]) -> Iterator[str]:
+    rows = sum(rows for _, rows in tail["rests"])
+    kept = sum(file["rows"] for file in tail["packed"])
+    if rows != kept + tail["dropped_rows"]:
+        yield f"{rows} rows went in, {kept} came out and {tail['dropped_rows']} were dropped"
+
+
+def _check_pack(storage: Storage, pack: dict[str, Any]) -> Iterator[str]:
     """What is wrong with the record of a pack, and with that of its unit."""
     if not DocumentCounts(**pack["counts"]).balanced():
         yield f"document counts do not balance: {pack['counts']}"
-    for file in pack["packed"]:
-        if PackedFile(**file) not in ours:
-            yield f"{file['path']} is not among the dataset's files"
     path = f"datasets/units/{pack['unit'][:2]}/{pack['unit']}.json"
     data = storage.read_or_none(path)
     if data is None:
@@ -240,7 +260,7 @@ def _check_pack(storage: Storage, pack: dict[str, Any], ours: set[PackedFile]) -
     if digest_of(unit) != pack["unit_digest"]:
         yield f"{path} has digest {digest_of(unit)}, expected {pack['unit_digest']}"
     elif unit["quarantine"] and not unit["failed"]:
-        lines = storage.read(unit["quarantine"]["path"]).count(b"\n")
+        lines = (storage.read_or_none(unit["quarantine"]["path"]) or b"").count(b"\n")
         records = sum(unit["counts"]["quarantined"].values())
         if lines != records:
             yield f"{unit['quarantine']['path']} has {lines} lines for {records} quarantined records"

@@ -60,14 +60,16 @@ class Loader:
     def batch(self, start: int, count: int) -> Batch:
         """Sequences [start, start + count) of this rank. Raises CorruptBlock where stored bytes are damaged."""
         plan = self._plans.get((start, count)) or self.plan(start, count)
-        data = self.reader.get(plan.blocks)
-        length = self.order.sequence_length
-        tokens = np.empty((len(plan.sequences), length), dtype=np.int64)
+        length, rows = self.order.sequence_length, len(plan.sequences)
+        tokens = np.empty((rows, length), dtype=np.int64)
         doc_lens = []
-        for i, (block, row, part) in enumerate(zip(plan.blocks, plan.rows, plan.parts)):
-            tokens[i] = data[block].tokens[row, part * length : (part + 1) * length]
-            lengths = data[block].document_lengths(row)
-            doc_lens.append(lengths if self.order.parts == 1 else cut(lengths, part * length, (part + 1) * length))
+        for first in range(0, rows, self.reader.room):  # never more blocks in hand than the cache may hold
+            some = slice(first, first + self.reader.room)
+            data = self.reader.get(plan.blocks[some])
+            for i, block, row, part in zip(range(rows)[some], plan.blocks[some], plan.rows[some], plan.parts[some]):
+                tokens[i] = data[block].tokens[row, part * length : (part + 1) * length]
+                lengths = data[block].document_lengths(row)
+                doc_lens.append(lengths if self.order.parts == 1 else cut(lengths, part * length, (part + 1) * length))
         self._read_ahead(start, count)
         return Batch(torch.from_numpy(tokens), doc_lens, plan.sequences)
 

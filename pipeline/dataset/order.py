@@ -86,10 +86,10 @@ class Order:
         self.source_names = tuple(source.name for source in dataset.sources)
         self._skip = _checked_ranges(skip)
         stages = _stages(corpus, self.source_names, dataset.sequence_length, data.lanes, data.mixture_block)
-        self._mixture = Mixture(stages, data.mixture_block, data.lanes, seed)
+        self.mixture = Mixture(stages, data.mixture_block, data.lanes, seed)
 
         self._rows = np.array([source.rows for source in dataset.sources], dtype=np.int64)
-        used = np.array([any(segment.counts[s] for segment in self._mixture.segments) for s in range(len(self._rows))])
+        used = np.array([any(segment.counts[s] for segment in self.mixture.segments) for s in range(len(self._rows))])
         for s in np.flatnonzero(used & (self._rows < self.rows_per_group)):
             raise ValueError(
                 f"source {self.source_names[s]!r} has {self._rows[s]} packed rows, fewer than one block of "
@@ -125,14 +125,14 @@ class Order:
         shape, g = position.shape, position.reshape(-1)
         h, part = np.divmod(g, self.parts)
         q, lane = np.divmod(h, self.lanes)
-        s, v = self._mixture.locate(lane, q)
+        s, v = self.mixture.locate(lane, q)
         row = self._row(s, lane, v)
         return Location(s.reshape(shape), row.reshape(shape), part.reshape(shape))
 
     def epochs(self, n: Any) -> Int64:
         """How many times each sequence's source was gone through before, in its lane: 0 in the first epoch."""
         q, lane = np.divmod(self.positions(n) // self.parts, self.lanes)
-        s, v = self._mixture.locate(lane.reshape(-1), q.reshape(-1))
+        s, v = self.mixture.locate(lane.reshape(-1), q.reshape(-1))
         _, v = self._fold(s, lane.reshape(-1), v)
         return (v // self._lane_rows[s]).reshape(q.shape)
 
@@ -172,14 +172,13 @@ class Order:
             "window_blocks": self.window_blocks,
             "mixture_block": self.data.mixture_block,
             "sources": {name: int(rows) for name, rows in zip(self.source_names, self._rows)},
-            "mixture": [
-                {
-                    "from_row": segment.start * self.lanes,
+            "mixture": {
+                f"row {segment.start * self.lanes}": {
                     "block": segment.block,
                     "counts": dict(zip(self.source_names, segment.counts)),
                 }
-                for segment in self._mixture.segments
-            ],
+                for segment in self.mixture.segments
+            },
         }
 
     @property
@@ -192,7 +191,7 @@ class Order:
         """What the first `sequences` training sequences draw from each source that they use."""
         last = int(self.positions(sequences - 1)) + 1 if sequences else 0
         rounds, rest = divmod(-(-last // self.parts), self.lanes)
-        drawn = self._mixture.used(np.where(np.arange(self.lanes) < rest, rounds + 1, rounds))
+        drawn = self.mixture.used(np.where(np.arange(self.lanes) < rest, rounds + 1, rounds))
         demand = {}
         for s, name in enumerate(self.source_names):
             if drawn[:, s].any():

@@ -8,14 +8,14 @@ shard). Of two documents with the same tokens the first is named.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.dataset.checks import PACKS
+from pipeline.dataset.checks import PACKS, TAILS
 from pipeline.dataset.loader import cut
 from pipeline.dataset.order import Order
 from pipeline.dataset.packed_file import Block
@@ -48,22 +48,22 @@ class Provenance:
     pieces: list[Piece]
 
 
-def sequences(order: Order, storage: Storage, numbers: Sequence[int]) -> list[Provenance]:
-    """The sequences by number, with the documents they were cut from."""
+def sequences(order: Order, storage: Storage, numbers: Sequence[int]) -> Iterator[Provenance]:
+    """The sequences by number, one by one, with the documents they were cut from. Each costs the reading of a block and of
+    the document shard behind it."""
     reader = BlockReader(order.dataset, storage, order.data.cache_bytes)
     location, epochs = order.locate(np.array(numbers)), order.epochs(np.array(numbers))
-    found = []
-    for n, s, row, part, epoch in zip(numbers, location.source, location.row, location.part, epochs):
-        block_id = BlockId(int(s), int(row) // order.rows_per_group)
-        block = reader.get([block_id])[block_id]
-        entry, group = reader.find(block_id)
-        within = int(row) % order.rows_per_group
-        start, stop = int(part) * order.sequence_length, (int(part) + 1) * order.sequence_length
-        doc_lens = cut(block.document_lengths(within), start, stop)
-        pieces = documents_of(storage, entry, _pieces(block, within), order.dataset.tokenizer.eos_id)
-        covered = _overlapping(block.document_lengths(within), start, stop)
-        found.append(
-            Provenance(
+    try:
+        for n, s, row, part, epoch in zip(numbers, location.source, location.row, location.part, epochs):
+            block_id = BlockId(int(s), int(row) // order.rows_per_group)
+            block = reader.get([block_id])[block_id]
+            entry, group = reader.find(block_id)
+            within = int(row) % order.rows_per_group
+            start, stop = int(part) * order.sequence_length, (int(part) + 1) * order.sequence_length
+            lengths = block.document_lengths(within)
+            pack_id = pack_of(storage, entry, group * order.rows_per_group + within)
+            pieces = documents_of(storage, pack_id, _pieces(block, within), order.dataset.tokenizer.eos_id)
+            yield Provenance(
                 number=int(n),
                 source=order.source_names[int(s)],
                 epoch=int(epoch),
@@ -71,12 +71,11 @@ def sequences(order: Order, storage: Storage, numbers: Sequence[int]) -> list[Pr
                 row_group=group,
                 row=within,
                 part=int(part),
-                doc_lens=doc_lens,
-                pieces=[pieces[i] for i in covered],
+                doc_lens=cut(lengths, start, stop),
+                pieces=[pieces[i] for i in _overlapping(lengths, start, stop)],
             )
-        )
-    reader.close()
-    return found
+    finally:
+        reader.close()
 
 
 def row_tokens(order: Order, storage: Storage, source: str, row: int) -> tuple[NDArray[np.int64], list[int]]:
@@ -97,14 +96,14 @@ def row_tokens(order: Order, storage: Storage, source: str, row: int) -> tuple[N
 
 def mixture_table(order: Order, total: int, max_epochs: Mapping[str, float]) -> list[str]:
     """Lines of text: what each stretch of the mixture and the whole run draw from each source. Reads nothing."""
-    description = order.describe()
-    edges = [(segment["from_row"] * order.parts, segment) for segment in description["mixture"]]
-    lines = []
-    for (start, segment), stop in zip(edges, [edge for edge, _ in edges[1:]] + [total]):
-        if start < min(stop, total):
-            shares = ", ".join(f"{name} {count}" for name, count in segment["counts"].items() if count)
+    segments, lines = order.mixture.segments, []
+    starts = [segment.start * order.lanes * order.parts for segment in segments]
+    for segment, start, stop in zip(segments, starts, [*starts[1:], total]):
+        if start < total:
+            counts = zip(order.source_names, segment.counts)
+            shares = ", ".join(f"{name} {count}" for name, count in counts if count)
             tokens = f"{start * order.sequence_length:,} to {min(stop, total) * order.sequence_length:,}"
-            lines.append(f"tokens {tokens}: of every {segment['block']} sequences of a lane: {shares}")
+            lines.append(f"tokens {tokens}: of every {segment.block} rows of a lane: {shares}")
     demand = order.demand(total, max_epochs)
     lines.append(f"{'source':24s} {'rows drawn':>14s} {'share':>7s} {'rows':>14s} {'epochs':>8s} {'allowed':>8s}")
     drawn = sum(need.rows for need in demand.values())
@@ -116,11 +115,28 @@ def mixture_table(order: Order, total: int, max_epochs: Mapping[str, float]) -> 
     return lines
 
 
-def documents_of(
-    storage: Storage, entry: PackedFile, pieces: list[NDArray[np.unsignedinteger]], eos_id: int
-) -> list[Piece]:
+def pack_of(storage: Storage, entry: PackedFile, row: int) -> str:
+    """The pack of row number `row` of a file: the file is the pack's own, or a tail of the last rows of many packs."""
+    name = _owner(entry.path)
+    tail = storage.read_or_none(f"{TAILS}/{name[:2]}/{name}.json")
+    if tail is None:
+        return name
+    record = json.loads(tail)
+    row += sum(file["rows"] for file in record["packed"] if file["path"] < entry.path)
+    for path, rows in record["rests"]:
+        if row < rows:
+            return _owner(path)
+        row -= rows
+    raise ValueError(f"{entry.path}: {TAILS}/{name[:2]}/{name}.json accounts for fewer rows than the file has")
+
+
+def _owner(path: str) -> str:
+    """`.../<id>-00000.parquet` and `.../<id>-rest.parquet` belong to <id>."""
+    return path.rpartition("/")[2].rpartition("-")[0]
+
+
+def documents_of(storage: Storage, pack_id: str, pieces: list[NDArray[np.unsignedinteger]], eos_id: int) -> list[Piece]:
     """The document of each piece of a row, searched for in the document shard the row was packed from."""
-    pack_id = entry.path.rpartition("/")[2].rpartition("-")[0]
     pack = json.loads(storage.read(f"{PACKS}/{pack_id[:2]}/{pack_id}.json"))
     unit = json.loads(storage.read(f"datasets/units/{pack['unit'][:2]}/{pack['unit']}.json"))
     found = [Piece(None, 0, len(piece)) for piece in pieces]

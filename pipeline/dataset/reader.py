@@ -54,6 +54,8 @@ class BlockReader:
         self.counters = ReadCounters()
         self._storage = storage
         self._cache_bytes = cache_bytes
+        block_bytes = self.layout.group_rows * self.layout.row_tokens * self.layout.dtype.itemsize
+        self.room = max(1, cache_bytes // block_bytes)  # blocks that fit the cache
         self._groups = [
             list(accumulate((file.rows // dataset.rows_per_group for file in source.packed), initial=0))
             for source in dataset.sources
@@ -89,10 +91,8 @@ class BlockReader:
 
     def prefetch(self, wanted: Iterable[BlockId]) -> None:
         """Start reading blocks that will be asked for soon, as far as the cache has room for them."""
-        layout = self.layout
-        room = self._cache_bytes // (layout.group_rows * layout.row_tokens * layout.dtype.itemsize)
         with self._lock:
-            for block in list(dict.fromkeys(wanted))[:room]:
+            for block in list(dict.fromkeys(wanted))[: self.room]:
                 if block not in self._cache:
                     self._start(block)
 

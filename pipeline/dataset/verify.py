@@ -7,11 +7,12 @@ read once, and a few CPU-seconds per billion tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from pipeline.dataset.checks import PACKS, FileReport, Finding, Task, check
+from pipeline.dataset.leakage import HeldoutIndex, heldout_index
 from pipeline.manifest import DatasetManifest
 from pipeline.storage import Storage
 
@@ -39,6 +40,16 @@ class VerifyReport:
         return asdict(self) | {"ok": self.ok}
 
 
+MapTasks = Callable[[DatasetManifest, HeldoutIndex, Storage, list[Task]], Iterable[FileReport]]
+
+
+def in_process(
+    dataset: DatasetManifest, heldout: HeldoutIndex, storage: Storage, tasks: list[Task]
+) -> Iterator[FileReport]:
+    for task in tasks:
+        yield check(dataset, heldout, storage, task)
+
+
 def tasks_of(dataset: DatasetManifest) -> list[Task]:
     tasks = [Task("tokenizer", -1, index) for index in range(len(dataset.tokenizer.files))]
     if dataset.units:
@@ -53,13 +64,12 @@ def verify(
     dataset: DatasetManifest,
     storage: Storage,
     *,
-    map_tasks: Callable[[Callable[[Task], FileReport], list[Task]], Iterable[FileReport]] = map,
+    map_tasks: MapTasks = in_process,
     report: Callable[[int, int, FileReport], None] = lambda done, total, file: None,
 ) -> VerifyReport:
     """Check everything. `map_tasks` runs the checks, in any order; `report(done, total, file)` is called as they end."""
-    tasks = tasks_of(dataset)
-    reports = []
-    for file in map_tasks(lambda task: check(dataset, storage, task), tasks):
+    tasks, reports = tasks_of(dataset), []
+    for file in map_tasks(dataset, heldout_index(dataset, storage), storage, tasks):
         reports.append(file)
         report(len(reports), len(tasks), file)
     return summarize(dataset, reports)
@@ -98,19 +108,21 @@ def summarize(dataset: DatasetManifest, reports: list[FileReport]) -> VerifyRepo
                 Finding(f"source {source.name}", None, f"document counts do not balance: {source.counts.model_dump()}")
             )
     records = [report for report in reports if report.task.kind == "records"]
-    if sum(report.records for report in records) != len(dataset.units):
-        what = (
-            f"{sum(report.records for report in records)} of the dataset's {len(dataset.units)} packs have their record"
-        )
+    found = sum(report.records for report in records)
+    if found != len(dataset.units):
+        what = f"{found} of the dataset's {len(dataset.units)} packs and tails have their record"
         findings.append(Finding(PACKS, None, what))
     elif records:
-        docs_in, went_in = (sum(source.counts.docs_in for source in dataset.sources), sum(r.documents for r in records))
-        if docs_in != went_in:
-            findings.append(Finding(PACKS, None, f"{went_in} documents went in, the manifest says {docs_in}"))
+        for name, announced, found in (
+            ("documents", sum(source.counts.docs_in for source in dataset.sources), sum(r.documents for r in records)),
+            ("rows", dataset.rows, sum(report.rows for report in records)),
+        ):
+            if announced != found:
+                findings.append(Finding(PACKS, None, f"{found} {name} on record, the manifest says {announced}"))
     return VerifyReport(
         files=sum(report.task.kind != "records" for report in reports),
         bytes=sum(report.bytes for report in reports),
-        rows=sum(report.rows for report in reports),
+        rows=sum(report.rows for report in reports if report.task.kind == "packed"),
         tokens=sum(report.tokens for report in reports if report.task.kind == "packed"),
         findings=tuple(sorted(findings, key=lambda finding: (finding.path, finding.row_group or -1, finding.what))),
     )

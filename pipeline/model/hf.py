@@ -46,24 +46,25 @@ def hf_tensors(model: Moonlight) -> Iterator[tuple[str, Tensor]]:
     Tensors may share memory with the model: copy what you keep. Collective if the model is sharded.
     """
     for name, tensor in _state(model):
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if full.dim() == 3:
-            for expert, matrix in enumerate(full):
-                yield hf_name(name).format(expert=expert), matrix
-        else:
-            yield hf_name(name), full
+        yield from hf_split(name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+
+
+def hf_split(name: str, full: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What one of our tensors is in the export: itself under its other name, or one matrix an expert."""
+    if full.dim() == 3:
+        for expert, matrix in enumerate(full):
+            yield hf_name(name).format(expert=expert), matrix
+    else:
+        yield hf_name(name), full
 
 
 def hf_shapes(model: Moonlight) -> dict[str, tuple[int, ...]]:
     """Name and shape of every exported tensor; the model may be on the meta device."""
-    shapes = {}
-    for name, tensor in _state(model):
-        if tensor.dim() == 3:
-            for expert in range(tensor.shape[0]):
-                shapes[hf_name(name).format(expert=expert)] = tuple(tensor.shape[1:])
-        else:
-            shapes[hf_name(name)] = tuple(tensor.shape)
-    return shapes
+    return {
+        hf: tuple(part.shape)
+        for name, tensor in _state(model)
+        for hf, part in hf_split(name, torch.empty(tensor.shape, device="meta"))
+    }
 
 
 @torch.no_grad()

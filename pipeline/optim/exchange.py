@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.optim.layout import Block, Box, BucketView, Share, numel
+from pipeline.optim.boxes import Box, numel
+from pipeline.optim.layout import Block, BucketView, Share
 
 Handle = dist.Work | None
 
@@ -85,17 +86,6 @@ class Exchange:
             self.replica_splits = [sum(numel(p.region) for p in row) for row in others]
             self.other_pieces = [piece for row in others for piece in row]
         self.replica = replica
-
-    def bytes_sent(self, wire_bytes: int) -> int:
-        """Bytes this rank puts on the wire for the bucket in a step."""
-        if self.group is None:
-            there = back = 0
-        else:
-            me = dist.get_rank(self.group)
-            there = sum(self.send_splits) - self.send_splits[me]
-            back = sum(self.receive_splits) - self.receive_splits[me]
-        shared = sum(self.send_splits) * (len(self.replica_splits) - 1)
-        return wire_bytes * (there + back + shared)
 
     def slots(self, buffer: Tensor) -> list[Tensor]:
         """A flat buffer of `sum(send_splits)` elements cut into 2-D views, one per piece."""

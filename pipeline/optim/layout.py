@@ -4,8 +4,7 @@ Muon needs whole matrices; FSDP2 and expert parallelism store slices. The planne
 mesh axis cuts them, never at tensors or process groups, so the same code plans a real step, a property test and a
 512-GPU cluster on a laptop.
 
-Vocabulary
-- A *box* is a region of a parameter: one (start, stop) per dim. `local_box` is what a rank stores.
+Vocabulary (boxes and layouts: `boxes.py`)
 - A *block* is a matrix that is orthogonalised as a unit: a whole weight, one expert of a stack, one head.
 - A parameter's *plan* follows from its layout alone:
     LOCAL    every block lies inside one rank's box: no communication (experts on `Shard(0)`, one process);
@@ -20,24 +19,21 @@ Owners are chosen by LPT (longest processing time first): blocks by falling Newt
 candidate, on top of the fixed cost of LOCAL blocks; experts and dense weights are balanced jointly. Storage never
 depends on owners, hence neither do checkpoints. With `split_replicas` the replicas of HSDP share the blocks, too.
 
-Ranks number every mesh row-major: dense (replicate, shard) and experts (replicate, efsdp, ep) are two views of the same
-ranks, with shard = efsdp * ep. Chunks follow `torch.chunk`: ceil(n / parts) each, then a short one, then empty ones.
+All layouts of a plan number the same ranks: dense (replicate, shard) and experts (replicate, efsdp, ep) are two views of
+them, with shard = efsdp * ep.
 
 Cost: O(blocks * ranks of an axis); the full model at 512 ranks takes a few seconds.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
 
+from pipeline.optim.boxes import Box, Layout, block_boxes, intersect, numel
 from pipeline.optim.newton_schulz import flops
-
-Box = tuple[tuple[int, int], ...]
 
 
 class Plan(Enum):
@@ -45,83 +41,6 @@ class Plan(Enum):
     OWNED = "owned"
     REGROUP = "regroup"
     ADAMW = "adamw"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A global shape and how a mesh cuts it."""
-
-    shape: tuple[int, ...]
-    axes: tuple[tuple[str, int], ...] = ()  # mesh axes (name, size), outermost first
-    dims: tuple[int | None, ...] = ()  # tensor dim that each axis cuts; None: replicated along the axis
-    order: tuple[int, ...] = ()  # axes (indices) in the order in which they cut; matters where two cut one dim
-
-    @property
-    def world(self) -> int:
-        return math.prod(size for _, size in self.axes)
-
-    def coordinates(self, rank: int) -> tuple[int, ...]:
-        found = []
-        for _, size in reversed(self.axes):
-            rank, coordinate = divmod(rank, size)
-            found.append(coordinate)
-        return tuple(reversed(found))
-
-    def rank(self, coordinates: Sequence[int]) -> int:
-        rank = 0
-        for (_, size), coordinate in zip(self.axes, coordinates, strict=True):
-            rank = rank * size + coordinate
-        return rank
-
-    def box(self, coordinates: Sequence[int]) -> Box:
-        """Region stored at these mesh coordinates."""
-        box = [(0, n) for n in self.shape]
-        for axis in self.cut_order:
-            dim = self.dims[axis]
-            assert dim is not None
-            start, stop = box[dim]
-            first, last = chunk(stop - start, self.axes[axis][1], coordinates[axis])
-            box[dim] = (start + first, start + last)
-        return tuple(box)
-
-    @property
-    def cut_order(self) -> tuple[int, ...]:
-        """Axes (indices) that cut a dim, in the order in which they do."""
-        return tuple(a for a in self.order or range(len(self.axes)) if self.dims[a] is not None)
-
-    @property
-    def replicas(self) -> tuple[int, ...]:
-        """Axes (indices) along which the parameter is replicated."""
-        return tuple(a for a, (_, size) in enumerate(self.axes) if self.dims[a] is None and size > 1)
-
-    def axis(self, name: str) -> int:
-        return next(index for index, (found, _) in enumerate(self.axes) if found == name)
-
-    def replica_ranks(self, coordinates: Sequence[int]) -> list[int]:
-        """Ranks that store the same box, in replica order."""
-        free = [range(size) if self.dims[a] is None else (coordinates[a],) for a, (_, size) in enumerate(self.axes)]
-        return [self.rank(found) for found in itertools.product(*free)]
-
-    def group(self, axis: str | None, coordinates: Sequence[int]) -> tuple[int | None, ...]:
-        """Names the group of ranks that exchange along `axis`: their common coordinates, replicas taken together."""
-        return tuple(
-            None if name == axis or self.dims[a] is None else coordinates[a] for a, (name, _) in enumerate(self.axes)
-        )
-
-    def member_boxes(self, axis: str | None, coordinates: Sequence[int]) -> list[Box]:
-        """What the members of a rank's group on `axis` store (`axis` None: the rank alone)."""
-        if axis is None:
-            return [self.box(coordinates)]
-        position = self.axis(axis)
-        return [
-            self.box((*coordinates[:position], k, *coordinates[position + 1 :])) for k in range(self.axes[position][1])
-        ]
-
-    def shard_coordinates(self) -> Iterator[tuple[int, ...]]:
-        """Coordinates of every rank of replica 0."""
-        return itertools.product(
-            *(range(size if self.dims[a] is not None else 1) for a, (_, size) in enumerate(self.axes))
-        )
 
 
 @dataclass(frozen=True)
@@ -173,30 +92,6 @@ class MuonPlan:
         return max(self.loads) * len(self.loads) / total if total else 1.0
 
 
-def chunk(n: int, parts: int, index: int) -> tuple[int, int]:
-    """(start, stop) of piece `index` of `torch.chunk(range(n), parts)`."""
-    size = -(-n // parts)
-    return min(index * size, n), min((index + 1) * size, n)
-
-
-def intersect(a: Box, b: Box) -> Box | None:
-    """Common region of two boxes, None if empty."""
-    common = tuple((max(a0, b0), min(a1, b1)) for (a0, a1), (b0, b1) in zip(a, b, strict=True))
-    return common if all(start < stop for start, stop in common) else None
-
-
-def numel(box: Box) -> int:
-    return math.prod(stop - start for start, stop in box)
-
-
-def block_boxes(shape: tuple[int, ...], block_rows: int | None) -> Iterator[Box]:
-    """The matrices of a parameter, in storage order."""
-    rows = block_rows or shape[-2]
-    for lead in itertools.product(*(range(n) for n in shape[:-2])):
-        for first in range(0, shape[-2], rows):
-            yield (*((i, i + 1) for i in lead), (first, first + rows), (0, shape[-1]))
-
-
 @dataclass(frozen=True)
 class Share:
     """A block as one group of an axis sees it: `pieces[k]` is what member k stores of it."""
@@ -225,9 +120,7 @@ def _geometry(
     cutting = [a for a in layout.cut_order if layout.axes[a][1] > 1]
     exchanged: tuple[int, ...] = tuple(a for a in cutting if any(len({c[a] for c in found}) > 1 for found in holders))
     if not exchanged and len(shards) > len(boxes):
-        exchanged = cutting[-1:] and (
-            cutting[-1],
-        )  # whole blocks, but too few: the axis that cuts last shares them out
+        exchanged = tuple(cutting[-1:])  # whole blocks, but too few: the axis that cuts last shares them out
     return exchanged, tuple((box, found[0]) for box, found in zip(boxes, holders, strict=True))
 
 
@@ -310,7 +203,12 @@ def _assign(
             loads[rank] += block.cost
         assigned.append((axis, block))
     for axis, block, options in sorted(open_work, key=lambda item: -item[1].cost):
-        owner, replica, ranks = min(options, key=lambda option: loads[option[2][0]])
+        # Between replicas first by what both copies of a shard carry together: their LOCAL blocks, which are handed out
+        # later, can be moved between the two but not to other shards.
+        together: dict[int, int] = {}
+        for owner, _, ranks in options:
+            together[owner] = together.get(owner, 0) + sum(loads[rank] for rank in ranks)
+        owner, replica, ranks = min(options, key=lambda choice: (together[choice[0]], loads[choice[2][0]]))
         for rank in ranks:
             loads[rank] += block.cost
         assigned.append((axis, replace(block, owner=owner, replica=replica)))
@@ -374,6 +272,22 @@ def view(plan: MuonPlan, rank: int) -> tuple[BucketView, ...]:
             shares.append(Share(block, tuple(intersect(box, block.box) for box in members[key])))
         views.append(BucketView(bucket.axis, me, tuple(shares)))
     return tuple(views)
+
+
+def bytes_sent(plan: MuonPlan, rank: int, wire_bytes: int) -> int:
+    """Bytes that `rank` puts on the wire in a step: pieces to owners, results back, results to other replicas."""
+    elements = 0
+    for bucket in view(plan, rank):
+        for share in bucket.shares:
+            layout = plan.parameters[share.block.parameter].layout
+            stored = [numel(piece) if piece else 0 for piece in share.pieces]
+            ranks = layout.replica_ranks(layout.coordinates(rank))
+            if share.block.replica not in (None, ranks.index(rank)):
+                continue
+            elements += sum(stored) - stored[bucket.me] if share.block.owner == bucket.me else stored[bucket.me]
+            if share.block.replica is not None:
+                elements += stored[bucket.me] * (len(ranks) - 1)
+    return elements * wire_bytes
 
 
 def splitting_pays(repeated: MuonPlan, split: MuonPlan, stored: int) -> bool:

@@ -21,6 +21,8 @@ ends. The host never waits for the device.
 
 Memory: 4 bytes per Muon element of state; in a step about 2 x 3 buckets in the wire dtype, the fp32 direction of a
 bucket, and Newton-Schulz's workspace of up to four copies of a bucket.
+
+Legend: B matrices of one shape, M rows, N columns.
 """
 
 from __future__ import annotations
@@ -41,8 +43,9 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from pipeline.config.schema import MuonConfig, OptimizerConfig
 from pipeline.optim.adamw import AdamW, local
+from pipeline.optim.boxes import Box, Layout, numel
 from pipeline.optim.exchange import Exchange, Handle, Piece, cut
-from pipeline.optim.layout import Box, Layout, MuonParameter, MuonPlan, Plan, numel, plan_muon, splitting_pays, view
+from pipeline.optim.layout import MuonParameter, MuonPlan, Plan, bytes_sent, plan_muon, splitting_pays, view
 from pipeline.optim.newton_schulz import coefficients, orthogonalize
 from pipeline.optim.rules import Rule, match_rules
 
@@ -159,6 +162,7 @@ class Muon:
             Exchange(bucket, device, groups[bucket.axis] if bucket.axis else None, replica, replica_group, replicas)
             for bucket in view(self.plan, rank)
         ]
+        self.bytes_sent = bytes_sent(self.plan, rank, self.wire.itemsize)
         self.squares: dict[str, tuple[Tensor, int]] = {}
 
     def _make_plan(self, planned: Sequence[MuonParameter]) -> MuonPlan:
@@ -187,7 +191,7 @@ class Muon:
 
     def stats(self) -> dict[str, Any]:
         return {
-            "bytes_sent": sum(exchange.bytes_sent(self.wire.itemsize) for exchange in self.exchanges),
+            "bytes_sent": self.bytes_sent,
             "newton_schulz_flops": self.plan.loads[self.rank],
             "imbalance": self.plan.imbalance,
             "buckets": len(self.plan.buckets),
@@ -346,11 +350,15 @@ def _replicas(
     planned: Sequence[MuonParameter], meshes: Sequence[DeviceMesh | None], rank: int
 ) -> tuple[int, dist.ProcessGroup, int]:
     """(index, group, number) of the replicas that share the work."""
-    for mesh, item in zip(meshes, planned):
-        if mesh is not None and len(item.layout.replicas) == 1:
-            axis = item.layout.replicas[0]
-            return item.layout.coordinates(rank)[axis], mesh.get_group(axis), item.layout.axes[axis][1]
-    raise ValueError("hsdp_split needs parameters that are replicated along exactly one mesh axis; set it to 'off'")
+    for item in planned:
+        if len(item.layout.replicas) != 1:
+            raise ValueError(
+                f"parameter {item.fqn!r} is replicated along {len(item.layout.replicas)} mesh axes; muon.hsdp_split needs "
+                f"every parameter replicated along exactly one: set it to 'off'"
+            )
+    axis = planned[0].layout.replicas[0]
+    assert meshes[0] is not None
+    return planned[0].layout.coordinates(rank)[axis], meshes[0].get_group(axis), planned[0].layout.axes[axis][1]
 
 
 def _select(ok: Tensor, new: Sequence[Tensor], old: Sequence[Tensor]) -> None:

@@ -7,7 +7,11 @@ than its shards plus one tensor.
     experts stack [E, ...]   Shard(0) over `ep` (whole experts), then over `efsdp` by Shard(0); where efsdp * ep > E, so
                              that ranks would stay without an expert, by Shard(1): every rank holds a slice of each
     everything else          Shard(0) over `shard`, copied over `replicate`
-    units of gathering       embedding, each block, its experts, and (final norm + head) together
+    units of gathering       embedding, each block with its experts, and (final norm + head) together
+
+A block is one unit with two groups of parameters, each with its own mesh, rather than a unit for the experts inside of
+the block's: hooks of an inner unit would run in the middle of what activation checkpointing recomputes, where weights
+that are prefetched, or not, make the recomputation differ from the forward pass (selective checkpointing refuses that).
 
 Gradients are summed, never averaged, in every group (`loss` is already divided by the global token count), and with
 plain SUM, which gloo has, rather than the pre-multiplied sum of NCCL. An expert's gradient needs no other factor: the
@@ -20,13 +24,13 @@ reduction. Sources: PyTorch FSDP2; torchtitan's measurements of explicit prefetc
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 from torch.distributed.tensor import DTensor, Shard
 
 from pipeline.config.schema import TrainingConfig
@@ -36,6 +40,7 @@ from pipeline.model.moonlight import Moonlight
 from pipeline.parallel.dispatch import AllToAllDispatch
 from pipeline.parallel.mesh import Meshes
 
+Placement = Shard | ShardPlacementResult
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -76,14 +81,17 @@ def shard_model(model: Moonlight, meshes: Meshes, training: TrainingConfig, devi
     common: dict[str, Any] = {"mp_policy": policy, "reshard_after_forward": training.reshard_after_forward}
     dense = {"mesh": meshes.dense_fsdp, **common}
 
+    expert_mesh = None if meshes.ep is None else _mesh_info(meshes.expert_fsdp)
+
     fully_shard(model.embed_tokens, **dense)
     for index, block in enumerate(layers):
+        placements: dict[nn.Parameter, Placement] = {}
         if isinstance(block.mlp, MoE):
             experts = block.mlp.experts
-            mesh = meshes.dense_fsdp if meshes.ep is None else meshes.expert_fsdp
-            dim = _expert_dim(f"layers.{index}.mlp.experts", experts, meshes)
-            fully_shard(experts, mesh=mesh, shard_placement_fn=partial(_placement, dim), **common)
-        fully_shard(block, **dense)
+            cut = Shard(_expert_dim(f"layers.{index}.mlp.experts", experts, meshes))
+            placement = cut if expert_mesh is None else ShardPlacementResult(cut, expert_mesh)
+            placements = dict.fromkeys(experts.parameters(), placement)
+        fully_shard(block, shard_placement_fn=placements.get, **dense)
     fully_shard([model.norm, model.lm_head], mesh=meshes.dense_fsdp, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, **dense)
 
@@ -91,8 +99,7 @@ def shard_model(model: Moonlight, meshes: Meshes, training: TrainingConfig, devi
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    if device.type == "cuda":
-        _set_prefetch_order(model)
+    _set_prefetch_order(model)
 
 
 def _compile(block: Block, dtype: torch.dtype) -> None:
@@ -130,16 +137,15 @@ def _expert_dim(name: str, experts: nn.Module, meshes: Meshes) -> int:
     return 0
 
 
-def _placement(dim: int, _: nn.Parameter) -> Shard:
-    return Shard(dim)
+def _mesh_info(mesh: DeviceMesh) -> FSDPMeshInfo:
+    if mesh.ndim == 1:
+        return FSDPMeshInfo(mesh, shard_mesh_dim=0)
+    return HSDPMeshInfo(mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
 
 
 def _set_prefetch_order(model: Moonlight) -> None:
     """Gather a block's weights while the one before it computes; on the way back, the one after it."""
-    units: list[list[Any]] = [[model.embed_tokens]]
-    for block in model.layers:
-        units.append([block, block.mlp.experts] if isinstance(block.mlp, MoE) else [block])
-    units.append([model.lm_head])
+    units: list[Any] = [model.embed_tokens, *model.layers, model.lm_head]
     for now, following in zip(units, units[1:]):
-        now[0].set_modules_to_forward_prefetch(following)
-        following[0].set_modules_to_backward_prefetch(now[::-1])
+        now.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([now])

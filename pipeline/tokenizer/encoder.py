@@ -7,6 +7,7 @@ gigatoken 0.10 caches pieces without bound; `recycle` starts a new engine once t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ class Encoder:
     def __init__(self, files: dict[str, bytes], *, growth_limit_bytes: int = 400 * 1024 * 1024) -> None:
         self._files = files
         self._growth_limit_bytes = growth_limit_bytes
+        self.sha256 = hashlib.sha256(files[TOKENIZER_JSON]).hexdigest()
         self.special_tokens = special_tokens_of(files[TOKENIZER_JSON])
         settings = json.loads(files[CONFIG_JSON]) if CONFIG_JSON in files else {}
         eos = settings.get("eos_token", "[EOS]")

@@ -12,7 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.config.schema import RunConfig
-from pipeline.manifest import digest_of
+from pipeline.dataset.order import Order
+from pipeline.manifest import DatasetManifest, digest_of
 
 MECHANICS_OF_MUON = {"bucket_bytes", "hsdp_split"}  # where and in what pieces the same updates are computed
 DECIDE_THE_LOSS = {
@@ -26,18 +27,24 @@ DECIDE_THE_LOSS = {
 SKIPS = "training.skip_sequences"
 
 
-def identity_of(config: RunConfig, dataset_digest: str, order_digest: str) -> dict[str, Any]:
-    """Flat: `model.hidden_size` -> 2048, ... with the digests of dataset and order as `dataset` and `order`."""
+def identity_of(config: RunConfig, dataset_digest: str, order: dict[str, Any]) -> dict[str, Any]:
+    """Flat: `model.hidden_size` -> 2048, ... with the dataset's digest as `dataset` and the constants of the data order
+    (`Order.describe()`) as `order.lanes`, `order.sources.web`, ..., so that a difference says what changed."""
     values = {
         "seed": config.seed,
         "dataset": dataset_digest,
-        "order": order_digest,
+        "order": order,
         "model": config.model.model_dump(mode="json"),
         "optimizer": config.optimizer.model_dump(mode="json", exclude={"muon": MECHANICS_OF_MUON}),
         "schedule": config.schedule.model_dump(mode="json"),
         "training": config.training.model_dump(mode="json", include=DECIDE_THE_LOSS),
     }
     return dict(_flatten("", values))
+
+
+def run_identity(config: RunConfig, dataset: DatasetManifest) -> str:
+    """`TrainManifest.identity` of the run, before it has run."""
+    return identity_digest(identity_of(config, dataset.digest, Order.of_run(config, dataset).describe()))
 
 
 def identity_digest(identity: dict[str, Any]) -> str:

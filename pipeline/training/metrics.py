@@ -107,6 +107,7 @@ class PendingRecord:
     bias_rate: float
     sequences: int
     values: Fetch
+    clock: float  # time.monotonic() when the step had been handed to the device
 
     def fetch(self) -> StepRecord:
         """Waits for the device to have finished the step."""
@@ -165,8 +166,7 @@ class Pace:
         self._tokens = tokens
         self._time = time.monotonic()
 
-    def progress(self, record: StepRecord) -> TrainProgress:
-        now = time.monotonic()
+    def progress(self, record: StepRecord, now: float) -> TrainProgress:
         rate = (record.tokens - self._tokens) / max(now - self._time, 1e-9)
         self._tokens, self._time = record.tokens, now
         left = max(self._total - record.tokens, 0)

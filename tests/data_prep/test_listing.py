@@ -34,6 +34,8 @@ def test_globs(tree: Path) -> None:
     assert names(tree, include=("sub/*.py", "*.dist-info/METADATA")) == ["sub/b.py", "x.dist-info/METADATA"]
     assert names(tree, exclude=("**/tests/**", "*.m?", "x*/**")) == ["a.py", "sub/b.py", "sub/deep/d.py"]
     assert names(tree, include=("[ab].py", "sub/[!b].py")) == ["a.py"]
+    assert names(tree, exclude=("sub/*", "sub/*/*")) == ["a.md", "a.py", "x.dist-info/METADATA"]
+    assert names(tree, exclude=("sub/*",)) == [name for name in everything if name != "sub/b.py"]
 
 
 def test_identity_is_path_size_and_content(tree: Path) -> None:
@@ -65,3 +67,20 @@ def test_nothing_listed_is_named(tree: Path) -> None:
         ConfigError, match=r"corpus\.sources\[3\]\.path: .* holds no file that include \['\*\.parquet'\]"
     ):
         list_source(source, 3, StorageConfig())
+
+
+def test_links(tree: Path) -> None:
+    before = names(tree)
+    (tree / "sub" / "up").symlink_to(tree)
+    assert names(tree) == before
+    (tree / "z").symlink_to(tree / "sub" / "deep")
+    assert names(tree) == [*before, "z/d.py"]
+
+
+def test_a_name_that_is_not_text_is_refused(tree: Path) -> None:
+    (tree / "sub" / "bad").mkdir()
+    with open(bytes(tree / "sub" / "bad") + b"/\xff.py", "wb") as file:
+        file.write(b"x")
+    with pytest.raises(ConfigError, match="the file's name is not UTF-8"):
+        names(tree)
+    assert "a.py" in names(tree, exclude=("sub/bad/**",))

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.manifest import DatasetManifest
 from pipeline.storage import Storage, filesystem, open_storage
+from pipeline.tokenizer import Encoder
 
 Make = Callable[..., RunConfig]
 
@@ -103,6 +105,23 @@ def test_files_have_the_layout(jsonl: Path, run_config: Make) -> None:
             assert str(parquet.schema_arrow.field("tokens").type) == "fixed_size_binary[1024]"
 
 
+def test_less_than_one_group_is_dropped(jsonl: Path, texts: list[str], run_config: Make) -> None:
+    """Each of the units has rows short of a group; together they lose fewer than one group's."""
+    config = run_config(jsonl, data__rows_per_group=16, data__packing="pad")
+    storage = open_storage(config.storage)
+    dataset = prepare(config, storage)
+    source = dataset.sources[0]
+    assert len(storage.list("datasets/packs")) > 4
+    assert source.dropped_rows < 16
+    oracle = Tokenizer.from_str(storage.read(f"{dataset.tokenizer.folder}/tokenizer.json").decode())
+    lengths = [len(oracle.encode(text, add_special_tokens=False).ids) + 1 for text in texts]
+    lengths = list(
+        (Counter(lengths) - Counter(len(ids) + 1 for _, _, ids in heldout_documents(storage, dataset))).elements()
+    )
+    assert source.rows + source.dropped_rows == sum(-(-length // 512) for length in lengths)
+    assert {entry.rows % 16 for entry in source.packed} == {0}
+
+
 def test_a_rerun_changes_nothing(jsonl: Path, run_config: Make) -> None:
     config = run_config(jsonl)
     storage = open_storage(config.storage)
@@ -159,7 +178,7 @@ def test_ray_gives_the_same_objects(jsonl: Path, tmp_path: Path, run_config: Mak
     )
     assert on_ray.digest == dataset.digest
     assert objects(open_storage(there.storage)) == objects(open_storage(here.storage))
-    units = len(on_ray.units)
+    units = len(open_storage(there.storage).list("datasets/units"))
     assert sum(line.startswith(f"tokenize: {units}/{units} units, 120 documents") for line in lines) == 1
 
 
@@ -192,6 +211,44 @@ def test_a_killed_run_goes_on(jsonl: Path, tmp_path: Path, run_config: Make, sur
     after = {entry.path: entry.etag for entry in storage.list("datasets")}
     assert before.items() <= after.items()
     assert objects(storage) == objects(open_storage(clean.storage))
+
+
+def test_two_runs_at_once_converge(jsonl: Path, tmp_path: Path, run_config: Make) -> None:
+    clean = run_config(jsonl, storage__root=str(tmp_path / "clean"))
+    dataset = prepare(clean, open_storage(clean.storage))
+    config = run_config(jsonl)
+    with ThreadPoolExecutor(3) as pool:
+        runs = [pool.submit(prepare, config, open_storage(config.storage)) for _ in range(3)]
+        assert {run.result().digest for run in runs} == {dataset.digest}
+    assert objects(open_storage(config.storage)) == objects(open_storage(clean.storage))
+
+
+def test_a_file_that_changes_under_the_run(jsonl: Path, run_config: Make) -> None:
+    def meddling(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        (jsonl / "part-1.jsonl").write_text("{}")
+        yield from map_in_process(function, items)
+
+    config = run_config(jsonl)
+    with pytest.raises(RuntimeError, match=r"part-1\.jsonl is not the file that was listed any more"):
+        prepare(config, open_storage(config.storage), map_units=meddling)
+
+
+def test_encoders_that_disagree(jsonl: Path, run_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first document of a unit is always encoded twice; one token of difference, and the unit is not committed."""
+    check = Encoder.check
+
+    def wrong(encoder: Encoder, document: bytes) -> np.ndarray:
+        return np.append(check(encoder, document)[:-1], 0)
+
+    monkeypatch.setattr(Encoder, "check", wrong)
+    config = run_config(jsonl)
+    storage = open_storage(config.storage)
+    with pytest.raises(RuntimeError, match=r"part-0\.jsonl@0: the two encoders disagree from token \d+ on"):
+        prepare(config, storage)
+    assert not storage.list("datasets/units")
+    assert not storage.list("datasets/attempts")
+    monkeypatch.undo()
+    assert prepare(config, storage).rows > 0
 
 
 def test_units_in_any_order(jsonl: Path, tmp_path: Path, run_config: Make) -> None:

@@ -21,9 +21,6 @@ from pipeline.storage import Storage
 VOCABULARY = 60_000
 EOS = VOCABULARY - 1
 PLENTY = DocumentCounts(docs_in=10**6, docs_out=10**6, heldout=0, filtered={}, quarantined={})
-TOKENIZER = TokenizerManifest(
-    folder="tokenizers/t", files=(), vocab_size=VOCABULARY, eos_id=EOS, special_tokens={"[EOS]": EOS}, sha256="0" * 64
-)
 
 
 def corpus(
@@ -56,11 +53,21 @@ def layout(
 
 
 def manifest(
-    sources: Sequence[Sequence[PackedFile]], row_tokens: int, group: int, dtype: str = "uint16"
+    sources: Sequence[Sequence[PackedFile]],
+    row_tokens: int,
+    group: int,
+    dtype: str = "uint16",
 ) -> DatasetManifest:
     return DatasetManifest(
         identity="test",
-        tokenizer=TOKENIZER,
+        tokenizer=TokenizerManifest(
+            folder="tokenizers/t",
+            files=(),
+            vocab_size=VOCABULARY,
+            eos_id=EOS,
+            special_tokens={"[EOS]": EOS},
+            sha256="0" * 64,
+        ),
         token_dtype=dtype,
         sequence_length=row_tokens,
         rows_per_group=group,
@@ -87,7 +94,7 @@ def rows_only(rows: Sequence[int], row_tokens: int = 16, group: int = 4) -> Data
     """A manifest with no files behind it: enough for everything but reading."""
     return manifest(
         [
-            [PackedFile(path=f"none/{i}", bytes=1, sha256="", rows=count, tokens=count * row_tokens)]
+            [PackedFile(path=f"none/{i}", bytes=1, sha256="", rows=count, tokens=count * row_tokens, group_crc32="")]
             for i, count in enumerate(rows)
         ],
         row_tokens,

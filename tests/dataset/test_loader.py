@@ -68,6 +68,24 @@ def test_cache_bound_does_not_change_the_stream(storage: Storage, order: Order) 
     for start in range(0, 64, 8):
         assert small.batch(start, 8).tokens_BS.equal(large.batch(start, 8).tokens_BS)
     assert small.reader.counters.blocks > large.reader.counters.blocks
+    assert small.reader.room == 1
+    small.close()
+    large.close()
+
+
+def test_a_large_batch_holds_no_more_blocks_than_the_cache(
+    storage: Storage, order: Order, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block_bytes = 4 * 16 * 2
+    tight = Order(
+        order.dataset, order.data.model_copy(update={"cache_bytes": 3 * block_bytes}), make.corpus([2, 1]), 16, seed=3
+    )
+    small, large = Loader(tight, storage, 0, 1), Loader(order, storage, 0, 1)
+    held, get = [], small.reader.get
+    monkeypatch.setattr(small.reader, "get", lambda wanted: (held.append(len(set(wanted))), get(wanted))[1])
+    batch = small.batch(0, 50)
+    assert batch.tokens_BS.equal(large.batch(0, 50).tokens_BS)
+    assert max(held) <= 3
     small.close()
     large.close()
 

@@ -106,6 +106,7 @@ def test_equals_the_slow_order_over_stages_and_epochs() -> None:
     expected = list(islice(slow_order.rows_in_order(STAGED), count))
     location = staged().locate(np.arange(count))
     assert list(zip(location.source, location.row, staged().epochs(np.arange(count)))) == expected
+    assert len(set(expected)) == count  # each row once per epoch of its source
     assert len({(s, epoch) for s, _, epoch in expected}) > 12
     halves = staged(8).locate(np.arange(2 * count))
     assert list(zip(halves.source, halves.row, halves.part)) == [
@@ -270,7 +271,7 @@ def test_moonlight_preset() -> None:
     shares = [0.45, 0.20, 0.20, 0.10, 0.05]
     dataset = dataset_for(config, [int(350e6 * share) // 256 * 256 for share in shares], "uint32")
     order = Order.of_run(config, dataset)
-    starts = [segment["from_row"] * 8192 for segment in order.describe()["mixture"]]
+    starts = [segment.start * order.lanes * 8192 for segment in order.mixture.segments]
     assert abs(starts[-1] - 5.2e12) <= config.data.lanes * 8192 / 2
     cooldown = order.locate(np.arange(starts[-1] // 8192, starts[-1] // 8192 + 2 * 2048 * 4096, 4097)).source
     assert np.abs(np.bincount(cooldown) / len(cooldown) - [0.25, 0.10, 0.30, 0.25, 0.10]).max() < 0.02
@@ -386,6 +387,9 @@ def test_digest_and_readable_difference() -> None:
         assert describe_difference(base.describe(), other.describe())
     assert describe_difference(base.describe(), order(rows=(40, 84), seed=7).describe()) == (
         "seed: was 0, is 7; sources.s1: was 80, is 84"
+    )
+    assert describe_difference(base.describe(), order(weights=(1, 3)).describe()) == (
+        "mixture.row 0.counts.s0: was 4, is 2; mixture.row 0.counts.s1: was 4, is 6"
     )
 
 

@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 from moto.server import DomainDispatcherApplication, create_backend_app
@@ -23,6 +23,7 @@ class Recorder:
         self.app = app
         self.requests: Counter[str] = Counter()
         self.fail: Callable[[int], bool] = lambda number: False
+        self.drop: Callable[[int], bool] = lambda number: False
 
     def __call__(self, environ: dict, start_response: Callable) -> object:
         ranged = " ranged" if "HTTP_RANGE" in environ else ""
@@ -30,7 +31,16 @@ class Recorder:
         if self.fail(self.requests.total()):
             start_response("503 Slow Down", [("Content-Type", "application/xml")])
             return [b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"]
+        if self.drop(self.requests.total()):
+            return half_of(self.app(environ, start_response))
         return self.app(environ, start_response)
+
+
+def half_of(body: Iterable[bytes]) -> Iterator[bytes]:
+    """The first half of an answer, then the connection breaks."""
+    data = b"".join(body)
+    yield data[: len(data) // 2]
+    raise ConnectionAbortedError
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +92,18 @@ def test_slow_down_answers_are_retried(s3: Storage, server: tuple[str, Recorder]
         recorder.fail = lambda number: False
     blocks, files = 12, 3
     assert recorder.requests.total() == blocks + 2 * files + 1  # a footer is read to be parsed, and again to be hashed
+
+
+def test_dropped_connections_are_retried(s3: Storage, server: tuple[str, Recorder]) -> None:
+    recorder = server[1]
+    dataset = make.write(s3, [[3, 4], [5]], row_tokens=64)
+    recorder.requests.clear()
+    recorder.drop = lambda number: number in (4, 9)
+    try:
+        assert verify(dataset, s3).ok
+    finally:
+        recorder.drop = lambda number: False
+    assert recorder.requests.total() == 12 + 2 * 3 + 2
 
 
 def test_truncated_object_is_named(s3: Storage) -> None:

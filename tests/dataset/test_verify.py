@@ -190,3 +190,20 @@ def test_heldout_tokenizer_and_other_files(storage: Storage) -> None:
     findings = [str(finding) for finding in verify(bad, storage).findings]
     assert findings[0].startswith("datasets/test/documents/s0.parquet: SHA-256 is ")
     assert findings[-1] == "tokenizers/t/tokenizer.json: 3 bytes, expected 2"
+
+
+def test_a_heldout_document_among_the_rows_is_named(storage: Storage) -> None:
+    dataset = make.write(storage, [[2, 3]], row_tokens=256)
+    reader = BlockReader(dataset, storage, 0)
+    block = reader.get([BlockId(0, 3)])[BlockId(0, 3)]
+    reader.close()
+    row, length = next((row, block.document_lengths(row)[0]) for row in range(4) if block.document_lengths(row)[0] > 32)
+    leaked = heldout(storage, [(block.tokens[row, : length - 1].tolist(), 99)])
+    source = dataset.sources[0]
+    counts = source.counts.model_copy(update={"docs_in": source.counts.docs_in + 1, "heldout": 1})
+    changed = source.model_copy(update={"heldout": (leaked,), "counts": counts})
+    assert [
+        str(finding) for finding in verify(dataset.model_copy(update={"sources": (changed,)}), storage).findings
+    ] == [
+        f"{source.packed[1].path}: row group 1: row {row}: document 'd0' of source s0 is held out, but it is among the training rows"
+    ]

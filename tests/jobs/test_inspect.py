@@ -1,5 +1,6 @@
 """`jobs.inspect`: the documents it names contain the text of the rows; its mixture is what the order draws."""
 
+import json
 import re
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from jobs import inspect
 from pipeline.dataset.order import Order, step_sequences
-from pipeline.dataset.provenance import row_tokens, sequences
+from pipeline.dataset.provenance import Provenance, row_tokens, sequences
 from pipeline.tokenizer.encoder import Encoder
 from tests.jobs.conftest import Prepared
 
@@ -28,31 +29,61 @@ def test_documents_of_a_step_contain_its_text(prepared: Prepared) -> None:
     assert (first, count) == (16, 16)
     pieces = whole = 0
     for found in sequences(order, prepared.storage, range(first, first + 3 * count)):
-        location = order.locate(found.number)
-        assert found.source == order.source_names[int(location.source)]
-        tokens, doc_lens = row_tokens(order, prepared.storage, found.source, int(location.row))
-        assert doc_lens == found.doc_lens
-        start = 0
-        for length, piece in zip(doc_lens, found.pieces, strict=True):
-            text = prepared.texts[found.source][piece.document]
-            body = tokens[start : start + length]
-            ended = int(body[-1] == encoder.eos_id)
-            assert piece.stop - piece.start == length - ended
-            expected, _ = encoder.encode([text.encode()])
-            assert np.array_equal(expected[piece.start : piece.stop], body[: length - ended])
-            assert not ended or piece.stop == len(expected)
-            start += length
-            pieces += 1
-            whole += ended and piece.start == 0
+        doc_lens, ended = check_provenance(prepared, order, encoder, found)
+        pieces += len(doc_lens)
+        whole += ended
     assert pieces > 48
     assert whole > 3
+
+
+def test_documents_of_rows_that_were_gathered_from_several_units(prepared: Prepared) -> None:
+    order = Order.of_run(prepared.config, prepared.dataset)
+    encoder = Encoder.load(prepared.dataset.tokenizer.folder, prepared.storage)
+    tails = {
+        file["path"]
+        for record in prepared.storage.list("datasets/tails")
+        for file in json.loads(prepared.storage.read(record.path))["packed"]
+    }
+    n = np.arange(prepared.dataset.rows)
+    location = order.locate(n)
+    checked = 0
+    for s, source in enumerate(prepared.dataset.sources):
+        ends = np.cumsum([file.rows for file in source.packed])
+        in_tail = np.isin(ends, [end for end, file in zip(ends, source.packed) if file.path in tails])
+        rows = (location.source == s) & in_tail[
+            np.searchsorted(ends, location.row, side="right").clip(max=len(ends) - 1)
+        ]
+        for found in sequences(order, prepared.storage, n[rows][:6].tolist()):
+            assert found.path in tails
+            check_provenance(prepared, order, encoder, found)
+            checked += 1
+    assert checked > 0
+
+
+def check_provenance(prepared: Prepared, order: Order, encoder: Encoder, found: Provenance) -> tuple[list[int], int]:
+    """Each piece of the row is the named part of the named file. Returns its lengths, and how many are whole documents."""
+    location = order.locate(found.number)
+    assert found.source == order.source_names[int(location.source)]
+    tokens, doc_lens = row_tokens(order, prepared.storage, found.source, int(location.row))
+    assert doc_lens == found.doc_lens
+    start = whole = 0
+    for length, piece in zip(doc_lens, found.pieces, strict=True):
+        body = tokens[start : start + length]
+        ended = int(body[-1] == encoder.eos_id)
+        assert piece.stop - piece.start == length - ended
+        expected, _ = encoder.encode([prepared.texts[found.source][piece.document].encode()])
+        assert np.array_equal(expected[piece.start : piece.stop], body[: length - ended])
+        assert not ended or piece.stop == len(expected)
+        start += length
+        whole += ended and piece.start == 0
+    return doc_lens, whole
 
 
 def test_shorter_sequences_name_their_part_of_the_row(prepared: Prepared) -> None:
     config = prepared.config
     order = Order(prepared.dataset, config.data, config.corpus, 128, config.seed)
-    whole = sequences(Order.of_run(config, prepared.dataset), prepared.storage, range(6))
-    parts = sequences(order, prepared.storage, range(24))
+    whole = list(sequences(Order.of_run(config, prepared.dataset), prepared.storage, range(6)))
+    parts = list(sequences(order, prepared.storage, range(24)))
     for row in range(6):
         cut = parts[4 * row : 4 * row + 4]
         assert [found.part for found in cut] == [0, 1, 2, 3]
@@ -69,9 +100,13 @@ def test_the_commands_print_lines(prepared: Prepared, capsys: pytest.CaptureFixt
     assert out.startswith("step 1: sequences 0 to 15\n0: ")
     assert len(re.findall(r"^\d+: (even|odd), epoch 0, datasets/packed/", out, re.MULTILINE)) == 16
 
+    code, one, _ = run(prepared, capsys, "sequence", "3")
+    assert code == 0
+    assert one in out
+
     code, out, _ = run(prepared, capsys, "mixture")
     assert code == 0
-    assert "of every 6 sequences of a lane: even 4, odd 2" in out
+    assert "of every 6 rows of a lane: even 4, odd 2" in out
     order = Order.of_run(prepared.config, prepared.dataset)
     drawn = np.bincount(order.locate(np.arange(960)).source)
     assert re.search(rf"^even +{drawn[0]} .*\nodd +{drawn[1]} ", out, re.MULTILINE)

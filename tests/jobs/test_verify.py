@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,7 @@ import ray
 
 from jobs import verify
 from pipeline.dataset import verify as in_process
+from pipeline.manifest import digest_of
 from tests.jobs.conftest import Prepared
 
 
@@ -56,8 +58,12 @@ def test_damaged_records_are_named(prepared: Prepared) -> None:
     assert findings() == []
     packs = len(dataset.units)
     for path, change, expected in (
-        (pack_path, None, f"datasets/packs: {packs - 1} of the dataset's {packs} packs have their record"),
-        (pack_path, ("rows", 1), f"datasets/packs: {packs - 1} of the dataset's {packs} packs have their record"),
+        (pack_path, None, f"datasets/packs: {packs - 1} of the dataset's {packs} packs and tails have their record"),
+        (
+            pack_path,
+            ("padding", -1),
+            f"datasets/packs: {packs - 1} of the dataset's {packs} packs and tails have their record",
+        ),
         (unit_path, None, f"{pack_path}: {unit_path} is missing"),
         (unit_path, ("tokens", 1), f"{pack_path}: {unit_path} has digest "),
     ):
@@ -70,6 +76,20 @@ def test_damaged_records_are_named(prepared: Prepared) -> None:
         storage.write(path, good)
         assert len(found) == 1
         assert found[0].startswith(expected)
+
+    tail_path = next(file.path for file in storage.list("datasets/tails"))
+    tail = json.loads(storage.read(tail_path))
+    changed = {**tail, "dropped_rows": tail["dropped_rows"] + 1}
+    renamed = dataset.model_copy(
+        update={"units": tuple(sorted({*dataset.units, digest_of(changed)} - {digest_of(tail)}))}
+    )
+    storage.write(tail_path, json.dumps(changed).encode())
+    found = [str(finding) for finding in in_process.verify(renamed, storage).findings]
+    storage.write(tail_path, json.dumps(tail).encode())
+    assert len(found) == 1
+    assert re.fullmatch(
+        rf"{tail_path}: \d+ rows went in, \d+ came out and {changed['dropped_rows']} were dropped", found[0]
+    )
 
     quarantine = dataset.sources[0].quarantine[0]
     good = storage.read(quarantine.path)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from pipeline.config.schema import OptimizerConfig
 from pipeline.optim import exchange
-from pipeline.optim.layout import block_boxes
+from pipeline.optim.boxes import block_boxes
 from pipeline.optim.rules import Rule, match_rules
 
 

@@ -47,7 +47,7 @@ def tiny(root: str, *, steps: int = 4, **overrides: Any) -> RunConfig:
         "checkpoint": {"every_steps": 2, "keep": 3, "async_save": False},
     }  # fmt: skip
     if "experts" in overrides:
-        values["model"]["n_routed_experts"] = overrides.pop("experts")
+        values["model"] |= {"n_routed_experts": overrides.pop("experts"), "num_experts_per_tok": 1}
     for name, value in overrides.items():
         section, _, key = name.partition("__")
         if key:

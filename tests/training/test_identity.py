@@ -24,7 +24,7 @@ SAME = {
 
 
 def of(root: str = "here", **overrides):
-    return identity_of(tiny(root, **overrides), "dataset", "order")
+    return identity_of(tiny(root, **overrides), "dataset", {"lanes": 4, "sources": {"web": 100}})
 
 
 @pytest.mark.parametrize("key", CHANGES)
@@ -32,6 +32,16 @@ def test_what_decides_the_losses(key):
     found = differences(of(**{key: CHANGES[key]}), of(), 0)
     assert len(found) == 1
     assert found[0].startswith(f"{key.replace('__', '.')} is {CHANGES[key]!r} here and ")
+
+
+def test_another_data_order_is_named():
+    config = tiny("here")
+    found = differences(identity_of(config, "other", {"lanes": 8, "sources": {"web": 120}}), of(), 0)
+    assert found == [
+        "dataset is 'other' here and 'dataset' there",
+        "order.lanes is 8 here and 4 there",
+        "order.sources.web is 120 here and 100 there",
+    ]
 
 
 @pytest.mark.parametrize("key", SAME)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from pipeline.training.metrics import Fetch, MetricsFiles, Pace, PendingRecord, 
 
 def record(step: int, loss: float = 2.0) -> StepRecord:
     values = torch.tensor([loss, 0.5, 1.5, 3, 1, 0, 1.25, 2.0], dtype=torch.float64)
-    return PendingRecord(step, step * 100, 0.01, 0.001, 8, Fetch(values)).fetch()
+    return PendingRecord(step, step * 100, 0.01, 0.001, 8, Fetch(values), 0.0).fetch()
 
 
 def test_a_line_is_json_even_for_a_bad_step():
@@ -49,6 +50,6 @@ def test_a_restart_writes_the_same_files(tmp_path):
 
 
 def test_pace_counts_what_is_left():
-    progress = Pace(tokens=0, steps=50, total_tokens=5000).progress(record(10))
+    progress = Pace(tokens=0, steps=50, total_tokens=5000).progress(record(10), time.monotonic() + 5)
     assert (progress.step, progress.steps, progress.tokens, progress.loss) == (10, 50, 1000, 2.0)
     assert progress.eta_s * progress.tokens_per_second == pytest.approx(4000)

@@ -1,0 +1,51 @@
+# One image for every stage and for the driver that starts them: `python -m jobs.<stage>`, no network needed to start.
+#
+#   docker build --build-arg GIT_COMMIT=$(git rev-parse HEAD) -t moonlight-pipeline .
+#
+# For a cluster without GPUs: BASE=rayproject/ray:2.60.0-py311 and
+# PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" (the default torch brings CUDA with it).
+# Everything installs from wheels, so nothing here needs a compiler and none is added.
+ARG BASE=rayproject/ray:2.60.0-py311-gpu
+FROM ${BASE}
+USER root
+
+# Dependencies first and alone: this layer changes only with the lock file. The base already holds ray; pip leaves what fits.
+ARG PIP_ARGS=""
+COPY pyproject.toml constraints.txt /tmp/build/
+RUN python -c "import tomllib; print(*tomllib.load(open('/tmp/build/pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+      > /tmp/requirements.txt \
+    && python -m pip install --no-cache-dir --only-binary :all: ${PIP_ARGS} \
+      --requirement /tmp/requirements.txt --constraint /tmp/build/constraints.txt \
+    && rm -r /tmp/requirements.txt /tmp/build
+
+# Code and dependencies belong to root and the process is uid 1000: it cannot change what it runs.
+COPY pipeline /opt/moonlight/pipeline
+COPY data_prep /opt/moonlight/data_prep
+COPY jobs /opt/moonlight/jobs
+
+# With a read-only root only /tmp is writable (an emptyDir in the cluster, --tmpfs /tmp with docker): caches go there, and so does
+# the token that a local Ray writes into its home.
+ENV HOME=/tmp/home \
+    PYTHONPATH=/opt/moonlight \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    XDG_CACHE_HOME=/tmp/cache \
+    MPLCONFIGDIR=/tmp/cache/matplotlib \
+    TRITON_CACHE_DIR=/tmp/cache/triton \
+    TORCHINDUCTOR_CACHE_DIR=/tmp/cache/inductor \
+    HF_HUB_OFFLINE=1 \
+    RAY_USAGE_STATS_ENABLED=0 \
+    RAY_TRAIN_ENABLE_STATE_TRACKING=1
+
+ARG VERSION=0.1.0
+ARG GIT_COMMIT=unknown
+ENV MOONLIGHT_GIT_COMMIT=${GIT_COMMIT}
+LABEL org.opencontainers.image.title="moonlight-pipeline" \
+      org.opencontainers.image.description="From raw text to a published Moonlight model on Ray" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${GIT_COMMIT}"
+
+USER 1000
+WORKDIR /opt/moonlight
+CMD ["python", "-m", "jobs.pipeline", "--help"]

@@ -1,0 +1,163 @@
+# Thin wiring: what is decided is in modules/plan (tested), what is built is in modules that everybody uses, pinned.
+module "plan" {
+  source         = "./modules/plan"
+  name           = var.name
+  bucket         = var.bucket
+  storage_prefix = var.storage_prefix
+  gpu_train      = var.gpu_train
+  efa            = var.efa
+  prices         = var.prices
+}
+
+module "vpc" {
+  source  = "terraform-aws-modules/vpc/aws"
+  version = "6.6.0"
+
+  name            = var.name
+  cidr            = var.cidr
+  azs             = var.availability_zones
+  private_subnets = [for index, _ in var.availability_zones : cidrsubnet(var.cidr, 3, index)]
+  public_subnets  = [for index, _ in var.availability_zones : cidrsubnet(var.cidr, 8, 240 + index)]
+
+  enable_nat_gateway   = true
+  single_nat_gateway   = true # only images and AWS APIs pass it; data takes the S3 endpoint below
+  enable_dns_hostnames = true
+  private_subnet_tags  = { "karpenter.sh/discovery" = var.name }
+}
+
+# Terabytes go to S3 past the NAT gateway, free of charge.
+resource "aws_vpc_endpoint" "s3" {
+  vpc_id            = module.vpc.vpc_id
+  service_name      = "com.amazonaws.${var.region}.s3"
+  vpc_endpoint_type = "Gateway"
+  route_table_ids   = module.vpc.private_route_table_ids
+}
+
+module "eks" {
+  source  = "terraform-aws-modules/eks/aws"
+  version = "21.19.0"
+
+  name               = var.name
+  kubernetes_version = var.kubernetes_version
+  vpc_id             = module.vpc.vpc_id
+  subnet_ids         = module.vpc.private_subnets
+
+  endpoint_private_access      = true
+  endpoint_public_access       = length(var.api_access_cidrs) > 0
+  endpoint_public_access_cidrs = length(var.api_access_cidrs) > 0 ? var.api_access_cidrs : null
+  enabled_log_types            = ["api", "audit", "authenticator"]
+
+  addons = {
+    coredns                = {}
+    kube-proxy             = {}
+    eks-pod-identity-agent = { before_compute = true }
+    vpc-cni = {
+      before_compute       = true
+      configuration_values = jsonencode({ enableNetworkPolicy = "true" }) # without it k8s/base/network-policies.yaml is only paper
+    }
+  }
+
+  access_entries = merge(
+    { for index, arn in var.researcher_role_arns : "researchers-${index}" => { principal_arn = arn, kubernetes_groups = ["moonlight-researchers"] } },
+    {
+      for index, arn in var.admin_role_arns : "admins-${index}" => {
+        principal_arn = arn
+        policy_associations = {
+          admin = {
+            policy_arn   = "arn:aws:eks::aws:cluster-access-policy/AmazonEKSClusterAdminPolicy"
+            access_scope = { type = "cluster" }
+          }
+        }
+      }
+    },
+  )
+
+  eks_managed_node_groups = {
+    for pool, group in module.plan.node_groups : pool => {
+      instance_types = group.instance_types
+      ami_type       = group.ami_type
+      capacity_type  = group.capacity_type
+      min_size       = group.min_size
+      max_size       = group.max_size
+      desired_size   = group.desired_size
+      labels         = group.labels
+      taints         = group.taints
+      subnet_ids     = pool == "system" ? module.vpc.private_subnets : [module.vpc.private_subnets[0]]
+
+      enable_efa_support     = group.efa
+      create_placement_group = group.efa
+      node_repair_config     = { enabled = true }
+      metadata_options       = { http_endpoint = "enabled", http_tokens = "required", http_put_response_hop_limit = 1 }
+
+      instance_market_options = group.capacity_type == "CAPACITY_BLOCK" ? { market_type = "capacity-block" } : null
+      capacity_reservation_specification = group.reservation_id == null ? null : {
+        capacity_reservation_target = { capacity_reservation_id = group.reservation_id }
+      }
+
+      # Local NVMe as one volume for images, emptyDirs and logs.
+      cloudinit_pre_nodeadm = pool == "system" ? null : [{
+        content_type = "application/node.eks.aws"
+        content      = yamlencode({ apiVersion = "node.eks.aws/v1alpha1", kind = "NodeConfig", spec = { instance = { localStorage = { strategy = "RAID0" } } } })
+      }]
+    }
+  }
+
+  # EFA passes no NetworkPolicy; hosts of the cluster may talk to each other on everything, nobody else may.
+  node_security_group_additional_rules = {
+    efa_in  = { type = "ingress", protocol = "-1", from_port = 0, to_port = 0, self = true, description = "node to node, EFA included" }
+    efa_out = { type = "egress", protocol = "-1", from_port = 0, to_port = 0, self = true, description = "node to node, EFA included" }
+  }
+  node_security_group_tags = { "karpenter.sh/discovery" = var.name }
+}
+
+# CPU nodes and small GPUs come and go with the pods that wait (k8s/components/karpenter).
+module "karpenter" {
+  source  = "terraform-aws-modules/eks/aws//modules/karpenter"
+  version = "21.19.0"
+
+  cluster_name                  = module.eks.cluster_name
+  namespace                     = "karpenter"
+  service_account               = "karpenter"
+  node_iam_role_name            = "${var.name}-karpenter-node"
+  node_iam_role_use_name_prefix = false
+}
+
+module "bucket" {
+  source  = "terraform-aws-modules/s3-bucket/aws"
+  version = "5.15.4"
+
+  bucket                                = var.bucket
+  versioning                            = { enabled = true }
+  lifecycle_rule                        = module.plan.lifecycle_rules
+  attach_deny_insecure_transport_policy = true
+  server_side_encryption_configuration = {
+    rule = { apply_server_side_encryption_by_default = { sse_algorithm = "AES256" } }
+  }
+}
+
+# One role a stage, reachable only by that stage's service account.
+module "identity" {
+  source   = "terraform-aws-modules/eks-pod-identity/aws"
+  version  = "2.8.1"
+  for_each = module.plan.policies
+
+  name                    = "${var.name}-${each.key}"
+  use_name_prefix         = false
+  attach_custom_policy    = true
+  source_policy_documents = [each.value]
+  associations = {
+    for account in module.plan.service_accounts[each.key] : account.namespace => {
+      cluster_name    = module.eks.cluster_name
+      namespace       = account.namespace
+      service_account = account.name
+    }
+  }
+}
+
+resource "aws_ecr_repository" "image" {
+  name                 = "moonlight-pipeline"
+  image_tag_mutability = "IMMUTABLE"
+  image_scanning_configuration {
+    scan_on_push = true
+  }
+}

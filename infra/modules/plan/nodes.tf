@@ -1,0 +1,73 @@
+# Node pools: one label (moonlight.ai/node-pool) that Kueue's flavors, Karpenter's NodePools and the stage templates share.
+locals {
+  # gpus, EFA interfaces, vCPUs, GiB, from AWS's instance type pages.
+  instance_facts = {
+    "p5.48xlarge"   = { gpus = 8, efa = 32, cpus = 192, memory_gib = 2048 }
+    "p5en.48xlarge" = { gpus = 8, efa = 16, cpus = 192, memory_gib = 2048 }
+    "p4de.24xlarge" = { gpus = 8, efa = 4, cpus = 96, memory_gib = 1152 }
+    "p4d.24xlarge"  = { gpus = 8, efa = 4, cpus = 96, memory_gib = 1152 }
+  }
+  train = local.instance_facts[var.gpu_train.instance_type]
+
+  # What a host keeps for itself: kubelet, daemons, and the memory that a GPU host's agents take.
+  allocatable = { cpus = local.train.cpus - 4, memory_gib = floor(local.train.memory_gib * 0.94) }
+
+  gpu_taint = { key = "nvidia.com/gpu", value = "true", effect = "NO_SCHEDULE" }
+
+  # On-demand GPU hosts are Karpenter's (k8s/components/karpenter-gpu-train): they exist while a job runs. Reserved ones are a managed node
+  # group that neither grows nor shrinks: they are paid for anyway, and Kueue's topology placement counts only nodes that are there.
+  node_groups = merge(
+    {
+      # Operators, and nothing of ours: Karpenter needs a node that it does not manage.
+      system = {
+        instance_types = ["m7i.2xlarge"]
+        ami_type       = "AL2023_x86_64_STANDARD"
+        capacity_type  = "ON_DEMAND"
+        min_size       = 2
+        max_size       = 4
+        desired_size   = 2
+        labels         = { "moonlight.ai/node-pool" = "system" }
+        taints         = {}
+        efa            = false
+        reservation_id = null
+      }
+    },
+    var.gpu_train.capacity == "on-demand" ? {} : {
+      gpu-train = {
+        instance_types = [var.gpu_train.instance_type]
+        ami_type       = "AL2023_x86_64_NVIDIA"
+        capacity_type  = var.gpu_train.capacity == "block" ? "CAPACITY_BLOCK" : "ON_DEMAND"
+        min_size       = var.gpu_train.hosts
+        max_size       = var.gpu_train.hosts
+        desired_size   = var.gpu_train.hosts
+        labels = merge(
+          { "moonlight.ai/node-pool" = "gpu-train", "nvidia.com/gpu.present" = "true" },
+          var.efa ? { "vpc.amazonaws.com/efa.present" = "true" } : {},
+        )
+        taints         = { gpu = local.gpu_taint }
+        efa            = var.efa
+        reservation_id = var.gpu_train.reservation_id
+      }
+    },
+  )
+
+  # What Kueue may hand out on the training pool: nominalQuota of flavor gpu-train.
+  gpu_train_quota = {
+    "cpu"                   = var.worker.cpus * var.gpu_train.hosts
+    "memory_gib"            = var.worker.memory_gib * var.gpu_train.hosts
+    "nvidia.com/gpu"        = local.train.gpus * var.gpu_train.hosts
+    "vpc.amazonaws.com/efa" = var.efa ? local.train.efa * var.gpu_train.hosts : 0
+  }
+
+  cost_per_hour = {
+    gpu-train = try(var.prices[var.gpu_train.instance_type] * var.gpu_train.hosts, null)
+    system    = try(var.prices["m7i.2xlarge"] * 2, null)
+  }
+}
+
+check "a_worker_fits_its_host" {
+  assert {
+    condition     = var.worker.cpus <= local.allocatable.cpus && var.worker.memory_gib <= local.allocatable.memory_gib
+    error_message = "A worker of ${var.worker.cpus} CPUs and ${var.worker.memory_gib} GiB does not fit on ${var.gpu_train.instance_type} (${local.allocatable.cpus} CPUs, ${local.allocatable.memory_gib} GiB allocatable): lower worker, and k8s/stages/train.yaml with it."
+  }
+}

@@ -1,0 +1,74 @@
+# The bucket's layout and who reaches what in it. Prefixes are those of docs/kubernetes.md, "Security model".
+locals {
+  root    = var.storage_prefix
+  inputs  = [for prefix in var.input_prefixes : "${prefix}/*"]
+  product = ["${local.root}/tokenizers/*", "${local.root}/datasets/*"]
+  runs    = ["${local.root}/runs/*"]
+  models  = ["${local.root}/models/*"]
+  probe   = ["${local.root}/.probe-*"] # the writability check before a stage starts
+
+  # Every writer reads what it writes. Nobody writes inputs; only publish writes models; only the driver keeps step logs.
+  grants = {
+    prepare  = { read = local.inputs, write = concat(local.product, local.runs, local.probe) }
+    train    = { read = concat(local.inputs, local.product, local.models), write = concat(local.runs, local.probe) }
+    evaluate = { read = concat(local.inputs, local.product), write = concat(local.runs, local.probe) }
+    publish  = { read = concat(local.inputs, local.product), write = concat(local.runs, local.models, local.probe) }
+    driver   = { read = concat(local.inputs, local.product, local.models), write = concat(local.runs, local.probe, ["logs/workflows/*"]) }
+  }
+
+  policies = {
+    for stage, grant in local.grants : stage => {
+      Version = "2012-10-17"
+      Statement = [
+        {
+          Sid      = "Read"
+          Effect   = "Allow"
+          Action   = ["s3:GetObject"]
+          Resource = [for prefix in concat(grant.read, grant.write) : "arn:aws:s3:::${var.bucket}/${prefix}"]
+        },
+        {
+          Sid      = "Write"
+          Effect   = "Allow"
+          Action   = ["s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts"]
+          Resource = [for prefix in grant.write : "arn:aws:s3:::${var.bucket}/${prefix}"]
+        },
+        # IfExists: asking for an object that is not there answers 404 only to who may list, and such a request carries no s3:prefix.
+        # With plain StringLike it would be 403, and "not there yet" would look like "forbidden" to every stage.
+        {
+          Sid       = "List"
+          Effect    = "Allow"
+          Action    = ["s3:ListBucket"]
+          Resource  = ["arn:aws:s3:::${var.bucket}"]
+          Condition = { StringLikeIfExists = { "s3:prefix" = concat(grant.read, grant.write, [for prefix in concat(grant.read, grant.write) : trimsuffix(prefix, "/*")]) } }
+        },
+      ]
+    }
+  }
+
+  # Which service account is which stage (k8s/base/service-accounts.yaml).
+  service_accounts = merge(
+    { for stage in ["prepare", "train", "evaluate", "publish"] : stage => [{ namespace = "moonlight", name = stage }] },
+    { driver = [{ namespace = "moonlight", name = "driver" }, { namespace = "moonlight-submit", name = "driver" }] },
+  )
+
+  lifecycle_rules = [
+    {
+      id                                     = "unfinished-uploads"
+      enabled                                = true
+      filter                                 = { prefix = "" }
+      abort_incomplete_multipart_upload_days = 7
+    },
+    {
+      id                            = "deleted-checkpoints" # with versioning a deleted checkpoint stays, and is paid for, as an old version
+      enabled                       = true
+      filter                        = { prefix = "${local.root}/runs/" }
+      noncurrent_version_expiration = { days = 7 }
+    },
+    {
+      id         = "logs"
+      enabled    = true
+      filter     = { prefix = "logs/" }
+      expiration = { days = 90 }
+    },
+  ]
+}

@@ -1,0 +1,142 @@
+variables {
+  name           = "moonlight-prod"
+  bucket         = "moonlight"
+  storage_prefix = "production"
+  gpu_train      = { instance_type = "p5.48xlarge", hosts = 32, capacity = "block", reservation_id = "cr-0123456789abcdef0" }
+  prices         = { "p5.48xlarge" = 50 }
+}
+
+run "a_reserved_pool_neither_grows_nor_shrinks" {
+  command = plan
+  assert {
+    condition     = output.node_groups["gpu-train"].min_size == 32 && output.node_groups["gpu-train"].max_size == 32
+    error_message = "reserved hosts must be min = max"
+  }
+  assert {
+    condition     = output.node_groups["gpu-train"].capacity_type == "CAPACITY_BLOCK"
+    error_message = "a block is capacity type CAPACITY_BLOCK"
+  }
+  assert {
+    condition     = output.node_groups["gpu-train"].labels["moonlight.ai/node-pool"] == "gpu-train" && output.node_groups["gpu-train"].taints.gpu.key == "nvidia.com/gpu"
+    error_message = "label and taint of the pool"
+  }
+  assert {
+    condition     = output.cost_per_hour["gpu-train"] == 1600 && output.cost_per_hour["system"] == null
+    error_message = "cost is price times hosts, null without a price"
+  }
+}
+
+run "quota_is_hosts_times_what_a_worker_takes" {
+  command = plan
+  assert {
+    condition     = output.gpu_train_quota == { "cpu" = 3072, "memory_gib" = 32000, "nvidia.com/gpu" = 256, "vpc.amazonaws.com/efa" = 1024 }
+    error_message = "quota of 32 p5.48xlarge"
+  }
+}
+
+run "without_efa_there_is_none" {
+  command = plan
+  variables {
+    efa = false
+  }
+  assert {
+    condition     = output.gpu_train_quota["vpc.amazonaws.com/efa"] == 0 && !contains(keys(output.node_groups["gpu-train"].labels), "vpc.amazonaws.com/efa.present")
+    error_message = "no EFA quota and label"
+  }
+}
+
+run "on_demand_hosts_are_karpenters" {
+  command = plan
+  variables {
+    gpu_train = { instance_type = "p4d.24xlarge", hosts = 2 }
+    worker    = { cpus = 88, memory_gib = 1000 }
+  }
+  assert {
+    condition     = keys(output.node_groups) == ["system"] && output.gpu_train_quota["vpc.amazonaws.com/efa"] == 8
+    error_message = "no managed group for on-demand hosts; p4d has 4 interfaces"
+  }
+}
+
+run "nobody_writes_inputs_and_only_publish_writes_models" {
+  command = plan
+  assert {
+    condition = alltrue([
+      for policy in values(output.policies) : alltrue([
+        for resource in [for s in jsondecode(policy).Statement : s if s.Sid == "Write"][0].Resource :
+        !startswith(resource, "arn:aws:s3:::moonlight/corpus") && !startswith(resource, "arn:aws:s3:::moonlight/tokenizers")
+      ])
+    ])
+    error_message = "inputs are read-only"
+  }
+  assert {
+    condition = [
+      for stage, policy in output.policies : stage
+      if anytrue([for r in [for s in jsondecode(policy).Statement : s if s.Sid == "Write"][0].Resource : strcontains(r, "/models/")])
+    ] == ["publish"]
+    error_message = "only publish writes models"
+  }
+  assert {
+    condition = alltrue([
+      for policy in values(output.policies) : alltrue([
+        for s in jsondecode(policy).Statement : alltrue([for a in s.Action : a != "*" && a != "s3:*"]) && alltrue([for r in s.Resource : r != "*"])
+      ])
+    ])
+    error_message = "no wildcard actions or resources"
+  }
+}
+
+run "missing_objects_are_missing_not_forbidden" {
+  command = plan
+  assert {
+    condition     = alltrue([for policy in values(output.policies) : [for s in jsondecode(policy).Statement : keys(s.Condition)[0] if s.Sid == "List"] == ["StringLikeIfExists"]])
+    error_message = "HEAD of a missing object carries no s3:prefix"
+  }
+}
+
+run "unknown_hardware" {
+  command = plan
+  variables {
+    gpu_train = { instance_type = "p3.2xlarge", hosts = 1 }
+  }
+  expect_failures = [var.gpu_train]
+}
+
+run "half_a_host" {
+  command = plan
+  variables {
+    gpu_train = { instance_type = "p5.48xlarge", hosts = 1.5 }
+  }
+  expect_failures = [var.gpu_train]
+}
+
+run "a_block_without_its_reservation" {
+  command = plan
+  variables {
+    gpu_train = { instance_type = "p5.48xlarge", hosts = 1, capacity = "block" }
+  }
+  expect_failures = [var.gpu_train]
+}
+
+run "a_worker_too_large_for_its_host" {
+  command = plan
+  variables {
+    gpu_train = { instance_type = "p4d.24xlarge", hosts = 1 }
+  }
+  expect_failures = [check.a_worker_fits_its_host]
+}
+
+run "a_bad_bucket_name" {
+  command = plan
+  variables {
+    bucket = "Moonlight_Data"
+  }
+  expect_failures = [var.bucket]
+}
+
+run "a_bad_prefix" {
+  command = plan
+  variables {
+    storage_prefix = "a/b"
+  }
+  expect_failures = [var.storage_prefix]
+}

@@ -1,0 +1,79 @@
+variable "name" {
+  description = "Name of the cluster, and the beginning of every other name."
+  type        = string
+  validation {
+    condition     = can(regex("^[a-z][a-z0-9-]{1,30}[a-z0-9]$", var.name))
+    error_message = "name must be 3-32 lower-case letters, digits or '-', starting with a letter."
+  }
+}
+
+variable "bucket" {
+  description = "The one bucket: corpus, tokenizers, and the pipeline's storage root."
+  type        = string
+  validation {
+    condition     = can(regex("^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$", var.bucket))
+    error_message = "bucket must be a valid S3 bucket name."
+  }
+}
+
+variable "storage_prefix" {
+  description = "Prefix of the pipeline's storage root: storage.root = s3://<bucket>/<storage_prefix>."
+  type        = string
+  validation {
+    condition     = can(regex("^[a-z0-9][a-z0-9-]*$", var.storage_prefix))
+    error_message = "storage_prefix must be one path segment of lower-case letters, digits or '-'."
+  }
+}
+
+variable "input_prefixes" {
+  description = "Prefixes that stages read and nobody in the cluster writes: the corpus, ready-made tokenizers."
+  type        = list(string)
+  default     = ["corpus", "tokenizers"]
+}
+
+variable "gpu_train" {
+  description = "The training gang's hosts. capacity: on-demand, reservation (an ODCR) or block (a Capacity Block); the last two are paid whether used or not, so they never scale to zero by themselves."
+  type = object({
+    instance_type  = string
+    hosts          = number
+    capacity       = optional(string, "on-demand")
+    reservation_id = optional(string)
+  })
+  validation {
+    condition     = contains(["p5.48xlarge", "p5en.48xlarge", "p4de.24xlarge", "p4d.24xlarge"], var.gpu_train.instance_type)
+    error_message = "gpu_train.instance_type must be one of p5.48xlarge, p5en.48xlarge, p4de.24xlarge, p4d.24xlarge."
+  }
+  validation {
+    condition     = var.gpu_train.hosts >= 1 && floor(var.gpu_train.hosts) == var.gpu_train.hosts
+    error_message = "gpu_train.hosts must be a whole number of at least 1."
+  }
+  validation {
+    condition     = contains(["on-demand", "reservation", "block"], var.gpu_train.capacity)
+    error_message = "gpu_train.capacity must be on-demand, reservation or block."
+  }
+  validation {
+    condition     = (var.gpu_train.capacity == "on-demand") == (var.gpu_train.reservation_id == null)
+    error_message = "gpu_train.reservation_id is needed for capacity reservation and block, and for nothing else."
+  }
+}
+
+variable "efa" {
+  description = "Elastic Fabric Adapter on the training hosts (k8s/components/gpu-efa)."
+  type        = bool
+  default     = true
+}
+
+variable "worker" {
+  description = "What one training worker asks for (k8s/stages/train.yaml). It takes a whole host's GPUs."
+  type = object({
+    cpus       = number
+    memory_gib = number
+  })
+  default = { cpus = 96, memory_gib = 1000 }
+}
+
+variable "prices" {
+  description = "US dollars an hour by instance type, for the cost output. Fill in your own: list prices change and you may have better ones."
+  type        = map(number)
+  default     = {}
+}

@@ -1,0 +1,86 @@
+variable "name" {
+  description = "Name of the cluster."
+  type        = string
+}
+
+variable "region" {
+  description = "AWS region of cluster and bucket."
+  type        = string
+}
+
+variable "availability_zones" {
+  description = "At least two zones. GPUs live in the first: a gang and its placement group must not span zones."
+  type        = list(string)
+  validation {
+    condition     = length(var.availability_zones) >= 2
+    error_message = "EKS needs at least two availability zones."
+  }
+}
+
+variable "cidr" {
+  description = "Address range of the VPC."
+  type        = string
+  default     = "10.40.0.0/16"
+}
+
+variable "kubernetes_version" {
+  description = "EKS version; the manifests are checked against 1.34 and 1.36."
+  type        = string
+  default     = "1.34"
+}
+
+variable "bucket" {
+  description = "The one bucket; the same name stands in k8s/overlays and in the run's storage.root."
+  type        = string
+}
+
+variable "storage_prefix" {
+  description = "storage.root = s3://<bucket>/<storage_prefix>."
+  type        = string
+}
+
+variable "gpu_train" {
+  description = "The training gang's hosts, see modules/plan."
+  type = object({
+    instance_type  = string
+    hosts          = number
+    capacity       = optional(string, "on-demand")
+    reservation_id = optional(string)
+  })
+}
+
+variable "efa" {
+  description = "Elastic Fabric Adapter on the training hosts."
+  type        = bool
+  default     = true
+}
+
+variable "api_access_cidrs" {
+  description = "Who may reach the API server's public endpoint; empty: nobody, it is private."
+  type        = list(string)
+  default     = []
+}
+
+variable "researcher_role_arns" {
+  description = "IAM roles whose holders are moonlight-researchers in Kubernetes (k8s/base/rbac-people.yaml)."
+  type        = list(string)
+  default     = []
+}
+
+variable "admin_role_arns" {
+  description = "IAM roles with cluster administration."
+  type        = list(string)
+  default     = []
+}
+
+variable "cost_center" {
+  description = "Value of the moonlight.ai/cost-center tag on everything."
+  type        = string
+  default     = "moonlight"
+}
+
+variable "prices" {
+  description = "US dollars an hour by instance type, for the cost output."
+  type        = map(number)
+  default     = {}
+}

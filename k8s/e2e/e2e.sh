@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# The debug pipeline end to end on a real cluster, through Kueue, KubeRay and Argo, with an S3 server inside it.
+#
+#   make e2e-kind                     makes a kind cluster, builds and loads the image, then all below
+#   make e2e                          uses the cluster of KUBECONFIG; IMAGE must be one that its nodes can pull
+#   INSTALL_OPERATORS=no make e2e     leaves KubeRay, Kueue and Argo Workflows as they are
+#
+# Each step is a function and can be run alone: k8s/e2e/e2e.sh verify
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+IMAGE=${IMAGE:-moonlight-pipeline:e2e}
+INSTALL_OPERATORS=${INSTALL_OPERATORS:-yes}
+TIMEOUT=${TIMEOUT:-5400} # seconds for the whole run
+
+say() { printf '\n== %s\n' "$*"; }
+
+cluster() {
+  say "kind cluster"
+  kind get clusters | grep -qx moonlight || kind create cluster --config k8s/e2e/kind.yaml --wait 5m
+}
+
+image() {
+  say "image ${IMAGE}"
+  docker build --tag "${IMAGE}" --build-arg BASE=rayproject/ray:2.60.0-py311 \
+    --build-arg PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" \
+    --build-arg GIT_COMMIT="$(git rev-parse HEAD)" .
+  kind load docker-image "${IMAGE}" --name moonlight
+}
+
+operators() {
+  say "operators"
+  kubectl apply --filename k8s/base/namespaces.yaml
+  if [ "${INSTALL_OPERATORS}" != yes ]; then
+    echo "as they are"
+    return
+  fi
+  helm upgrade --install kuberay-operator kuberay-operator --repo https://ray-project.github.io/kuberay-helm --version 1.7.0 \
+    --namespace kuberay-system --create-namespace --wait --timeout 10m
+  helm upgrade --install kueue oci://registry.k8s.io/kueue/charts/kueue --version 0.19.2 \
+    --namespace kueue-system --create-namespace --wait --timeout 10m \
+    --set-file managerConfig.controllerManagerConfigYaml=k8s/queues/manager-config.yaml
+  helm upgrade --install argo-workflows argo-workflows --repo https://argoproj.github.io/argo-helm --version 1.0.18 \
+    --namespace argo --create-namespace --wait --timeout 10m \
+    --values k8s/workflows/argo-values.yaml --set server.enabled=false
+}
+
+pipeline() {
+  say "pipeline objects"
+  # Webhooks answer a little later than their pods are ready, hence the tries.
+  for try in 1 2 3 4 5 6; do
+    kubectl kustomize k8s/overlays/kind | sed "s#moonlight-pipeline:e2e#${IMAGE}#" \
+      | kubectl apply --server-side --force-conflicts --filename - && break
+    [ "${try}" = 6 ] && return 1
+    sleep 20
+  done
+  kubectl --namespace moonlight-storage rollout status deployment/s3 --timeout 5m
+  kubectl --namespace moonlight-storage exec deployment/s3 -- python -c \
+    'import urllib.request as u; u.urlopen(u.Request("http://localhost:5000/moonlight", method="PUT"), timeout=30)'
+}
+
+run() {
+  say "run"
+  kubectl --namespace moonlight delete workflow e2e --ignore-not-found
+  kubectl create --filename k8s/e2e/workflow.yaml
+  local phase="" deadline=$((SECONDS + TIMEOUT))
+  while [ "${SECONDS}" -lt "${deadline}" ]; do
+    phase=$(kubectl --namespace moonlight get workflow e2e --output jsonpath='{.status.phase}')
+    case "${phase}" in
+      Succeeded) break ;;
+      Failed | Error) diagnose; return 1 ;;
+    esac
+    kubectl --namespace moonlight get rayjobs --selector moonlight.ai/run-id=e2e --no-headers 2>/dev/null || true
+    sleep 20
+  done
+  [ "${phase}" = Succeeded ] || { diagnose; return 1; }
+}
+
+verify() {
+  say "published model"
+  kubectl --namespace moonlight-storage exec --stdin deployment/s3 -- python - http://localhost:5000 moonlight e2e < k8s/e2e/verify.py
+}
+
+diagnose() {
+  say "what went wrong"
+  kubectl --namespace moonlight get workflows,rayjobs,workloads,pods --output wide || true
+  kubectl --namespace moonlight describe rayjobs --selector moonlight.ai/run-id=e2e | tail -60 || true
+  kubectl --namespace moonlight logs --selector workflows.argoproj.io/workflow=e2e --container main --tail 40 --prefix || true
+  kubectl --namespace moonlight get events --sort-by .lastTimestamp | tail -40 || true
+}
+
+teardown() {
+  say "tear down"
+  kind delete cluster --name moonlight
+}
+
+if [ "$#" -eq 0 ]; then
+  set -- operators pipeline run verify
+fi
+for step in "$@"; do
+  "${step}"
+done

@@ -1,0 +1,21 @@
+# Included by the Makefile: targets around the image and the cluster.
+IMAGE ?= moonlight-pipeline:e2e
+IMAGE_BASE ?= rayproject/ray:2.60.0-py311-gpu
+PIP_ARGS ?=
+VENV ?= .venv
+
+.PHONY: image k8s-check e2e e2e-kind
+
+image: ## Build the one image of all stages
+	docker build --tag $(IMAGE) --build-arg BASE=$(IMAGE_BASE) --build-arg PIP_ARGS="$(PIP_ARGS)" \
+	  --build-arg GIT_COMMIT=$$(git rev-parse HEAD) .
+
+k8s-check: ## Everything about k8s/ and infra/ that can be checked without a cluster
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/python -m pytest -m "long or not long" --override-ini addopts= -q \
+	  tests/k8s tests/infra tests/workflow/test_rayjobs_template.py
+
+e2e: ## The debug pipeline on the cluster of KUBECONFIG (IMAGE must be pullable there)
+	IMAGE=$(IMAGE) k8s/e2e/e2e.sh
+
+e2e-kind: ## The same on a new kind cluster
+	IMAGE=$(IMAGE) k8s/e2e/e2e.sh cluster image operators pipeline run verify

@@ -1,0 +1,272 @@
+"""Cross-entropy and bits per byte of a checkpoint on documents it never trained on, per source.
+
+A held-out document of n tokens becomes [EOS] t_1 ... t_n [EOS]: it starts as documents start in training and its end is
+predicted, too. That row of n + 2 tokens is cut into windows of S + 1 that overlap by one token, so each of the n + 1
+tokens after the first EOS is predicted exactly once, from at most S tokens before it. Short windows are padded on the
+right with labels of -100; attention is causal, so padding changes nothing.
+
+    loss (nats per token)  = sum of nats / (n + 1 summed over documents)
+    bits per byte          = sum of nats / ln 2 / sum of UTF-8 bytes
+
+The text behind the tokens is recovered by decoding and must have the size that prepare measured; the baselines
+(`baselines.py`) are taken on those bytes. Windows are sorted by length within a source and a batch never mixes
+sources. Under `torch.distributed` the batches are dealt to the ranks round robin and all ranks run the same number of
+forward passes (a sharded model has collectives inside); one all-reduce of the per-source sums ends it.
+
+Cost: one forward pass over the held-out tokens plus `xz -9` over their text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+
+from pipeline.config.schema import RunConfig
+from pipeline.evaluation.baselines import bits_per_byte, compressed_bits_per_byte, unigram_nats
+from pipeline.evaluation.weights import load_model
+from pipeline.manifest import (
+    CheckpointManifest,
+    DatasetManifest,
+    EvaluationManifest,
+    SourceManifest,
+    SourceScore,
+    digest_of,
+)
+from pipeline.storage import Storage
+from pipeline.tokenizer import Encoder
+
+FORMAT = 1  # enters the identity: raise it when the same inputs would score differently
+IGNORED = -100
+DECIMALS = 6  # published precision: below it, floating-point sums depend on batch shapes
+
+Tokens = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class HeldoutText:
+    """The held-out documents of one source that are scored."""
+
+    source: str
+    documents: list[Tokens]  # without EOS
+    text_bytes: list[int]  # UTF-8 bytes of each
+
+    @property
+    def scored_tokens(self) -> int:
+        return sum(len(tokens) + 1 for tokens in self.documents)
+
+
+@dataclass(frozen=True)
+class EvaluationProgress:
+    """Windows of all sources are scored in one go; `loss` is the mean over this process's tokens so far (nats)."""
+
+    new_tokens: int  # since the last report
+    done_tokens: int
+    total_tokens: int
+    loss: float
+
+
+def identity(config: RunConfig, dataset: DatasetManifest, checkpoint: CheckpointManifest) -> str:
+    """Digest of everything that decides the scores."""
+    return digest_of(
+        {
+            "format": FORMAT,
+            "checkpoint": checkpoint.digest,
+            "dataset": dataset.digest,
+            "model": config.model.model_dump(mode="json"),
+            "sequence_length": window_length(config),
+            "max_tokens_per_source": config.evaluation.max_tokens_per_source,
+        }
+    )
+
+
+def manifest_path(config: RunConfig, checkpoint: CheckpointManifest) -> str:
+    return f"runs/{config.run_id}/evaluate/step-{checkpoint.step:08d}.json"
+
+
+def committed(
+    config: RunConfig, dataset: DatasetManifest, checkpoint: CheckpointManifest, storage: Storage
+) -> EvaluationManifest | None:
+    """The result of these inputs, if there is one."""
+    data = storage.read_or_none(manifest_path(config, checkpoint))
+    found = None if data is None else EvaluationManifest.model_validate_json(data)
+    return found if found and found.identity == identity(config, dataset, checkpoint) else None
+
+
+def window_length(config: RunConfig) -> int:
+    return config.evaluation.sequence_length or config.training.sequence_length
+
+
+def evaluate(
+    config: RunConfig,
+    dataset: DatasetManifest,
+    checkpoint: CheckpointManifest,
+    storage: Storage,
+    *,
+    report: Callable[[EvaluationProgress], None],
+) -> EvaluationManifest:
+    """Score a checkpoint and commit the result; a result of the same identity is returned as it is.
+
+    Runs in one process (the whole network in fp32) or on every rank of an initialised process group, sharded as in
+    training; all ranks return the same, rank 0 reports. Raises ValueError when no held-out document can be scored.
+    """
+    found = committed(config, dataset, checkpoint, storage)
+    if found is not None:
+        return found
+    encoder = Encoder.load(dataset.tokenizer.folder, storage)
+    texts = [text for source in dataset.sources if (text := read_heldout(source, dataset, config, storage)).documents]
+    if not texts:
+        raise ValueError(
+            f"corpus.heldout_fraction {config.corpus.heldout_fraction}: dataset {dataset.identity[:8]} holds out no document; "
+            "raise the fraction and prepare again"
+        )
+    model = load_model(config, checkpoint, storage)
+    nats = score(
+        model, texts, eos=encoder.eos_id, length=window_length(config), batch=config.evaluation.batch, report=report
+    )
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        manifest = _manifest(config, dataset, checkpoint, texts, nats, encoder)
+        storage.write(manifest_path(config, checkpoint), manifest.to_json())
+    if dist.is_initialized():
+        dist.barrier()
+    return EvaluationManifest.model_validate_json(storage.read(manifest_path(config, checkpoint)))
+
+
+def read_heldout(source: SourceManifest, dataset: DatasetManifest, config: RunConfig, storage: Storage) -> HeldoutText:
+    """Whole documents in stored order; one that would exceed `evaluation.max_tokens_per_source` is passed over.
+
+    If none fits, the shortest is taken: a finished training run does not fail for the want of a short document.
+    """
+    dtype = np.dtype(dataset.token_dtype).newbyteorder("<")
+    found: list[tuple[Tokens, int]] = []
+    for file in source.heldout:
+        with storage.open(file.path) as handle:
+            table = pq.read_table(handle, columns=["tokens", "n_bytes"])
+        tokens = (np.frombuffer(raw, dtype=dtype).astype(np.int64) for raw in table["tokens"].to_pylist())
+        found += zip(tokens, table["n_bytes"].to_pylist())
+    budget = config.evaluation.max_tokens_per_source
+    kept = []
+    for document in found:
+        if len(document[0]) + 1 <= budget:
+            budget -= len(document[0]) + 1
+            kept.append(document)
+    if found and not kept:
+        kept = [min(found, key=lambda document: len(document[0]))]
+    return HeldoutText(source.name, [tokens for tokens, _ in kept], [n_bytes for _, n_bytes in kept])
+
+
+def windows(document: Tokens, eos: int, length: int) -> Iterator[Tokens]:
+    """Cut [EOS] + document + [EOS] into windows of at most `length` + 1 tokens that overlap by one."""
+    row = np.concatenate([[eos], document, [eos]]).astype(np.int64)
+    for start in range(0, len(row) - 1, length):
+        yield row[start : start + length + 1]
+
+
+def score(
+    model: torch.nn.Module,
+    texts: list[HeldoutText],
+    *,
+    eos: int,
+    length: int,
+    batch: int,
+    report: Callable[[EvaluationProgress], None],
+) -> list[float]:
+    """Total nats of each source. `model(input_ids_BS, labels_BS).loss_sum` is the sum over labels that are not -100."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = next(model.parameters()).device
+    batches: list[tuple[int, list[Tokens]]] = []
+    for index, text in enumerate(texts):
+        cut = [window for document in text.documents for window in windows(document, eos, length)]
+        cut.sort(key=len, reverse=True)
+        batches += [(index, cut[start : start + batch]) for start in range(0, len(cut), batch)]
+    nats = torch.zeros(len(texts), dtype=torch.float64, device=device)
+    total = sum(text.scored_tokens for text in texts)
+    done = mine = 0
+    for start in range(0, len(batches), world):
+        turn = start + rank
+        index, group = batches[min(turn, len(batches) - 1)]
+        inputs_BS, labels_BS = _tensors(group, eos, device)
+        if turn >= len(batches):  # nothing left for this rank: keep the others' collectives company
+            labels_BS.fill_(IGNORED)
+        with torch.no_grad():
+            nats[index] += model(inputs_BS, labels_BS).loss_sum.double()
+        mine += int((labels_BS != IGNORED).sum())
+        new = sum(len(window) - 1 for _, others in batches[start : start + world] for window in others)
+        done += new
+        if rank == 0:
+            report(EvaluationProgress(new, done, total, float(nats.sum()) / max(mine, 1)))
+    if world > 1:
+        dist.all_reduce(nats)
+    return nats.tolist()
+
+
+def _tensors(group: list[Tokens], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(window) for window in group) - 1
+    inputs_BS = torch.full((len(group), width), pad)
+    labels_BS = torch.full((len(group), width), IGNORED)
+    for row, window in enumerate(group):
+        inputs_BS[row, : len(window) - 1] = torch.from_numpy(window[:-1])
+        labels_BS[row, : len(window) - 1] = torch.from_numpy(window[1:])
+    return inputs_BS.to(device), labels_BS.to(device)
+
+
+def decode(text: HeldoutText, encoder: Encoder) -> bytes:
+    """The UTF-8 text of the documents, one after the other; every size is the one that prepare measured."""
+    pieces = []
+    for number, (tokens, n_bytes) in enumerate(zip(text.documents, text.text_bytes)):
+        piece = encoder.decode(tokens).encode()
+        assert len(piece) == n_bytes, (
+            f"{text.source} document {number}: decodes to {len(piece)} bytes, stored as {n_bytes}"
+        )
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def _manifest(
+    config: RunConfig,
+    dataset: DatasetManifest,
+    checkpoint: CheckpointManifest,
+    texts: list[HeldoutText],
+    nats: list[float],
+    encoder: Encoder,
+) -> EvaluationManifest:
+    contents = [decode(text, encoder) for text in texts]
+    scored = [np.concatenate([part for doc in text.documents for part in (doc, [encoder.eos_id])]) for text in texts]
+    everything, all_tokens = b"".join(contents), np.concatenate(scored)
+    return EvaluationManifest(
+        identity=identity(config, dataset, checkpoint),
+        checkpoint_digest=checkpoint.digest,
+        dataset_digest=dataset.digest,
+        step=checkpoint.step,
+        sequence_length=window_length(config),
+        overall=_score(sum(len(text.documents) for text in texts), len(all_tokens), len(everything), sum(nats)),
+        sources={
+            text.source: _score(len(text.documents), text.scored_tokens, len(content), total)
+            for text, content, total in zip(texts, contents, nats)
+        },
+        unigram_entropy=round(unigram_nats(all_tokens) / len(all_tokens), DECIMALS),
+        baselines=_baselines(everything, all_tokens),
+        source_baselines={
+            text.source: _baselines(content, tokens) for text, content, tokens in zip(texts, contents, scored)
+        },
+    )
+
+
+def _score(documents: int, tokens: int, text_bytes: int, nats: float) -> SourceScore:
+    return SourceScore(
+        documents=documents,
+        tokens=tokens,
+        text_bytes=text_bytes,
+        loss=round(nats / tokens, DECIMALS),
+        bits_per_byte=round(bits_per_byte(nats, text_bytes), DECIMALS),
+    )
+
+
+def _baselines(text: bytes, tokens: Tokens) -> dict[str, float]:
+    unigram = {"token frequencies": bits_per_byte(unigram_nats(tokens), len(text))}
+    return {name: round(bits, DECIMALS) for name, bits in {**compressed_bits_per_byte(text), **unigram}.items()}

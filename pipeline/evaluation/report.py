@@ -1,0 +1,291 @@
+"""report.html of a run: one file to read, mail or print, with nothing to load.
+
+It shows what the manifests, the metrics and the configuration say; only the stage times, which the caller measured,
+come from elsewhere. It is written beside the run, not hashed and not published. Links go to the run's artefacts by
+relative path, so the storage root may be a folder or a bucket behind a web server.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib import resources
+from typing import Any
+
+from pipeline.config.load import dump_yaml
+from pipeline.config.schema import RunConfig
+from pipeline.evaluation.baselines import SHOWN
+from pipeline.evaluation.charts import Mark, Point, Series, compact, line_chart
+from pipeline.evaluation.weights import count_parameters
+from pipeline.manifest import (
+    DatasetManifest,
+    EvaluationManifest,
+    ModelManifest,
+    SourceManifest,
+    SourceScore,
+    TrainManifest,
+)
+from pipeline.storage import Storage
+
+HELDOUT, REFERENCE_COMPRESSOR = "var(--series-1)", "xz -9"
+
+
+def report_path(run_id: str) -> str:
+    return f"runs/{run_id}/report.html"
+
+
+def write_report(
+    config: RunConfig,
+    dataset: DatasetManifest,
+    train: TrainManifest,
+    evaluation: EvaluationManifest,
+    model: ModelManifest,
+    storage: Storage,
+    *,
+    stage_seconds: Mapping[str, float],
+) -> str:
+    """Write the report of a finished run; returns its path below the storage root. `stage_seconds` in order of stages."""
+    records = read_metrics(train, storage)
+    page = render(config, dataset, train, evaluation, model, records, stage_seconds)
+    storage.write(report_path(config.run_id), page.encode())
+    return report_path(config.run_id)
+
+
+def read_metrics(train: TrainManifest, storage: Storage) -> list[dict[str, Any]]:
+    """The logged steps in order; one that was logged again after a restart counts once."""
+    found = {}
+    for file in train.metrics:
+        for line in storage.read(file.path).splitlines():
+            record = json.loads(line)
+            found[record["step"]] = record
+    return [found[step] for step in sorted(found)]
+
+
+def scored_sources(dataset: DatasetManifest, evaluation: EvaluationManifest) -> list[SourceManifest]:
+    """The sources with a score, in the dataset's order."""
+    return [source for source in dataset.sources if source.name in evaluation.sources]
+
+
+def render(
+    config: RunConfig,
+    dataset: DatasetManifest,
+    train: TrainManifest,
+    evaluation: EvaluationManifest,
+    model: ModelManifest,
+    records: list[dict[str, Any]],
+    stage_seconds: Mapping[str, float],
+) -> str:
+    """The page as text."""
+    style = resources.files("pipeline.evaluation").joinpath("report.css").read_text()
+    body = [
+        _head(config, model),
+        _tiles(config, train, evaluation, stage_seconds),
+        _section("Training", _charts(records, train, evaluation)),
+        _section("Held-out text", _scores(dataset, evaluation)),
+        _section("Data", _data(config, dataset)),
+        _section("Stages", _stages(stage_seconds)) if stage_seconds else "",
+        _section("Artefacts", _artefacts(config, train, evaluation, model, dataset)),
+        f"<details><summary>Configuration</summary><pre>{escape(dump_yaml(config))}</pre></details>",
+    ]
+    title = escape(f"{model.name} {model.version}")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{style}</style></head>\n<body><main>{''.join(body)}</main></body></html>\n"
+    )
+
+
+# -- sections --------------------------------------------------------------------------------------------------------
+
+
+def _head(config: RunConfig, model: ModelManifest) -> str:
+    return f"<header><h1>{escape(model.name)}</h1><p>{escape(model.version)} · run {escape(config.run_id)}</p></header>"
+
+
+def _tiles(
+    config: RunConfig, train: TrainManifest, evaluation: EvaluationManifest, stage_seconds: Mapping[str, float]
+) -> str:
+    overall, parameters = evaluation.overall, count_parameters(config.model)
+    below = evaluation.unigram_entropy - overall.loss
+    tiles = [
+        ("held-out loss", f"{overall.loss:.3f}", f"nats per token, {abs(below):.2f} {'below' if below >= 0 else 'ABOVE'} unigram"),
+        ("bits per byte", f"{overall.bits_per_byte:.3f}", f"{REFERENCE_COMPRESSOR}: {evaluation.baselines[REFERENCE_COMPRESSOR]:.3f}"),
+        ("trained on", f"{compact(train.checkpoint.tokens_seen)} tokens", f"{train.steps:,} steps, {train.skipped_steps:,} skipped"),
+        ("parameters", compact(parameters.total), f"{compact(parameters.active)} active per token"),
+    ]  # fmt: skip
+    if stage_seconds:
+        tiles.append(("time", duration(sum(stage_seconds.values())), f"{len(stage_seconds)} stages"))
+    cells = (
+        f'<div class="tile"><span>{escape(name)}</span><strong>{escape(value)}</strong><small>{escape(note)}</small></div>'
+        for name, value, note in tiles
+    )
+    return f'<div class="tiles">{"".join(cells)}</div>'
+
+
+def _charts(records: list[dict[str, Any]], train: TrainManifest, evaluation: EvaluationManifest) -> str:
+    def points(name: str) -> list[Point]:
+        return [(record["tokens"], record[name]) for record in records if record.get(name) is not None]
+
+    heldout = Mark("held-out loss", evaluation.overall.loss, train.checkpoint.tokens_seen, HELDOUT)
+    unigram = Mark("unigram entropy", evaluation.unigram_entropy)
+    layers = max((len(record.get("load_imbalance", ())) for record in records), default=0)
+    loads = [
+        Series(
+            f"mixture layer {layer + 1}",
+            [(r["tokens"], r["load_imbalance"][layer]) for r in records if _known(r.get("load_imbalance", ()), layer)],
+            _shade(layer, layers),
+            1.6,
+        )
+        for layer in range(layers)
+    ]
+    figures = [
+        ("Loss", "nats per token", [Series("training loss", points("loss"))], [heldout, unigram]),
+        ("Gradient norm", "before clipping", [Series("gradient norm", points("gradient_norm"))], []),
+        ("Learning rate", "", [Series("learning rate", points("learning_rate"))], []),
+        ("Expert load", "busiest expert / mean, per mixture layer", loads, []),
+    ]
+    return '<div class="charts">' + "".join(_figure(*figure) for figure in figures) + "</div>"
+
+
+def _figure(title: str, note: str, series: list[Series], marks: list[Mark]) -> str:
+    chart = line_chart(series, marks, label=f"{title} over tokens seen")
+    if not chart:
+        return ""
+    drawn = [(line.name, line.colour) for line in series] + [(m.name, m.colour) for m in marks if m.x is not None]
+    if len(drawn) > 6:  # shades in order: the ends say it
+        drawn = [drawn[0], drawn[-1]]
+    legend = "".join(f'<span><i style="background:{colour}"></i>{escape(name)}</span>' for name, colour in drawn)
+    key = f'<div class="legend">{legend}</div>' if len(drawn) > 1 else ""
+    return f"<figure><figcaption>{escape(title)} <small>{escape(note)}</small></figcaption>{key}{chart}</figure>"
+
+
+def _scores(dataset: DatasetManifest, evaluation: EvaluationManifest) -> str:
+    names = [name for name in SHOWN if name in evaluation.baselines]
+    sources = {source.name: evaluation.sources[source.name] for source in scored_sources(dataset, evaluation)}
+    scores = {**sources, "all": evaluation.overall}
+    baselines = {**evaluation.source_baselines, "all": evaluation.baselines}
+    largest = max(value for row in baselines.values() for value in row.values())
+    largest = max(largest, *(score.bits_per_byte for score in scores.values()))
+
+    def row(name: str, score: SourceScore) -> list[str]:
+        best = min(baselines[name].values()) > score.bits_per_byte
+        own = _bar(score.bits_per_byte, largest, "var(--series-0)", strong=best)
+        others = [_bar(baselines[name][other], largest, "var(--muted)") for other in names]
+        return [escape(name), f"{score.documents:,}", f"{score.tokens:,}", f"{score.loss:.3f}", own, *others]
+
+    head = ["source", "documents", "tokens", "loss", "model", *(escape(name) for name in names)]
+    rows = [row(name, score) for name, score in scores.items()]
+    note = (
+        "Loss in nats per token; from <em>model</em> on, bits per byte of the same text. Compressors start from nothing; "
+        "token frequencies are those of the text itself. Bold: better than every baseline."
+    )
+    return f"{_table(head, rows)}<p class='note'>{note}</p>"
+
+
+def _data(config: RunConfig, dataset: DatasetManifest) -> str:
+    weights = {source.name: source.weight for source in config.corpus.sources}
+    total = sum(weights.values())
+    rows = [
+        [
+            escape(source.name),
+            f"{weights[source.name] / total:.0%}" if source.name in weights else "",
+            f"{source.counts.docs_in:,}",
+            f"{source.counts.docs_out:,}",
+            f"{source.counts.heldout:,}",
+            f"{sum(source.counts.filtered.values()):,}",
+            f"{sum(source.counts.quarantined.values()):,}",
+            f"{compact(source.text_bytes)}B",
+            compact(source.tokens),
+            f"{source.rows:,}",
+        ]
+        for source in dataset.sources
+    ]
+    head = ["source", "weight", "documents", "used", "held out", "filtered", "quarantined", "text", "tokens", "rows"]
+    return _table(head, rows)
+
+
+def _stages(stage_seconds: Mapping[str, float]) -> str:
+    longest = max(stage_seconds.values())
+    rows = [
+        [
+            escape(name),
+            duration(seconds),
+            f'<div class="bar wide"><i style="width:{_share(seconds, longest)}"></i></div>',
+        ]
+        for name, seconds in stage_seconds.items()
+    ]
+    return _table(["stage", "time", ""], rows)
+
+
+def _artefacts(
+    config: RunConfig,
+    train: TrainManifest,
+    evaluation: EvaluationManifest,
+    model: ModelManifest,
+    dataset: DatasetManifest,
+) -> str:
+    folder = f"../../models/{model.name}/{model.version}"
+    step, checkpoint = train.checkpoint.step, train.checkpoint
+    rows = [
+        ("published model", f"{folder}/README.md", model.digest),
+        ("files of the model", f"{folder}/manifest.json", model.digest),
+        ("evaluation", f"evaluate/step-{evaluation.step:08d}.json", evaluation.digest),
+        (f"checkpoint, step {step:,}", f"train/step-{step:08d}/manifest.json", checkpoint.digest),
+        ("weights in the checkpoint", "", checkpoint.content_sha256),
+        ("dataset", f"../../datasets/{dataset.identity}/dataset.json", dataset.digest),
+        ("tokenizer", f"../../{dataset.tokenizer.folder}/tokenizer.json", dataset.tokenizer.sha256),
+        ("order of the data", "", checkpoint.order_digest),
+        ("run", "", checkpoint.run_identity),
+    ]
+    cells = [
+        [f'<a href="{escape(link, quote=True)}">{escape(name)}</a>' if link else escape(name), f"<code>{digest}</code>"]
+        for name, link, digest in rows
+    ]
+    return _table(["artefact", "sha256"], cells, left=2)
+
+
+# -- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{title}</h2>{content}</section>"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "".join(
+            f"<{tag}{' class=left' if index < left else ''}>{cell}</{tag}>" for index, cell in enumerate(cells)
+        )
+
+    body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{line(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _bar(value: float, largest: float, colour: str, strong: bool = False) -> str:
+    text = f"<b>{value:.3f}</b>" if strong else f"{value:.3f}"
+    return f'{text}<div class="bar"><i style="width:{_share(value, largest)};background:{colour}"></i></div>'
+
+
+def _share(value: float, largest: float) -> str:
+    return f"{100 * value / (largest or 1.0):.1f}%"
+
+
+def _known(values: Sequence[float | None], index: int) -> bool:
+    return index < len(values) and values[index] is not None
+
+
+def _shade(index: int, count: int) -> str:
+    """From the first series' colour to the second's, over the depth of the network."""
+    share = 100 * index / max(count - 1, 1)
+    return f"color-mix(in oklab, var(--series-1) {share:.0f}%, var(--series-0))"
+
+
+def duration(seconds: float) -> str:
+    """4.2 s, 3 min 20 s, 5 h 12 min"""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60:,} h {minutes % 60} min"

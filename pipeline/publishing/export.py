@@ -1,0 +1,340 @@
+"""From a checkpoint to a published Hugging Face folder, and the gate in front of it.
+
+    <root>/models/<name>/step-00000120-1a2b3c4d/
+        config.json generation_config.json            DeepseekV3ForCausalLM, read by transformers without remote code
+        model-00001-of-00002.safetensors ...          weights in `publishing.dtype`, router biases in fp32
+        model.safetensors.index.json
+        tokenizer.json tokenizer_config.json
+        README.md loss.png                            the model card
+        manifest.json                                 sha256 of every file and all digests; written last: the commit
+
+Every byte follows from the manifests and the configuration, and the version's name from their digests. A publisher that
+was killed is cured by running it again: it writes the same bytes over the half-written folder. A version that exists is
+not written again; only its promotion is completed.
+
+The tensors are read from the checkpoint block by block, in the network's order, and cut into files of at most
+`publishing.shard_bytes` (one larger tensor makes a file of its own). Memory: one block in fp32 and one file (Moonlight:
+8 GB); only samples of text need the whole network. A file passes through the local temporary folder.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from math import isfinite, prod
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+from safetensors.torch import save_file
+
+from pipeline.config.schema import RunConfig
+from pipeline.evaluation.report import read_metrics
+from pipeline.evaluation.weights import count_parameters, empty_model, load_model, stream_tensors
+from pipeline.manifest import (
+    CheckpointManifest,
+    DatasetManifest,
+    EvaluationManifest,
+    FileEntry,
+    ModelManifest,
+    TokenizerManifest,
+    TrainManifest,
+    digest_of,
+)
+from pipeline.model.hf import hf_config, hf_shapes, hf_split
+from pipeline.model.moonlight import Moonlight
+from pipeline.publishing import registry
+from pipeline.publishing.model_card import Sample, model_card
+from pipeline.publishing.plots import loss_plot
+from pipeline.publishing.sample import generate
+from pipeline.storage import Storage, sha256_of
+from pipeline.tokenizer import Encoder
+
+FORMAT = 1  # enters the version's name: raise it when the same inputs would publish other bytes
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ROUTER_BIAS = "e_score_correction_bias"  # stays fp32: it decides near-ties between experts
+SAMPLE_TEMPERATURE = 0.8
+
+
+@dataclass(frozen=True)
+class PublishProgress:
+    """What has been written, in bytes of weights; `doing` names the file or step at hand."""
+
+    doing: str
+    done_bytes: int
+    total_bytes: int
+
+
+class GateError(ValueError):
+    """The model is not good enough to be published; the message has the loss and the limit."""
+
+
+def identity(
+    config: RunConfig, checkpoint: CheckpointManifest, evaluation: EvaluationManifest, dataset: DatasetManifest
+) -> str:
+    """Digest of everything that decides the published bytes."""
+    return digest_of(
+        {
+            "format": FORMAT,
+            "checkpoint": checkpoint.digest,
+            "evaluation": evaluation.digest,
+            "dataset": dataset.digest,
+            "config": published_config(config),
+        }
+    )
+
+
+def version_name(
+    config: RunConfig, checkpoint: CheckpointManifest, evaluation: EvaluationManifest, dataset: DatasetManifest
+) -> str:
+    """`step-00000120-1a2b3c4d`: sorts by step, differs with any input."""
+    return f"step-{checkpoint.step:08d}-{identity(config, checkpoint, evaluation, dataset)[:8]}"
+
+
+def published_config(config: RunConfig) -> dict[str, Any]:
+    """The run's configuration without what only says where and when it runs, and whether it is promoted."""
+    found = config.model_dump(
+        mode="json", exclude={"storage": True, "cluster": True, "publishing": {"promote", "max_loss"}}
+    )
+    return found
+
+
+def publish(
+    config: RunConfig,
+    train: TrainManifest,
+    evaluation: EvaluationManifest,
+    dataset: DatasetManifest,
+    storage: Storage,
+    *,
+    report: Callable[[PublishProgress], None],
+    checkpoint: CheckpointManifest | None = None,
+    git_commit: str = "unknown",
+) -> ModelManifest:
+    """Publish the evaluated checkpoint (the run's last one unless given) and promote it if `publishing.promote`.
+
+    Raises GateError, before anything is written, for a loss over `publishing.max_loss` or one that is not finite, and
+    ValueError when evaluation, checkpoint and dataset do not belong together.
+    """
+    checkpoint = checkpoint or train.checkpoint
+    _check_inputs(checkpoint, evaluation, dataset)
+    _check_gate(config, evaluation)
+    version = version_name(config, checkpoint, evaluation, dataset)
+    manifest = registry.find(storage, config.publishing.name, version)
+    if manifest is None:
+        manifest = _write(config, train, checkpoint, evaluation, dataset, storage, version, git_commit, report)
+    if config.publishing.promote:
+        registry.promote(storage, manifest)
+    return manifest
+
+
+def _check_inputs(checkpoint: CheckpointManifest, evaluation: EvaluationManifest, dataset: DatasetManifest) -> None:
+    if evaluation.checkpoint_digest != checkpoint.digest:
+        raise ValueError(
+            f"evaluation of step {evaluation.step} scored checkpoint {evaluation.checkpoint_digest[:8]}, not "
+            f"{checkpoint.digest[:8]} (step {checkpoint.step}) that is to be published; evaluate that checkpoint first"
+        )
+    if evaluation.dataset_digest != dataset.digest:
+        raise ValueError(
+            f"evaluation of step {evaluation.step} used dataset {evaluation.dataset_digest[:8]}, not {dataset.digest[:8]}; "
+            "evaluate again with this dataset"
+        )
+
+
+def _check_gate(config: RunConfig, evaluation: EvaluationManifest) -> None:
+    loss, limit = evaluation.overall.loss, config.publishing.max_loss
+    if not isfinite(loss):
+        raise GateError(
+            f"publishing: the held-out loss is {loss}; nothing was published. Train again from an earlier checkpoint"
+        )
+    if limit is not None and loss > limit:
+        raise GateError(
+            f"publishing.max_loss: the held-out loss {loss:.4f} is over {limit:g} nats per token; nothing was published "
+            "or promoted. Train longer, or raise the limit"
+        )
+
+
+def _write(
+    config: RunConfig,
+    train: TrainManifest,
+    checkpoint: CheckpointManifest,
+    evaluation: EvaluationManifest,
+    dataset: DatasetManifest,
+    storage: Storage,
+    version: str,
+    git_commit: str,
+    report: Callable[[PublishProgress], None],
+) -> ModelManifest:
+    folder = registry.folder(config.publishing.name, version)
+    files: list[FileEntry] = []
+
+    def put(name: str, data: bytes) -> None:
+        storage.write(f"{folder}/{name}", data)
+        files.append(FileEntry(path=name, bytes=len(data), sha256=registry.sha256_bytes(data)))
+
+    files += write_weights(config, checkpoint, storage, folder, report)
+    put("config.json", registry.pretty_json(_config_json(config, dataset.tokenizer)))
+    put("generation_config.json", registry.pretty_json(_generation_config(config, dataset.tokenizer)))
+    put("tokenizer.json", storage.read(f"{dataset.tokenizer.folder}/tokenizer.json"))
+    stored = storage.read_or_none(f"{dataset.tokenizer.folder}/tokenizer_config.json")
+    put("tokenizer_config.json", registry.pretty_json(_tokenizer_config(config, dataset.tokenizer, stored)))
+
+    report(PublishProgress("samples and model card", 0, 0))
+    curve = [
+        (record["tokens"], record["loss"]) for record in read_metrics(train, storage) if record["loss"] is not None
+    ]
+    heldout = (checkpoint.tokens_seen, evaluation.overall.loss)
+    title = f"{config.publishing.name}, step {checkpoint.step:,}"
+    put("loss.png", loss_plot(curve, heldout, evaluation.unigram_entropy, title))
+    samples = []
+    if config.publishing.sample_prompts:
+        model = load_model(config, checkpoint, storage)
+        samples = write_samples(model, config, Encoder.load(dataset.tokenizer.folder, storage))
+    parameters = count_parameters(config.model)
+    put("README.md", model_card(config, dataset, train, checkpoint, evaluation, parameters, samples).encode())
+
+    manifest = ModelManifest(
+        name=config.publishing.name,
+        version=version,
+        files=tuple(sorted(files, key=lambda entry: entry.path)),
+        checkpoint_digest=checkpoint.digest,
+        evaluation_digest=evaluation.digest,
+        dataset_digest=dataset.digest,
+        tokenizer_sha256=dataset.tokenizer.sha256,
+        run_identity=checkpoint.run_identity,
+        config=published_config(config),
+        git_commit=git_commit,
+        step=checkpoint.step,
+        loss=evaluation.overall.loss,
+        bits_per_byte=evaluation.overall.bits_per_byte,
+    )
+    return registry.commit(storage, manifest)
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+def published_dtype(name: str, dtype: str) -> torch.dtype:
+    return torch.float32 if name.endswith(ROUTER_BIAS) else DTYPES[dtype]
+
+
+def plan_shards(sizes: Iterable[tuple[str, int]], limit: int) -> list[list[str]]:
+    """Names in order, cut into groups of at most `limit` bytes; a larger tensor is alone in its group."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes:
+        if groups[-1] and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    return groups
+
+
+def write_weights(
+    config: RunConfig,
+    checkpoint: CheckpointManifest,
+    storage: Storage,
+    folder: str,
+    report: Callable[[PublishProgress], None],
+) -> Iterator[FileEntry]:
+    """Write the safetensors files and their index; yields an entry for each as soon as it is in storage."""
+    dtype, shapes = config.publishing.dtype, hf_shapes(empty_model(config.model))
+    sizes = {name: prod(shape) * published_dtype(name, dtype).itemsize for name, shape in shapes.items()}
+    shards = plan_shards(sizes.items(), config.publishing.shard_bytes)
+    total, done = sum(sizes.values()), 0
+    tensors = (
+        part for name, full in stream_tensors(config.model, checkpoint, storage) for part in hf_split(name, full)
+    )
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        report(PublishProgress(file, done, total))
+        contents = {}
+        for expected in names:
+            name, tensor = next(tensors)
+            assert name == expected, f"the checkpoint gives {name} where {expected} was announced"
+            contents[name] = tensor.to(published_dtype(name, dtype), copy=True)  # a view would hold its whole stack
+            weight_map[name] = file
+            done += sizes[name]
+        yield _upload(contents, storage, folder, file)
+    index = {
+        "metadata": {"total_parameters": sum(map(prod, shapes.values())), "total_size": total},
+        "weight_map": weight_map,
+    }
+    data = registry.pretty_json(index)
+    storage.write(f"{folder}/model.safetensors.index.json", data)
+    yield FileEntry(path="model.safetensors.index.json", bytes=len(data), sha256=registry.sha256_bytes(data))
+    report(PublishProgress("weights written", done, total))
+
+
+def _upload(contents: dict[str, torch.Tensor], storage: Storage, folder: str, file: str) -> FileEntry:
+    with tempfile.TemporaryDirectory() as scratch:
+        local = Path(scratch) / file
+        save_file(contents, local, metadata={"format": "pt"})
+        with local.open("rb") as handle:
+            entry = FileEntry(path=file, bytes=local.stat().st_size, sha256=sha256_of(handle))
+        storage.upload(local, f"{folder}/{file}")
+    return entry
+
+
+# -- what stands beside the weights -------------------------------------------------------------------------------------
+
+
+def _special_tokens(config: RunConfig, tokenizer: TokenizerManifest) -> dict[str, tuple[str, int]]:
+    """Role -> (text, id), for the roles that the tokenizer has; without a [PAD] the end of text pads."""
+    known = tokenizer.special_tokens
+    eos = config.tokenizer.eos_token
+    assert known[eos] == tokenizer.eos_id, f"tokenizer: {eos} is {known[eos]}, eos_id is {tokenizer.eos_id}"
+    texts = {"bos": "[BOS]", "eos": eos, "pad": "[PAD]" if "[PAD]" in known else eos, "unk": "[UNK]"}
+    return {role: (text, known[text]) for role, text in texts.items() if text in known}
+
+
+def _config_json(config: RunConfig, tokenizer: TokenizerManifest) -> dict[str, Any]:
+    special = _special_tokens(config, tokenizer)
+    bos = special["bos"][1] if "bos" in special else None
+    dtype = str(DTYPES[config.publishing.dtype]).removeprefix("torch.")
+    fields = hf_config(config.model, bos_token_id=bos, eos_token_id=tokenizer.eos_id, dtype=dtype)
+    return {**fields, "dtype": dtype, "pad_token_id": special["pad"][1]}
+
+
+def _generation_config(config: RunConfig, tokenizer: TokenizerManifest) -> dict[str, Any]:
+    special = _special_tokens(config, tokenizer)
+    ids = {f"{role}_token_id": token_id for role, (_, token_id) in special.items() if role != "unk"}
+    return {**ids, "max_length": config.model.max_position_embeddings}
+
+
+def _tokenizer_config(config: RunConfig, tokenizer: TokenizerManifest, stored: bytes | None) -> dict[str, Any]:
+    """What `AutoTokenizer` needs; a chat template and other settings that came with the tokenizer are kept."""
+    texts = {f"{role}_token": text for role, (text, _) in _special_tokens(config, tokenizer).items()}
+    return {
+        **(orjson.loads(stored) if stored else {}),
+        **texts,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.model.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+
+
+def write_samples(model: Moonlight, config: RunConfig, encoder: Encoder) -> list[Sample]:
+    """The likeliest and one random continuation of each of `publishing.sample_prompts`."""
+    publishing, seed = config.publishing, config.seed
+
+    def text(prompt: str, temperature: float) -> str:
+        new = generate(
+            model,
+            encoder.encode([prompt.encode()])[0].tolist(),
+            eos=encoder.eos_id,
+            max_new_tokens=publishing.sample_tokens,
+            max_positions=config.model.max_position_embeddings,
+            temperature=temperature,
+            seed=seed,
+        )
+        return encoder.decode(new)
+
+    return [
+        Sample(prompt, text(prompt, 0.0), text(prompt, SAMPLE_TEMPERATURE), SAMPLE_TEMPERATURE, seed)
+        for prompt in publishing.sample_prompts
+    ]

@@ -1,0 +1,240 @@
+"""README.md of a published model: what it is, how good, from what, and how to load it.
+
+Everything in it follows from the manifests and the configuration. No date, duration, host or path appears, so the same
+inputs give the same bytes and the card can be hashed like the weights beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from pipeline.config.schema import RunConfig
+from pipeline.evaluation.baselines import SHOWN
+from pipeline.evaluation.charts import compact
+from pipeline.evaluation.report import scored_sources
+from pipeline.evaluation.weights import ParameterCount
+from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, SourceScore, TrainManifest
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Text that the model wrote after a prompt."""
+
+    prompt: str
+    greedy: str  # temperature 0
+    sampled: str
+    temperature: float
+    seed: int
+
+
+def model_card(
+    config: RunConfig,
+    dataset: DatasetManifest,
+    train: TrainManifest,
+    checkpoint: CheckpointManifest,
+    evaluation: EvaluationManifest,
+    parameters: ParameterCount,
+    samples: list[Sample],
+) -> str:
+    """The whole card as Markdown with a YAML header."""
+    name = config.publishing.name
+    parts = [
+        _header(name, evaluation),
+        f"# {name}",
+        _summary(config, checkpoint, parameters),
+        "![Training and held-out loss over tokens seen](loss.png)",
+        "## Held-out results",
+        _results(dataset, evaluation),
+        "## Load it",
+        _usage(),
+    ]
+    if samples:
+        parts += ["## What it writes", *(_sample(sample) for sample in samples)]
+    parts += [
+        "## Data",
+        _data(config, dataset),
+        "## Training",
+        _training(config, train),
+        "## Provenance",
+        _provenance(dataset, train, checkpoint, evaluation),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(head: list[str], rows: Iterable[list[str]], right: int = 1) -> str:
+    """A Markdown table whose columns from index `right` on are right-aligned."""
+    rule = [":--" if column < right else "--:" for column in range(len(head))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *rows])
+
+
+def _header(name: str, evaluation: EvaluationManifest) -> str:
+    metrics = [
+        {"type": "cross_entropy", "name": "Held-out loss (nats per token)", "value": evaluation.overall.loss},
+        {"type": "bits_per_byte", "name": "Held-out bits per byte", "value": evaluation.overall.bits_per_byte},
+    ]
+    result: dict[str, Any] = {
+        "task": {"type": "text-generation"},
+        "dataset": {"name": "held-out documents of the training corpus", "type": "heldout"},
+        "metrics": metrics,
+    }
+    header = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["moonlight", "deepseek_v3", "mixture-of-experts", "muon"],
+        "model-index": [{"name": name, "results": [result]}],
+    }
+    return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---"
+
+
+def _summary(config: RunConfig, checkpoint: CheckpointManifest, parameters: ParameterCount) -> str:
+    model = config.model
+    return (
+        f"A mixture-of-experts language model with the Moonlight architecture (`DeepseekV3ForCausalLM`): "
+        f"**{compact(parameters.total)} parameters, {compact(parameters.active)} active** per token. "
+        f"{model.num_hidden_layers} layers of width {model.hidden_size}, multi-head latent attention with "
+        f"{model.num_attention_heads} heads, {model.n_routed_experts} routed experts of which "
+        f"{model.num_experts_per_tok} see each token, and {model.n_shared_experts} shared. Trained from scratch on "
+        f"{compact(checkpoint.tokens_seen)} tokens ({checkpoint.step:,} steps) with "
+        f"{_optimizer_name(config)}. It is a base model: it continues text and follows no instructions."
+    )
+
+
+def _results(dataset: DatasetManifest, evaluation: EvaluationManifest) -> str:
+    compressors = [name for name in SHOWN if name in evaluation.baselines]
+    head = ["source", "documents", "tokens", "loss", "**bits per byte**", *compressors]
+
+    def row(name: str, score: SourceScore, baselines: dict[str, float]) -> list[str]:
+        others = [f"{baselines[compressor]:.3f}" for compressor in compressors]
+        figures = [f"{score.documents:,}", f"{score.tokens:,}", f"{score.loss:.3f}", f"**{score.bits_per_byte:.3f}**"]
+        return [name, *figures, *others]
+
+    names = [source.name for source in scored_sources(dataset, evaluation)]
+    rows = [row(name, evaluation.sources[name], evaluation.source_baselines[name]) for name in names]
+    rows.append(row("**all**", evaluation.overall, evaluation.baselines))
+    below = evaluation.unigram_entropy - evaluation.overall.loss
+    return (
+        f"{table(head, rows)}\n\n"
+        "Documents that were kept out of training, chosen by hash. Loss is in nats per token, over windows of "
+        f"{evaluation.sequence_length:,} tokens; bits per byte compare across tokenizers. The columns on the right are bits per byte "
+        "of the same text under compressors, which have seen nothing else, and under the frequencies of its own tokens "
+        f"({evaluation.unigram_entropy:.3f} nats per token; the model is {abs(below):.3f} nats "
+        f"{'below' if below >= 0 else 'ABOVE'} that)."
+    )
+
+
+def _usage() -> str:
+    return """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+prompt = tokenizer(tokenizer.eos_token + "import os\\n", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))
+```
+
+No remote code is needed. In training every document followed an end-of-text token, so a prompt is best given one."""
+
+
+def _sample(sample: Sample) -> str:
+    ticks = "`" * max(3, 1 + max(_longest_run(text, "`") for text in (sample.prompt, sample.greedy, sample.sampled)))
+
+    def block(text: str) -> str:
+        return f"{ticks}text\n{sample.prompt}{text}\n{ticks}"
+
+    return (
+        f"The likeliest continuation of `{_inline(sample.prompt)}`:\n\n{block(sample.greedy)}\n\n"
+        f"Drawn at temperature {sample.temperature:g} (seed {sample.seed}):\n\n{block(sample.sampled)}"
+    )
+
+
+def _data(config: RunConfig, dataset: DatasetManifest) -> str:
+    weights = {source.name: source.weight for source in config.corpus.sources}
+    total = sum(weights.values())
+    rows = [
+        [
+            source.name,
+            f"{weights[source.name] / total:.1%}" if source.name in weights else "",
+            f"{source.counts.docs_out:,}",
+            compact(source.text_bytes),
+            compact(source.tokens),
+            f"{source.counts.heldout:,}",
+        ]
+        for source in dataset.sources
+    ]
+    head = ["source", "weight", "documents", "text (bytes)", "tokens", "held out"]
+    stages = [
+        f"Until {compact(stage.until_tokens)} tokens: "
+        + ", ".join(f"{name} {weight:g}" for name, weight in stage.weights.items())
+        for stage in config.corpus.mixture
+    ]
+    mixture = "\n\nMixture stages:\n\n" + "\n".join(f"- {stage}" for stage in stages) if stages else ""
+    return (
+        f"{table(head, rows)}\n\nWeight is the share of training sequences. The tokenizer is a byte-level BPE with "
+        f"{dataset.tokenizer.vocab_size:,} entries and Moonlight's split pattern.{mixture}"
+    )
+
+
+def _training(config: RunConfig, train: TrainManifest) -> str:
+    schedule, training = config.schedule, config.training
+    rates = "; ".join(
+        f"{stage.shape} {stage.start:g} to {stage.end:g} until {compact(stage.until_tokens)}"
+        for stage in schedule.learning_rate
+    )
+    batches = "; ".join(f"{stage.sequences:,} until {compact(stage.until_tokens)}" for stage in schedule.global_batch)
+    biases = "; ".join(f"{stage.rate:g} until {compact(stage.until_tokens)}" for stage in schedule.bias_rate)
+    parallelism = config.parallelism
+    rows = [
+        ["optimizer", _optimizer_name(config)],
+        ["weight decay, gradient clipping", f"{config.optimizer.weight_decay:g}, {config.optimizer.gradient_clip:g}"],
+        ["learning rate (by tokens)", rates],
+        ["sequence length", f"{training.sequence_length:,} tokens"],
+        ["sequences per step (by tokens)", batches],
+        ["router bias rate (by tokens)", biases],
+        ["balance loss weight", f"{training.aux_loss_weight:g}"],
+        ["attention", "within documents" if training.document_mask else "causal over packed rows"],
+        ["mesh", f"replicate {parallelism.replicate}, shard {parallelism.shard}, experts over {parallelism.ep}"],
+        ["steps, skipped as non-finite", f"{train.steps:,}, {train.skipped_steps:,}"],
+        ["seed", str(config.seed)],
+    ]
+    return table(["setting", "value"], rows, right=2)
+
+
+def _provenance(
+    dataset: DatasetManifest, train: TrainManifest, checkpoint: CheckpointManifest, evaluation: EvaluationManifest
+) -> str:
+    rows = [
+        ["run", checkpoint.run_id],
+        ["run identity", f"`{checkpoint.run_identity}`"],
+        ["training", f"`{train.identity}`"],
+        ["checkpoint", f"step {checkpoint.step:,}, `{checkpoint.digest}`"],
+        ["weights", f"`{checkpoint.content_sha256}`"],
+        ["dataset", f"`{dataset.digest}`"],
+        ["order of the data", f"`{checkpoint.order_digest}`"],
+        ["tokenizer", f"`{dataset.tokenizer.sha256}`"],
+        ["evaluation", f"`{evaluation.digest}`"],
+    ]
+    return (
+        f"{table(['made from', 'sha256'], rows, right=2)}\n\n"
+        "`manifest.json` holds these digests, the whole configuration and the sha256 of every file in this folder."
+    )
+
+
+def _optimizer_name(config: RunConfig) -> str:
+    return "Muon (matrices) and AdamW (the rest)" if config.optimizer.name == "muon" else "AdamW"
+
+
+def _inline(text: str) -> str:
+    return text.splitlines()[0].replace("`", "'") if text.strip() else "(nothing)"
+
+
+def _longest_run(text: str, character: str) -> int:
+    longest = run = 0
+    for found in text:
+        run = run + 1 if found == character else 0
+        longest = max(longest, run)
+    return longest

@@ -1,0 +1,61 @@
+"""The model card's picture: loss over tokens. Same numbers, same bytes.
+
+Drawn on matplotlib's own defaults (a user's matplotlibrc is set aside), with the font that matplotlib ships, fixed size
+and resolution, and without the metadata that names versions; no global state of pyplot is touched.
+"""
+
+from __future__ import annotations
+
+import io
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+INK, MUTED, TRAIN, HELDOUT = "#1f2933", "#7b8794", "#2563eb", "#d9480f"
+
+
+def loss_plot(train: list[tuple[int, float]], heldout: tuple[int, float], unigram_entropy: float, title: str) -> bytes:
+    """PNG of (tokens seen, nats per token): the training curve, the held-out loss and the unigram entropy."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK})
+        figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+        axes = figure.subplots()
+        axes.axhline(unigram_entropy, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.2)
+        axes.annotate(
+            f"unigram entropy {unigram_entropy:.2f}",
+            (1, unigram_entropy),
+            xycoords=("axes fraction", "data"),
+            xytext=(-4, 4),
+            textcoords="offset points",
+            ha="right",
+            color=MUTED,
+        )
+        if train:
+            axes.plot(*zip(*train), color=TRAIN, linewidth=1.6, label="training loss")
+        axes.plot(*heldout, marker="o", markersize=7, linestyle="none", color=HELDOUT, label="held-out loss")
+        axes.annotate(
+            f"{heldout[1]:.3f}",
+            heldout,
+            xytext=(-10, 10),
+            textcoords="offset points",
+            ha="right",
+            color=HELDOUT,
+            weight="bold",
+        )
+        axes.set_title(title, loc="left", color=INK, weight="bold")
+        axes.set_xlabel("tokens seen", color=INK)
+        axes.set_ylabel("loss (nats per token)", color=INK)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_xlim(left=0)
+        axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#cbd2d9")
+        axes.tick_params(colors=MUTED)
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.99), ncols=2, borderaxespad=0.2)
+        buffer = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,0 +1,241 @@
+"""Storage that fails, records that kill, processes that are killed: the dataset is the one of a clean run."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from data_prep.attempts import REASON
+from data_prep.prepare import prepare
+from data_prep.records import shard_path
+from pipeline.config.schema import RunConfig
+from pipeline.manifest import DatasetManifest
+from pipeline.storage import Storage, open_storage
+from tests.data_prep.faulty_s3 import FaultyS3
+from tests.data_prep.test_prepare import objects
+
+Make = Callable[..., RunConfig]
+ROOT = Path(__file__).parents[2]
+KILLER = """
+# stands in front of the real orjson: parsing the poison kills the process
+import importlib.machinery, os, sys
+others = [path for path in sys.path if path != os.path.dirname(__file__)]
+__path__ = importlib.machinery.PathFinder.find_spec("orjson", others).submodule_search_locations
+from orjson.orjson import *
+from orjson.orjson import loads as parse
+def loads(data):
+    if b"POISON" in data:
+        os.kill(os.getpid(), 9)
+    return parse(data)
+"""
+
+
+def test_bad_requests_and_cut_connections(jsonl: Path, bucket: tuple[str, str], run_config: Make) -> None:
+    """Far more faults than S3 has: 10 % errors, 5 % cut connections."""
+    endpoint, name = bucket
+    (jsonl / "part-3.jsonl").unlink()
+    clean = run_config(jsonl, storage__root=str(jsonl.parent / "clean"), corpus__unit_bytes=1_000_000)
+    dataset = prepare(clean, open_storage(clean.storage))
+    with FaultyS3(endpoint, 0.10, 0.05) as proxy:
+        config = run_config(
+            jsonl, storage__root=f"s3://{name}/faulty", storage__endpoint_url=proxy.url, corpus__unit_bytes=1_000_000
+        )
+        assert prepare(config, open_storage(config.storage)).digest == dataset.digest
+        assert proxy.faults > 10
+    direct = run_config(jsonl, storage__root=f"s3://{name}/faulty", storage__endpoint_url=endpoint)
+    assert objects(open_storage(direct.storage)) == objects(open_storage(clean.storage))
+
+
+def poison(jsonl: Path) -> None:
+    path = jsonl / "part-2.jsonl"
+    path.write_text(path.read_text() + json.dumps({"text": "POISON"}) + "\n")
+
+
+def quarantined_unit(storage: Storage, dataset: DatasetManifest) -> None:
+    source = dataset.sources[0]
+    (failed,) = source.failed_units
+    assert source.counts.quarantined == {REASON: 1}
+    (entry,) = [entry for entry in source.quarantine if failed in entry.path]
+    line = json.loads(storage.read(entry.path))
+    assert line["location"] == f"unit {failed}"
+    assert any("part-2.jsonl" in part for part in line["slices"])
+    assert "SIGKILL" in line["excerpt"]
+    assert not storage.list("datasets/attempts")
+
+
+def test_a_deadly_unit_is_convicted_in_isolation(
+    jsonl: Path, tmp_path: Path, run_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both suspects have two attempts that never ended; only the one that kills its child, too, is quarantined."""
+    config = run_config(jsonl, corpus__unit_bytes=300_000)
+    storage = open_storage(config.storage)
+    poison(jsonl)
+    planned = []
+
+    class Stop(Exception):
+        pass
+
+    def planning(function: object, items: list) -> object:
+        planned.extend(items)
+        raise Stop
+
+    with pytest.raises(Stop):
+        prepare(config, storage, map_units=planning)
+    guilty = [unit for unit in planned if any(part.path == "part-2.jsonl" for part in unit.slices)][-1]
+    for unit in (planned[0], guilty):
+        storage.create(shard_path("attempts", unit.id, "/0"), b"")
+        storage.create(shard_path("attempts", unit.id, "/1"), b"")
+    (tmp_path / "killer").mkdir()
+    (tmp_path / "killer" / "orjson.py").write_text(KILLER)
+    monkeypatch.syspath_prepend(tmp_path / "killer")
+    dataset = prepare(config, storage)
+    quarantined_unit(storage, dataset)
+    assert dataset.sources[0].failed_units == (guilty.id,)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_a_deadly_unit_on_ray(jsonl: Path, tmp_path: Path, run_config: Make) -> None:
+    config = run_config(jsonl)
+    poison(jsonl)
+    (tmp_path / "killer").mkdir()
+    (tmp_path / "killer" / "orjson.py").write_text(KILLER)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'killer'}:{ROOT}"}
+    # the driver samples text for the tokenizer from the same files: give it one that is trained already
+    prepared = run_config(jsonl)
+    train_tokenizer_only(prepared)
+    done = start(config, environment)
+    output, _ = done.communicate(timeout=240)
+    assert done.returncode == 0, output
+    storage = open_storage(config.storage)
+    dataset = prepare(config, storage)
+    quarantined_unit(storage, dataset)
+
+
+def train_tokenizer_only(config: RunConfig) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(function: object, items: object) -> object:
+        raise Stop
+
+    with pytest.raises(Stop):
+        prepare(config, open_storage(config.storage), map_units=stop)
+
+
+def start(config: RunConfig, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    environment = environment or {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.data_prep.run_prepare", config.model_dump_json()]
+    return subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    try:
+        return [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def manifests(storage: Storage) -> dict[str, str]:
+    return {entry.path: entry.etag for kind in ("units", "packs") for entry in storage.list(f"datasets/{kind}")}
+
+
+def run_through_kills(config: RunConfig, kills: int, stride: int, seed: int) -> str:
+    """Start the driver again and again; after every 1 to `stride` commits kill a worker, the driver or all of Ray.
+
+    Returns the last driver's last line.
+    """
+    rng = random.Random(seed)
+    storage = open_storage(config.storage)
+    committed: dict[str, str] = {}
+    sizes = []  # how much was committed at each kill
+    while True:
+        driver = start(config)
+        relatives = family(driver)
+        while len(sizes) < kills and driver.poll() is None:
+            target = len(committed) + rng.randint(1, stride)
+            while len(now := manifests(storage)) < target and driver.poll() is None:
+                time.sleep(0.05)
+                relatives = family(driver) or relatives
+            assert committed.items() <= now.items(), "a committed unit was done again"
+            committed = now
+            time.sleep(rng.uniform(0, 0.3))
+            relatives = family(driver) or relatives
+            workers = [process for process in relatives[1:] if "ray::" in "".join(_cmdline(process))]
+            sizes.append(len(now))
+            what = rng.choice(["worker", "driver", "cluster"])
+            if what == "worker" and workers:
+                kill([rng.choice(workers)])
+                continue
+            kill([relatives[0]] if what == "driver" else relatives[::-1])
+            break
+        output, _ = driver.communicate(timeout=600)
+        kill(relatives[::-1])
+        if driver.returncode == 0:
+            assert len(sizes) == kills, f"the work was done after {len(sizes)} kills"
+            assert len(set(sizes)) > kills // 2
+            assert committed.items() <= manifests(storage).items(), "a committed unit was done again"
+            return output.splitlines()[-1]
+
+
+def _cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+@pytest.fixture
+def large(tmp_path: Path, texts: list[str]) -> Path:
+    """60 files of varied text, 24 MB: a run takes long enough to be killed in."""
+    folder = tmp_path / "large"
+    folder.mkdir()
+    for part in range(60):
+        lines = [json.dumps({"text": f"{part} {text}"}) for text in texts[part % 7 :: 3]]
+        (folder / f"{part:02d}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_twenty_kills_on_a_folder(large: Path, tmp_path: Path, run_config: Make) -> None:
+    clean = run_config(large, storage__root=str(tmp_path / "clean"))
+    dataset = prepare(clean, open_storage(clean.storage))
+    config = run_config(large)
+    assert f"digest {dataset.digest}" in run_through_kills(config, 20, 15, seed=1)
+    assert objects(open_storage(config.storage)) == objects(open_storage(clean.storage))
+    assert not list(Path(config.storage.root).rglob("*.tmp-*"))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_twenty_kills_on_a_faulty_s3(large: Path, tmp_path: Path, bucket: tuple[str, str], run_config: Make) -> None:
+    endpoint, name = bucket
+    fewer = {"corpus__unit_bytes": 1_000_000, "data__groups_per_file": 256}  # requests: moto is slow
+    clean = run_config(large, storage__root=str(tmp_path / "clean"), **fewer)
+    dataset = prepare(clean, open_storage(clean.storage))
+    with FaultyS3(endpoint) as proxy:
+        config = run_config(large, storage__root=f"s3://{name}/killed", storage__endpoint_url=proxy.url, **fewer)
+        assert f"digest {dataset.digest}" in run_through_kills(config, 20, 3, seed=2)
+        assert proxy.faults > 50
+    direct = run_config(large, storage__root=f"s3://{name}/killed", storage__endpoint_url=endpoint)
+    assert objects(open_storage(direct.storage)) == objects(open_storage(clean.storage))

@@ -1,0 +1,115 @@
+"""The report of a run: whole, self-contained, its figures those of the manifests."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from pipeline.evaluation.baselines import SHOWN
+from pipeline.evaluation.report import duration, read_metrics, report_path, write_report
+from tests.evaluation.make import MadeRun, make_run, run_config
+from tests.publishing.conftest import published
+
+STAGES = {"prepare": 41.2, "train": 283.0, "evaluate": 31.5, "publish": 12.8}
+VOID = {"meta", "link", "br", "line", "circle", "path"}
+
+
+class Page(HTMLParser):
+    """Checks that elements nest, and collects links, cells and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.rows: list[list[str]] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in VOID or (tag == "circle"):
+            self.open.append(tag)
+        assert not {"src", "srcset"} & {name for name, _ in attrs}
+        self.links += [value for name, value in attrs if name == "href"]
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_data(self, data):
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory):
+    run = published(str(tmp_path_factory.mktemp("report")))
+    made = run.made
+    path = write_report(
+        made.config, made.dataset, made.train, run.evaluation, run.manifest, made.storage, stage_seconds=STAGES
+    )
+    assert path == report_path("made")
+    text = made.storage.read(path).decode()
+    return run, text, Page(text)
+
+
+def test_it_needs_nothing_from_outside(page):
+    _, text, parsed = page
+    assert not re.search(r"https?://|@import|url\(|<script|<link", text)
+    assert all(not link.startswith(("/", "file:")) for link in parsed.links)
+
+
+def test_links_lead_to_files_that_exist(page):
+    run, _, parsed = page
+    folder = Path(run.made.storage.uri(report_path("made"))).parent
+    made_here = [link for link in parsed.links if not link.endswith("dataset.json")]  # the made run has no dataset.json
+    assert len(made_here) == len(parsed.links) - 1 == 5
+    assert all((folder / link).resolve().is_file() for link in made_here)
+
+
+def test_its_figures_are_the_manifests(page):
+    run, text, parsed = page
+    cells = {row[0]: row[1:] for row in parsed.rows}
+    for name, score in {**run.evaluation.sources, "all": run.evaluation.overall}.items():
+        baselines = {**run.evaluation.source_baselines, "all": run.evaluation.baselines}[name]
+        expected = [f"{score.documents:,}", f"{score.tokens:,}", f"{score.loss:.3f}", f"{score.bits_per_byte:.3f}"]
+        found = next(row[1:] for row in parsed.rows if row[0] == name and row[1:4] == expected[:3])
+        assert found == expected + [f"{baselines[other]:.3f}" for other in SHOWN]
+    assert cells["train"][0] == "4 min 43 s"
+    assert cells["weights in the checkpoint"] == [run.made.checkpoint.content_sha256]
+    assert "unigram entropy" in text
+    assert "training loss: 5.95 after 1.28k tokens" in text
+
+
+def test_without_stage_times_and_curves_it_still_renders(tmp_path: Path):
+    run = published(str(tmp_path))
+    made = run.made
+    train = made.train.model_copy(update={"metrics": ()})
+    path = write_report(made.config, made.dataset, train, run.evaluation, run.manifest, made.storage, stage_seconds={})
+    text = made.storage.read(path).decode()
+    Page(text)
+    assert "<h2>Stages</h2>" not in text
+    assert "Gradient norm" not in text
+
+
+def test_a_step_logged_twice_counts_once(tmp_path: Path):
+    made: MadeRun = make_run(run_config(str(tmp_path)))
+    made.storage.write("runs/made/train/metrics/more.jsonl", b'{"step": 50, "tokens": 12800, "loss": 1.0}\n')
+    again = made.train.metrics[0].model_copy(update={"path": "runs/made/train/metrics/more.jsonl"})
+    train = made.train.model_copy(update={"metrics": (*made.train.metrics, again)})
+    records = read_metrics(train, made.storage)
+    assert [record["step"] for record in records] == list(range(5, 51, 5))
+    assert records[-1]["loss"] == 1.0
+
+
+def test_durations():
+    assert [duration(s) for s in (0.04, 59.94, 200, 18720.4)] == ["0.0 s", "59.9 s", "3 min 20 s", "5 h 12 min"]

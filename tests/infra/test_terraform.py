@@ -1,0 +1,271 @@
+"""The Terraform side: formatting, the plan module's own tests, the wiring's arguments, and its agreement with k8s/ and the presets.
+
+`module_names.json` lists the input and output names of the pinned modules (names only), so that a misspelt or removed argument is
+found without a registry.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import hcl2
+import pytest
+import yaml
+
+from pipeline.config.load import PRESETS
+from tests.k8s.manifests import REPOSITORY, find, needs_kubectl, quantity, render, select
+
+INFRA = REPOSITORY / "infra"
+NAMES = json.loads(Path(__file__).with_name("module_names.json").read_text())
+needs_terraform = pytest.mark.skipif(shutil.which("terraform") is None, reason="terraform is not installed")
+EFFECTS = {"NO_SCHEDULE": "NoSchedule"}
+
+
+def terraform(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "TF_IN_AUTOMATION": "1", "CHECKPOINT_DISABLE": "1"}
+    return subprocess.run(
+        ["terraform", *arguments], cwd=folder, capture_output=True, text=True, check=False, env=environment
+    )
+
+
+@functools.cache
+def plan(example: str) -> dict[str, Any]:
+    """The plan module's outputs for an example, worked out by Terraform (no provider, no account)."""
+    given = hcl2.loads((INFRA / f"examples/{example}.tfvars").read_text())
+    wanted = ("name", "bucket", "storage_prefix", "gpu_train", "efa")
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(
+            INFRA / "modules/plan", f"{folder}/plan", ignore=shutil.ignore_patterns(".terraform*", "*.tfstate*")
+        )
+        variables = Path(folder) / "plan" / "terraform.tfvars.json"
+        variables.write_text(json.dumps({key: unquoted(given[key]) for key in wanted}))
+        for step in (("init", "-input=false"), ("apply", "-auto-approve", "-input=false")):
+            done = terraform(*step, folder=variables.parent)
+            assert done.returncode == 0, done.stdout + done.stderr
+        outputs = json.loads(terraform("output", "-json", folder=variables.parent).stdout)
+    return {name: entry["value"] for name, entry in outputs.items()}
+
+
+def unquoted(value: Any) -> Any:
+    """hcl2 keeps the quotes of strings."""
+    if isinstance(value, dict):
+        return {key.strip('"'): unquoted(below) for key, below in value.items()}
+    if isinstance(value, list):
+        return [unquoted(below) for below in value]
+    return value.strip('"') if isinstance(value, str) else value
+
+
+@needs_terraform
+def test_formatted() -> None:
+    done = terraform("fmt", "-check", "-recursive", "-diff", folder=INFRA)
+    assert done.returncode == 0, done.stdout
+
+
+@needs_terraform
+def test_the_plan_module_passes_its_own_tests() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(INFRA / "modules/plan", f"{folder}/plan", ignore=shutil.ignore_patterns(".terraform*"))
+        assert terraform("init", "-input=false", folder=Path(folder) / "plan").returncode == 0
+        done = terraform("test", "-no-color", folder=Path(folder) / "plan")
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"(\d+) passed, 0 failed", done.stdout)
+
+
+def test_plan_is_free_of_providers() -> None:
+    text = "".join(path.read_text() for path in (INFRA / "modules/plan").glob("*.tf"))
+    assert not re.search(r"^(provider|resource|data) ", text, re.M)
+
+
+def modules() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for path in INFRA.glob("*.tf"):
+        for block in hcl2.loads(path.read_text()).get("module", []):
+            found |= {name.strip('"'): body for name, body in block.items()}
+    return found
+
+
+META = {"source", "version", "for_each", "count", "depends_on", "providers"}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, body in modules().items() if not unquoted(body["source"]).startswith(".")]
+)
+def test_arguments_exist_in_the_pinned_module(name: str) -> None:
+    body = modules()[name]
+    known = NAMES[unquoted(body["source"])]
+    assert unquoted(body["version"]) == known["version"]
+    given = {key for key in body if not key.startswith("__")} - META
+    assert given - set(known["inputs"]) == set()
+
+
+def test_arguments_of_the_plan_exist_and_none_is_forgotten() -> None:
+    declared = hcl2.loads((INFRA / "modules/plan/variables.tf").read_text())["variable"]
+    names = {key.strip('"'): body for block in declared for key, body in block.items()}
+    given = {key for key in modules()["plan"] if not key.startswith("__")} - META
+    assert given <= set(names)
+    assert {name for name, body in names.items() if "default" not in body} <= given
+
+
+def test_node_group_arguments_exist() -> None:
+    text = (INFRA / "main.tf").read_text()
+    block = text[text.index("eks_managed_node_groups = {") : text.index("node_security_group_additional_rules")]
+    given = set(re.findall(r"^      (\w+) +=", block, re.M))
+    assert {"instance_types", "labels", "taints", "enable_efa_support", "cloudinit_pre_nodeadm"} <= given
+    assert given - set(NAMES["terraform-aws-modules/eks/aws"]["eks_managed_node_groups"]) == set()
+
+
+def test_association_arguments_exist() -> None:
+    text = (INFRA / "main.tf").read_text()
+    block = text[text.index("\n  associations = {") :]
+    given = set(re.findall(r"^      (\w+) +=", block[: block.index("\n  }\n")], re.M))
+    assert given == {"cluster_name", "namespace", "service_account"}
+    assert given <= set(NAMES["terraform-aws-modules/eks-pod-identity/aws"]["associations"])
+
+
+def test_outputs_that_are_used_exist() -> None:
+    sources = {name: unquoted(body["source"]) for name, body in modules().items()}
+    text = "".join(path.read_text() for path in INFRA.glob("*.tf"))
+    for module, output in re.findall(r"module\.(\w+)\.(\w+)", text):
+        if sources[module] in NAMES:
+            assert output in NAMES[sources[module]]["outputs"], f"module.{module}.{output}"
+        else:
+            assert f'output "{output}"' in (INFRA / "modules/plan/outputs.tf").read_text()
+
+
+def test_variables_that_are_used_are_declared() -> None:
+    text = "".join(path.read_text() for path in INFRA.glob("*.tf"))
+    declared = set(re.findall(r'^variable "(\w+)"', text, re.M))
+    assert set(re.findall(r"\bvar\.(\w+)", text)) == declared
+    for example in ("dev", "prod"):
+        assert set(hcl2.loads((INFRA / f"examples/{example}.tfvars").read_text())) - {"__comments__"} <= declared
+
+
+# -- agreement with k8s/ ---------------------------------------------------------------------------------------------
+
+
+@needs_terraform
+@needs_kubectl
+@pytest.mark.parametrize("overlay", ["dev", "prod"])
+class TestAgreement:
+    def test_quota_of_the_training_pool(self, overlay: str) -> None:
+        quota = plan(overlay)["gpu_train_quota"]
+        group = find(render(f"k8s/overlays/{overlay}"), "ClusterQueue", "moonlight-gpu")["spec"]["resourceGroups"][0]
+        flavor = next(entry for entry in group["flavors"] if entry["name"] == "gpu-train")
+        found = {resource["name"]: quantity(resource["nominalQuota"]) for resource in flavor["resources"]}
+        expected = {key: float(quota[key]) for key in ("cpu", "nvidia.com/gpu", "vpc.amazonaws.com/efa")}
+        assert found == {**expected, "memory": quota["memory_gib"] * 2**30}
+
+    def test_a_training_worker_is_what_the_plan_reckons_with(self, overlay: str) -> None:
+        hosts = unquoted(hcl2.loads((INFRA / f"examples/{overlay}.tfvars").read_text()))["gpu_train"]["hosts"]
+        job = find(render(f"k8s/overlays/{overlay}"), "RayJob", "template-train")
+        requests = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0][
+            "resources"
+        ]["requests"]
+        quota = plan(overlay)["gpu_train_quota"]
+        assert quantity(requests["cpu"]) * hosts == quota["cpu"]
+        assert quantity(requests["memory"]) * hosts == quota["memory_gib"] * 2**30
+        assert int(requests["nvidia.com/gpu"]) * hosts == quota["nvidia.com/gpu"]
+        assert int(requests.get("vpc.amazonaws.com/efa", 0)) * hosts == quota["vpc.amazonaws.com/efa"]
+
+    def test_every_flavor_has_nodes_with_its_labels_and_taints(self, overlay: str) -> None:
+        objects = render(f"k8s/overlays/{overlay}")
+        pools: dict[str, tuple[dict[str, str], list[tuple[str, ...]]]] = {}
+        for name, group in plan(overlay)["node_groups"].items():
+            pools[name] = (
+                group["labels"],
+                [(taint["key"], taint["value"], EFFECTS[taint["effect"]]) for taint in group["taints"].values()],
+            )
+        for pool in select(objects, "NodePool"):
+            template = pool["spec"]["template"]
+            taints = [(taint["key"], taint["value"], taint["effect"]) for taint in template["spec"].get("taints", [])]
+            assert pool["metadata"]["name"] not in pools, "a pool is either Karpenter's or a managed group"
+            pools[pool["metadata"]["name"]] = template["metadata"]["labels"], taints
+        for flavor in select(objects, "ResourceFlavor"):
+            labels, taints = pools[flavor["metadata"]["name"]]
+            assert flavor["spec"]["nodeLabels"].items() <= labels.items()
+            assert [
+                (taint["key"], taint["value"], taint["effect"]) for taint in flavor["spec"].get("nodeTaints", [])
+            ] == taints
+
+    def test_service_accounts(self, overlay: str) -> None:
+        accounts = {
+            (item["metadata"]["namespace"], item["metadata"]["name"])
+            for item in select(render(f"k8s/overlays/{overlay}"), "ServiceAccount")
+        }
+        assert {
+            (entry["namespace"], entry["name"])
+            for entries in plan(overlay)["service_accounts"].values()
+            for entry in entries
+        } == accounts
+
+    def test_bucket_and_prefixes(self, overlay: str) -> None:
+        given = unquoted(hcl2.loads((INFRA / f"examples/{overlay}.tfvars").read_text()))
+        objects = render(f"k8s/overlays/{overlay}")
+        repository = yaml.safe_load(find(objects, "ConfigMap", "artifact-repositories")["data"]["s3"])["s3"]
+        assert (repository["bucket"], repository["region"]) == (given["bucket"], given["region"])
+        folder = repository["keyFormat"].split("{{")[0]
+        driver = json.loads(plan(overlay)["policies"]["driver"])
+        assert f"arn:aws:s3:::{given['bucket']}/{folder}*" in statement(driver, "Write")["Resource"]
+        text = yaml.safe_dump_all(objects)
+        for bucket in re.findall(r"s3://([a-z0-9.-]+)", text):
+            assert bucket == given["bucket"]
+        for root in re.findall(r"storage\.root=(\S+)", text):
+            assert root.strip("'\"") == plan(overlay)["storage_root"]
+
+    def test_karpenter_finds_its_cluster(self, overlay: str) -> None:
+        name = unquoted(hcl2.loads((INFRA / f"examples/{overlay}.tfvars").read_text()))["name"]
+        node_class = find(render(f"k8s/overlays/{overlay}"), "EC2NodeClass", "moonlight")["spec"]
+        assert node_class["role"] == f"{name}-karpenter-node"
+        for terms in ("subnetSelectorTerms", "securityGroupSelectorTerms"):
+            assert node_class[terms] == [{"tags": {"karpenter.sh/discovery": name}}]
+
+
+def statement(policy: dict[str, Any], sid: str) -> dict[str, Any]:
+    found: dict[str, Any] = next(entry for entry in policy["Statement"] if entry["Sid"] == sid)
+    return found
+
+
+@needs_terraform
+def test_the_presets_buckets_are_those_of_prod() -> None:
+    """Every s3:// path of the preset lies under a prefix that `prepare` may read, its root is the plan's."""
+    preset = yaml.safe_load((PRESETS / "moonlight-16b-a3b.yaml").read_text())
+    outputs = plan("prod")
+    assert preset["storage"]["root"] == outputs["storage_root"]
+    readable = statement(json.loads(outputs["policies"]["prepare"]), "Read")["Resource"]
+    for path in [preset["tokenizer"]["path"], *(source["path"] for source in preset["corpus"]["sources"])]:
+        arn = path.replace("s3://", "arn:aws:s3:::")
+        assert any(arn.startswith(resource.removesuffix("*")) for resource in readable), path
+
+
+@needs_terraform
+@pytest.mark.parametrize(
+    ("stage", "path", "may"),
+    [
+        ("prepare", "datasets/x/dataset.json", True),
+        ("prepare", "models/moonlight/1/model.safetensors", False),
+        ("train", "runs/r/train/step-1/manifest.json", True),
+        ("train", "datasets/x/dataset.json", False),
+        ("evaluate", "runs/r/evaluate/step-1.json", True),
+        ("publish", "models/moonlight/latest.json", True),
+        ("driver", "runs/r/progress.json", True),
+        ("driver", "models/moonlight/latest.json", False),
+        *((stage, ".probe-0123", True) for stage in ("prepare", "train", "evaluate", "publish", "driver")),
+    ],
+)
+def test_who_may_write_what(stage: str, path: str, may: bool) -> None:
+    """Paths of design section 2 against the IAM documents."""
+    resources = statement(json.loads(plan("prod")["policies"][stage]), "Write")["Resource"]
+    assert (
+        any(
+            f"arn:aws:s3:::moonlight/production/{path}".startswith(resource.removesuffix("*")) for resource in resources
+        )
+        == may
+    )

@@ -1,0 +1,46 @@
+"""The last two stages on a real Ray give what the library gives, and its errors."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from jobs.evaluate import evaluate_with_ray
+from jobs.publish import publish_with_ray
+from pipeline.evaluation.heldout import evaluate, manifest_path
+from pipeline.publishing.export import GateError
+from tests.evaluation.make import make_run, run_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A small local Ray, unless one is running already."""
+    if ray.is_initialized():
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        env = {"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}}
+        ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=10**8, runtime_env=env)
+        yield
+        ray.shutdown()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_both_stages(tmp_path, capfd):
+    made = make_run(run_config(str(tmp_path)))
+    here = evaluate(made.config, made.dataset, made.checkpoint, made.storage, report=lambda _: None)
+    made.storage.delete(manifest_path(made.config, made.checkpoint))
+    there = evaluate_with_ray(made.config, made.dataset, made.checkpoint, made.storage)
+    assert there == here
+
+    manifest = publish_with_ray(made.config, made.train, there, made.dataset, git_commit="abc")
+    assert manifest.git_commit == "abc"
+    assert (tmp_path / "models/tiny" / manifest.version / "manifest.json").exists()
+
+    section = made.config.publishing.model_copy(update={"max_loss": 0.5})
+    with pytest.raises(GateError, match=r"^publishing.max_loss: the held-out loss .* is over 0.5"):
+        publish_with_ray(made.config.model_copy(update={"publishing": section}), made.train, there, made.dataset)

@@ -1,0 +1,97 @@
+"""The parts of `make e2e` that can be tried without a cluster: its objects, its script, and the check of the published model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import yaml
+
+from tests.k8s import crds
+from tests.k8s.manifests import REPOSITORY, find, needs_kubectl, render
+from tests.k8s.rules.gitops import PINNED
+from tests.k8s.rules.policies import denials
+
+E2E = REPOSITORY / "k8s/e2e"
+SCRIPT = (E2E / "e2e.sh").read_text()
+
+
+@needs_kubectl
+def test_the_workflow_is_valid_and_admitted() -> None:
+    workflow = yaml.safe_load((E2E / "workflow.yaml").read_text())
+    objects = render("k8s/overlays/kind")
+    assert denials(objects, workflow) == []
+    if crds.FOLDER:
+        assert crds.problems(workflow) == []
+    template = find(objects, "WorkflowTemplate", workflow["spec"]["workflowTemplateRef"]["name"])
+    known = {entry["name"] for entry in template["spec"]["arguments"]["parameters"]}
+    given = {entry["name"]: entry["value"] for entry in workflow["spec"]["arguments"]["parameters"]}
+    assert set(given) <= known
+    service = find(objects, "Service", "s3", "moonlight-storage")
+    assert f"http://s3.moonlight-storage.svc:{service['spec']['ports'][0]['port']}" in given["overrides"]
+
+
+def test_the_script_is_bash_and_names_real_files_and_versions() -> None:
+    assert subprocess.run(["bash", "-n", str(E2E / "e2e.sh")], check=False).returncode == 0
+    assert os.access(E2E / "e2e.sh", os.X_OK)
+    for path in re.findall(r"\bk8s/[\w./-]+", SCRIPT):
+        assert (REPOSITORY / path).exists(), path
+    for chart, version in PINNED.items():
+        assert re.search(rf"/?{chart}.* --version {re.escape(version)}", SCRIPT), chart
+    steps = set(re.findall(r"^(\w+)\(\)", SCRIPT, re.M))
+    makefile = (REPOSITORY / "k8s/k8s.mk").read_text()
+    for line in re.findall(r"k8s/e2e/e2e\.sh (.+)", makefile):
+        assert set(line.split()) <= steps
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+def put(url: str, data: bytes = b"") -> None:
+    import urllib.request
+
+    headers = {"Content-Type": "application/octet-stream", "Authorization": "AWS local:local"}
+    urllib.request.urlopen(urllib.request.Request(url, data, headers, method="PUT"), timeout=30).close()
+
+
+def verify(server: str, root: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-", server, "moonlight", root],
+        input=(E2E / "verify.py").read_text(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_verify_wants_every_file_whole(server: str) -> None:
+    put(f"{server}/moonlight")
+    assert "0 promoted models" in verify(server, "e2e").stderr
+    model = f"{server}/moonlight/e2e/models/moonlight-debug"
+    files = [{"path": "config.json", "bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}]
+    put(f"{model}/v1/config.json", b"{}")
+    put(
+        f"{model}/v1/manifest.json",
+        json.dumps({"name": "moonlight-debug", "files": files, "loss": 3.0, "bits_per_byte": 1.5}).encode(),
+    )
+    put(f"{model}/latest.json", json.dumps({"version": "v1"}).encode())
+    done = verify(server, "e2e")
+    assert (done.returncode, done.stdout.split(",")[0], done.stderr) == (0, "published: moonlight-debug v1", "")
+    put(f"{model}/v1/config.json", b"[]")
+    done = verify(server, "e2e")
+    assert done.returncode == 1
+    assert "config.json: sha256" in done.stderr

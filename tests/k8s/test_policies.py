@@ -1,0 +1,139 @@
+"""The admission policies against requests as they will come: jobs that drivers create, and what people might try."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pipeline.config.load import load_config
+from pipeline.config.schema import ParallelismConfig
+from pipeline.workflow.rayjobs_template import STAGES, instantiate
+from tests.k8s.manifests import Manifest, find, needs_kubectl, render
+from tests.k8s.rules.policies import KUBERAY, denials
+
+pytestmark = needs_kubectl
+CONFIG = load_config("debug")
+CONFIG = CONFIG.model_copy(
+    update={"cluster": CONFIG.cluster.model_copy(update={"use_gpu": True}), "parallelism": ParallelismConfig(shard=8)}
+)
+
+
+def job(stage: str, overlay: str = "prod") -> Manifest:
+    template = find(render(f"k8s/overlays/{overlay}"), "RayJob", f"template-{stage}")
+    return instantiate(template, CONFIG, stage, 1, ["--config", "debug"], priority="moonlight-interactive")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_drivers_job_is_admitted_and_may_be_unsuspended_by_kueue(stage: str) -> None:
+    objects = render("k8s/overlays/prod")
+    created = job(stage)
+    assert denials(objects, created) == []
+    created["spec"]["suspend"] = False
+    assert denials(objects, created, operation="UPDATE") == []
+    assert denials(objects, created, operation="DELETE") == []
+
+
+BAD: dict[str, tuple[Callable[[Manifest], Any], str]] = {
+    "no queue": (lambda j: j["metadata"]["labels"].pop("kueue.x-k8s.io/queue-name"), "queue-name is required"),
+    "empty queue": (lambda j: j["metadata"]["labels"].update({"kueue.x-k8s.io/queue-name": ""}), "queue-name is required"),
+    "made-up priority": (lambda j: j["metadata"]["labels"].update({"kueue.x-k8s.io/priority-class": "urgent"}), "must be moonlight-interactive"),
+    "no labels at all": (lambda j: j["metadata"].pop("labels"), "queue-name is required"),
+    "dressed up as a template": (lambda j: j["metadata"]["labels"].update({"moonlight.ai/template": "true"}), "must be suspended and carry no queue label"),
+    "somebody's cluster": (lambda j: j["spec"].update(clusterSelector={"ray.io/cluster": "x"}), "clusterSelector"),
+    "no cluster": (lambda j: j["spec"].pop("rayClusterSpec"), "rayClusterSpec is required"),
+    "cluster that stays": (lambda j: j["spec"].update(shutdownAfterJobFinishes=False), "shutdownAfterJobFinishes"),
+    "deletion strategy": (lambda j: j["spec"].update(deletionStrategy={"deletionRules": []}), "deletionStrategy"),
+    "long after-life": (lambda j: j["spec"].update(ttlSecondsAfterFinished=86400), "60-3600"),
+    "no deadline": (lambda j: j["spec"].pop("preRunningDeadlineSeconds"), "preRunningDeadlineSeconds"),
+    "managed elsewhere": (lambda j: j["spec"].update(managedBy="me"), "managedBy"),
+    "sidecar": (lambda j: j["spec"].update(submissionMode="SidecarMode"), "HTTPMode"),
+    "no auth": (lambda j: j["spec"]["rayClusterSpec"].pop("authOptions"), "must be token"),
+    "auth off": (lambda j: j["spec"]["rayClusterSpec"]["authOptions"].update(mode="disabled"), "must be token"),
+    "load balancer": (lambda j: j["spec"]["rayClusterSpec"]["headGroupSpec"].update(serviceType="LoadBalancer"), "ClusterIP"),
+    "ingress": (lambda j: j["spec"]["rayClusterSpec"]["headGroupSpec"].update(enableIngress=True), "no ingress"),
+    "own service": (lambda j: j["spec"]["rayClusterSpec"]["headGroupSpec"].update(headService={}), "no ingress and no custom"),
+    "host network": (lambda j: worker(j).update(hostNetwork=True), "no host namespaces"),
+    "host pid on the head": (lambda j: head(j).update(hostPID=True), "no host namespaces"),
+    "host path": (lambda j: worker(j)["volumes"].append({"name": "x", "hostPath": {"path": "/"}}), "no hostPath"),
+    "privileged": (lambda j: worker(j)["containers"][0]["securityContext"].update(privileged=True), "no privileged"),
+    "another identity": (lambda j: worker(j).update(serviceAccountName="driver"), "service account of a stage"),
+    "default identity": (lambda j: head(j).pop("serviceAccountName"), "service account of a stage"),
+    "image by tag": (lambda j: worker(j)["containers"][0].update(image="moonlight-pipeline:latest"), "by digest"),
+    "init container by tag": (lambda j: worker(j).update(initContainers=[{"name": "x", "image": "busybox"}]), "init containers must be given by digest"),
+}  # fmt: skip
+
+
+def head(manifest: Manifest) -> dict[str, Any]:
+    return manifest["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+
+
+def worker(manifest: Manifest) -> dict[str, Any]:
+    return manifest["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_job_is_denied_for_its_own_reason(name: str) -> None:
+    change, words = BAD[name]
+    bad = job("train")
+    change(bad)
+    found = denials(render("k8s/overlays/prod"), bad)
+    assert any(words in denial for denial in found), found
+
+
+def test_kind_takes_images_by_tag() -> None:
+    template = find(render("k8s/overlays/kind"), "RayJob", "template-publish")
+    created = instantiate(template, CONFIG, "publish", 1, [], priority="moonlight-interactive")
+    assert denials(render("k8s/overlays/kind"), created) == []
+
+
+@pytest.mark.parametrize("operation", ["CREATE", "UPDATE", "DELETE"])
+def test_templates_are_changed_only_by_those_who_may_update_rayjobs(operation: str) -> None:
+    objects = render("k8s/overlays/prod")
+    template = find(objects, "RayJob", "template-train")
+    assert denials(objects, template, operation=operation, rights={"update"}) == []
+    assert any(
+        "through Git" in denial
+        for denial in denials(objects, template, operation=operation, rights={"create", "delete"})
+    )
+    assert (
+        denials(
+            objects, template, operation="DELETE", username="system:serviceaccount:kube-system:namespace-controller"
+        )
+        == []
+    )
+
+
+def test_clusters_of_the_job_workspace_are_kuberays() -> None:
+    objects = render("k8s/overlays/prod")
+    spec = job("train")["spec"]["rayClusterSpec"]
+    cluster = {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayCluster",
+        "metadata": {"name": "x", "namespace": "moonlight"},
+        "spec": spec,
+    }
+    assert denials(objects, cluster, username=KUBERAY) == []
+    assert any("made by KubeRay" in denial for denial in denials(objects, cluster))
+
+
+def test_clusters_of_the_submit_workspace_are_authenticated() -> None:
+    objects = render("k8s/overlays/prod")
+    cluster = find(objects, "RayCluster", "submit")
+    assert denials(objects, cluster) == []
+    cluster["spec"]["authOptions"]["mode"] = "disabled"
+    assert any("must be token" in denial for denial in denials(objects, cluster))
+
+
+def test_workflows_come_from_templates() -> None:
+    objects = render("k8s/overlays/prod")
+    workflow = {
+        "apiVersion": "argoproj.io/v1alpha1",
+        "kind": "Workflow",
+        "metadata": {"name": "x", "namespace": "moonlight"},
+        "spec": {"workflowTemplateRef": {"name": "moonlight-run"}},
+    }
+    assert denials(objects, workflow) == []
+    workflow["spec"] = {"entrypoint": "x", "templates": []}
+    assert any("WorkflowTemplate" in denial for denial in denials(objects, workflow))

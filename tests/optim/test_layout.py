@@ -1,0 +1,158 @@
+"""The planner on fake meshes: every element once, sender and receiver agree, and the real model balanced up to 512 ranks."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.config.load import load_config
+from pipeline.model.moonlight import Moonlight
+from pipeline.optim.boxes import Layout, numel
+from pipeline.optim.layout import MuonParameter, Plan, bytes_sent, plan_muon, splitting_pays, view
+from pipeline.optim.newton_schulz import flops
+from pipeline.optim.rules import match_rules, moonlight_rules
+
+
+@st.composite
+def fake_models(draw):
+    """A few matrices and stacks on consistent meshes: (replicate, shard) and (replicate, efsdp, ep)."""
+    replicate, efsdp, ep = draw(st.integers(1, 2)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    dense = (("replicate", replicate), ("shard", efsdp * ep))
+    sparse = (("replicate", replicate), ("efsdp", efsdp), ("ep", ep))
+    size = st.integers(1, 13)
+    parameters = []
+    for index in range(draw(st.integers(1, 5))):
+        kind = draw(st.sampled_from(["matrix", "heads", "stack by 0", "stack by 1"]))
+        rows, columns, heads = draw(size), draw(size), draw(st.integers(1, 4))
+        if kind == "matrix":
+            parameter = MuonParameter(f"p{index}", Layout((rows, columns), dense, (None, 0)))
+        elif kind == "heads":
+            parameter = MuonParameter(f"p{index}", Layout((heads * rows, columns), dense, (None, 0)), block_rows=rows)
+        else:
+            dim = int(kind[-1])
+            parameter = MuonParameter(
+                f"p{index}", Layout((heads * ep, rows, columns), sparse, (None, dim, 0), (0, 2, 1))
+            )
+        parameters.append(parameter)
+    return parameters, replicate, replicate * efsdp * ep
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(model=fake_models(), split=st.booleans(), bucket_bytes=st.sampled_from([1, 200, 10**6]))
+def test_every_element_once_and_both_ends_agree(model, split, bucket_bytes):
+    parameters, replicas, world = model
+    plan = plan_muon(parameters, bucket_bytes=bucket_bytes, split_replicas=split)
+    views = [view(plan, rank) for rank in range(world)]
+    worked: Counter = Counter()
+    for rank in range(world):
+        stored = {}
+        for i, p in enumerate(parameters):
+            box = p.layout.box(p.layout.coordinates(rank))
+            stored[i] = np.zeros(p.layout.shape, int)
+            stored[i][tuple(slice(a, b) for a, b in box)] = 1
+        for bucket in views[rank]:
+            for share in bucket.shares:
+                piece = share.pieces[bucket.me]
+                if piece is not None:
+                    stored[share.block.parameter][tuple(slice(a, b) for a, b in piece)] -= 1
+                coordinates = parameters[share.block.parameter].layout.coordinates(rank)
+                if share.block.owner == bucket.me and share.block.replica in (None, coordinates[0]):
+                    assert sum(numel(p) for p in share.pieces if p) == numel(share.block.box)
+                    worked[share.block.parameter, share.block.box] += 1
+        assert all(not mask.any() for mask in stored.values())  # the pieces tile what the rank stores
+    times = 1 if split else replicas
+    blocks = sum(
+        math.prod(p.layout.shape) // ((p.block_rows or p.layout.shape[-2]) * p.layout.shape[-1]) for p in parameters
+    )
+    assert len(worked) == blocks
+    assert set(worked.values()) == {times}
+    for index, bucket in enumerate(plan.buckets):  # members of a group list the same blocks in the same order
+        for rank in range(world):
+            for other in range(world):
+                mine, theirs = views[rank][index].shares, views[other][index].shares
+                assert mine == theirs or not {s.block for s in mine} & {s.block for s in theirs}
+        assert len(bucket.blocks) > 0
+    assert sum(plan.loads) == times * sum(b.cost for bucket in plan.buckets for b in bucket.blocks)
+
+
+@pytest.fixture(scope="module")
+def moonlight():
+    """(names, shapes, rules) of the real network, from the meta device."""
+    run = load_config("moonlight-16b-a3b", [])
+    with torch.device("meta"):
+        named = [(fqn, tuple(p.shape)) for fqn, p in Moonlight(run.model).named_parameters()]
+    return list(zip(named, match_rules(named, moonlight_rules(run.model, run.optimizer))))
+
+
+def real_model(moonlight, shard, ep=8, replicate=1):
+    """The real network as `pipeline.parallel.shard` cuts it."""
+    efsdp = shard // ep
+    dense = (("replicate", replicate), ("shard", shard))
+    sparse = (("replicate", replicate), ("efsdp", efsdp), ("ep", ep))
+    found = []
+    for (fqn, shape), rule in moonlight:
+        if rule.treatment == "muon" and len(shape) == 3:
+            dim = 0 if shard <= shape[0] else 1
+            found.append(MuonParameter(fqn, Layout(shape, sparse, (None, dim, 0), (0, 2, 1))))
+        elif rule.treatment == "muon":
+            found.append(MuonParameter(fqn, Layout(shape, dense, (None, 0))))
+    return found
+
+
+@pytest.mark.parametrize("shard", [8, 16, 32, 64, 128, 256, 512])
+def test_the_real_model_is_balanced(moonlight, shard):
+    plan = plan_muon(real_model(moonlight, shard))
+    assert plan.imbalance <= 1.1
+    assert sum(plan.loads) == pytest.approx(590.2e12, rel=1e-3)  # reference: about 590 TFLOP a step
+    kinds = Counter(plan.plans)
+    experts = 26 * 3
+    assert kinds[Plan.OWNED] == 26 * 4 + 4 + 26 * 3 + 3 + 26  # attention, shared experts, dense layer, routers
+    assert kinds[Plan.LOCAL if shard <= 64 else Plan.REGROUP] == experts
+    dense = [p for p in plan.parameters if len(p.layout.shape) == 2]
+    elements = sum(math.prod(p.layout.shape) for p in dense)
+    if shard <= 64:
+        sent = [bytes_sent(plan, rank, 2) for rank in range(shard)]
+        bound = 4 * (elements / shard) * (shard - 1) / shard
+        assert sum(sent) / shard <= bound  # ranks with larger matrices send more, others less
+        assert max(sent) <= 1.4 * bound
+        only_experts = plan_muon([p for p in plan.parameters if len(p.layout.shape) == 3])
+        assert all(bytes_sent(only_experts, rank, 2) == 0 for rank in range(0, shard, 7))
+
+
+def test_replicas_share_the_work(moonlight):
+    parameters = real_model(moonlight, 64, replicate=2)
+    repeated, split = plan_muon(parameters), plan_muon(parameters, split_replicas=True)
+    assert sum(repeated.loads) == 2 * sum(split.loads)
+    assert split.imbalance <= 1.1
+    stored = sum(numel(p.layout.box(p.layout.coordinates(0))) for p in parameters)
+    assert not splitting_pays(repeated, split, stored)  # 8 ms of arithmetic against 10 ms of network
+
+
+def test_a_bucket_keeps_below_its_cap(moonlight):
+    cap = 64 * 2**20
+    plan = plan_muon(real_model(moonlight, 64), bucket_bytes=cap)
+    for bucket in view(plan, 5):
+        owned = sum(numel(s.block.box) for s in bucket.shares if s.block.owner == bucket.me and s.pieces[bucket.me])
+        sent = sum(numel(s.pieces[bucket.me]) for s in bucket.shares if s.pieces[bucket.me])
+        assert max(owned, sent) * 2 <= cap
+    assert len(plan.buckets) > len(plan_muon(real_model(moonlight, 64), bucket_bytes=2**40).buckets)
+
+
+def test_costs_follow_the_formula():
+    assert flops(1408, 2048, 5) == flops(2048, 1408, 5) == 5 * (4 * 1408**2 * 2048 + 2 * 1408**3)
+
+
+def test_two_axes_through_one_matrix_are_refused():
+    layout = Layout((8, 6), (("a", 2), ("b", 2)), (0, 1))
+    with pytest.raises(ValueError, match=r"'w' \(8, 6\): mesh axes \['a', 'b'\] both cut through"):
+        plan_muon([MuonParameter("w", layout)])
+
+
+def test_meshes_of_different_sizes_are_refused():
+    one, other = (Layout((8, 6), (("shard", n),), (0,)) for n in (2, 4))
+    with pytest.raises(ValueError, match=r"same ranks, found sizes \[2, 4\]"):
+        plan_muon([MuonParameter("v", one), MuonParameter("w", other)])

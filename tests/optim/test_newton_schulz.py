@@ -1,0 +1,71 @@
+"""Newton-Schulz against torch's own implementation (bitwise) and against its polynomial on singular values (fp64)."""
+
+import pytest
+import torch
+from torch.optim._muon import _zeropower_via_newtonschulz as torch_newton_schulz
+
+from pipeline.optim import newton_schulz
+from pipeline.optim.newton_schulz import coefficients, orthogonalize
+
+SHAPES = [(4, 24, 40), (4, 40, 24), (3, 32, 32), (2, 1, 9), (3, 257, 64), (1, 176, 256)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_batches_equal_torch_matrix_by_matrix(shape, dtype):
+    x_BMN = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = orthogonalize(x_BMN, coefficients("moonlight", 5))
+    for x_MN, o_MN in zip(x_BMN, found):
+        assert torch.equal(o_MN, torch_newton_schulz(x_MN, (3.4445, -4.7750, 2.0315), 5, 1e-7))
+
+
+def test_large_batches_are_cut_into_tiles(monkeypatch):
+    x_BMN = torch.randn(7, 12, 10, generator=torch.Generator().manual_seed(0))
+    expected = orthogonalize(x_BMN, coefficients("moonlight", 5))
+    for tile in (1, 240, 359, 840):
+        monkeypatch.setattr(newton_schulz, "CPU_TILE", tile)
+        assert torch.equal(orthogonalize(x_BMN, coefficients("moonlight", 5)), expected)
+
+
+def polynomial(x_MN: torch.Tensor, name: str, steps: int) -> torch.Tensor:
+    """The same map in fp64: U p(S) V^T with p the composition of the odd polynomials."""
+    x_MN = x_MN.double() / x_MN.bfloat16().float().norm().bfloat16().double()
+    u, s, v = torch.linalg.svd(x_MN, full_matrices=False)
+    for a, b, c in coefficients(name, steps):
+        s = a * s + b * s**3 + c * s**5
+    return u @ torch.diag(s) @ v
+
+
+@pytest.mark.parametrize("backend", ["plain", "gram"])
+@pytest.mark.parametrize("name", ["moonlight", "polar_express"])
+@pytest.mark.parametrize("shape", [(96, 24), (24, 96), (48, 48)], ids=str)
+def test_every_evaluation_is_the_polynomial_of_the_singular_values(shape, name, backend):
+    x_MN = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    found = orthogonalize(x_MN[None], coefficients(name, 5), backend)[0].double()
+    expected = polynomial(x_MN, name, 5)
+    assert (found - expected).norm() / expected.norm() < 0.03  # bf16 (plain) or fp16 (gram) arithmetic
+
+
+def test_polar_express_orthogonalises():
+    x_MN = torch.randn(24, 96, generator=torch.Generator().manual_seed(2))
+    for backend in ("plain", "gram"):
+        singular = torch.linalg.svdvals(orthogonalize(x_MN[None], coefficients("polar_express", 6), backend)[0].float())
+        assert (singular - 1).abs().max() < 0.03
+
+
+def test_coefficients_beyond_the_table():
+    steps = coefficients("polar_express", 8)
+    assert len(steps) == 8
+    assert steps[5:] == ((1.875, -1.25, 0.375),) * 3
+    assert coefficients("moonlight", 2) == ((3.4445, -4.7750, 2.0315),) * 2
+
+
+@pytest.mark.parametrize("backend", ["plain", "gram"])
+def test_zero_stays_zero_and_nan_stays_in_its_matrix(backend):
+    x_BMN = torch.randn(3, 8, 12, generator=torch.Generator().manual_seed(3))
+    x_BMN[0] = 0.0
+    x_BMN[2, 0, 0] = float("nan")
+    found = orthogonalize(x_BMN, coefficients("moonlight", 5), backend)
+    assert torch.equal(found[0], torch.zeros(8, 12, dtype=torch.bfloat16))
+    assert torch.isfinite(found[1]).all()
+    assert torch.isnan(found[2]).all()

@@ -1,0 +1,89 @@
+"""The model card: valid for the Hub's own parser, its figures those of the manifests, nothing that changes from run to run."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from huggingface_hub import ModelCard, ModelCardData
+
+from pipeline.evaluation.baselines import SHOWN
+from pipeline.evaluation.weights import ParameterCount
+from pipeline.publishing.model_card import Sample, model_card, table
+from pipeline.publishing.plots import loss_plot
+from tests.publishing.conftest import PROMPTS, PublishedRun
+
+
+@pytest.fixture(scope="module")
+def card(run: PublishedRun) -> str:
+    return (run.folder / "README.md").read_text()
+
+
+def test_the_hub_reads_the_header(card: str, run: PublishedRun):
+    parsed = ModelCard(card)
+    assert isinstance(parsed.data, ModelCardData)
+    assert (parsed.data.library_name, parsed.data.pipeline_tag) == ("transformers", "text-generation")
+    results = {result.metric_type: result.metric_value for result in parsed.data.eval_results}
+    overall = run.evaluation.overall
+    assert results == {"cross_entropy": overall.loss, "bits_per_byte": overall.bits_per_byte}
+
+
+def test_the_table_has_each_source_beside_its_baselines(card: str, run: PublishedRun):
+    scores = {**run.evaluation.sources, "**all**": run.evaluation.overall}
+    baselines = {**run.evaluation.source_baselines, "**all**": run.evaluation.baselines}
+    table_text = card.split("## Held-out results")[1].split("## Load it")[0]
+    rows = {
+        cells[0]: [cell.strip("*") for cell in cells[1:]]
+        for line in table_text.splitlines()
+        if line.startswith("|") and (cells := [cell.strip() for cell in line.strip("|").split("|")])
+    }
+    assert rows["source"][4:] == list(SHOWN)
+    assert list(rows)[2:] == [*(source.name for source in run.made.dataset.sources), "**all**"]
+    for name, score in scores.items():
+        figures = [f"{score.documents:,}", f"{score.tokens:,}", f"{score.loss:.3f}", f"{score.bits_per_byte:.3f}"]
+        assert rows[name] == figures + [f"{baselines[name][other]:.3f}" for other in SHOWN]
+
+
+def test_it_says_where_everything_comes_from(card: str, run: PublishedRun):
+    made = run.made
+    for digest in (
+        made.checkpoint.digest, made.checkpoint.content_sha256, made.dataset.digest, run.evaluation.digest,
+        made.dataset.tokenizer.sha256, made.checkpoint.run_identity,
+    ):  # fmt: skip
+        assert digest in card
+    assert "| code | 75.0% |" in card
+    assert "![Training and held-out loss over tokens seen](loss.png)" in card
+    assert all(prompt in card for prompt in PROMPTS)
+
+
+def test_nothing_in_it_is_of_one_machine_or_moment(card: str, run: PublishedRun):
+    assert str(run.made.storage.root) not in card
+    assert not re.search(r"20\d\d-\d\d|\d\d:\d\d|second", card)
+
+
+def test_fences_survive_text_with_fences(run: PublishedRun):
+    made = run.made
+    text = "a ```` b"
+    card = model_card(
+        made.config, made.dataset, made.train, made.checkpoint, run.evaluation, ParameterCount(2, 1),
+        [Sample("`p`\nq", text, "c", 0.8, 0)],
+    )  # fmt: skip
+    assert f"`````text\n`p`\nq{text}\n`````" in card
+    assert "continuation of `'p'`" in card
+
+
+def test_table():
+    assert table(["a", "b"], [["x", "1"]]) == "| a | b |\n| :-- | --: |\n| x | 1 |"
+
+
+def test_plot_is_a_png_that_depends_on_the_numbers_alone():
+    curve = [(1000 * step, 8.0 / step**0.3) for step in range(1, 50)]
+    first = loss_plot(curve, (49_000, 2.6), 6.3, "tiny, step 49")
+    assert first[:8] == b"\x89PNG\r\n\x1a\n"
+    assert b"matplotlib" not in first.lower()
+    import matplotlib
+
+    with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 30}):  # a user's own settings
+        assert loss_plot(curve, (49_000, 2.6), 6.3, "tiny, step 49") == first
+    assert loss_plot(curve, (49_000, 2.7), 6.3, "tiny, step 49") != first
+    assert loss_plot([], (49_000, 2.7), 6.3, "no training curve")[:4] == b"\x89PNG"
