@@ -10,7 +10,6 @@ import urllib.parse
 import urllib.request
 import xml.etree.ElementTree as ET
 
-
 SIGNED = {"Authorization": "AWS local:local"}  # the server wants a signature and takes any
 
 

@@ -24,6 +24,7 @@ def evaluate(root: Path, step: int, loss: float) -> None:
         sources={"a": score},
         unigram_entropy=7.0,
         baselines={},
+        source_baselines={},
     )
     open_storage(StorageConfig(root=str(root))).write(f"runs/debug/evaluate/step-{step:08d}.json", record.to_json())
 

@@ -38,6 +38,7 @@ def test_a_drivers_job_is_admitted_and_may_be_unsuspended_by_kueue(stage: str) -
 BAD: dict[str, tuple[Callable[[Manifest], Any], str]] = {
     "no queue": (lambda j: j["metadata"]["labels"].pop("kueue.x-k8s.io/queue-name"), "queue-name is required"),
     "empty queue": (lambda j: j["metadata"]["labels"].update({"kueue.x-k8s.io/queue-name": ""}), "queue-name is required"),
+    "made-up priority": (lambda j: j["metadata"]["labels"].update({"kueue.x-k8s.io/priority-class": "urgent"}), "must be moonlight-interactive"),
     "no labels at all": (lambda j: j["metadata"].pop("labels"), "queue-name is required"),
     "dressed up as a template": (lambda j: j["metadata"]["labels"].update({"moonlight.ai/template": "true"}), "must be suspended and carry no queue label"),
     "somebody's cluster": (lambda j: j["spec"].update(clusterSelector={"ray.io/cluster": "x"}), "clusterSelector"),

@@ -32,12 +32,14 @@ locals {
           Action   = ["s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts"]
           Resource = [for prefix in grant.write : "arn:aws:s3:::${var.bucket}/${prefix}"]
         },
+        # IfExists: asking for an object that is not there answers 404 only to who may list, and such a request carries no s3:prefix.
+        # With plain StringLike it would be 403, and "not there yet" would look like "forbidden" to every stage.
         {
           Sid       = "List"
           Effect    = "Allow"
           Action    = ["s3:ListBucket"]
           Resource  = ["arn:aws:s3:::${var.bucket}"]
-          Condition = { StringLike = { "s3:prefix" = concat(grant.read, grant.write, [for prefix in concat(grant.read, grant.write) : trimsuffix(prefix, "/*")]) } }
+          Condition = { StringLikeIfExists = { "s3:prefix" = concat(grant.read, grant.write, [for prefix in concat(grant.read, grant.write) : trimsuffix(prefix, "/*")]) } }
         },
       ]
     }

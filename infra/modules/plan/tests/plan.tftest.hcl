@@ -85,6 +85,14 @@ run "nobody_writes_inputs_and_only_publish_writes_models" {
   }
 }
 
+run "missing_objects_are_missing_not_forbidden" {
+  command = plan
+  assert {
+    condition     = alltrue([for policy in values(output.policies) : [for s in jsondecode(policy).Statement : keys(s.Condition)[0] if s.Sid == "List"] == ["StringLikeIfExists"]])
+    error_message = "HEAD of a missing object carries no s3:prefix"
+  }
+}
+
 run "unknown_hardware" {
   command = plan
   variables {
