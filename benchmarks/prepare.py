@@ -235,6 +235,8 @@ def check_ids(folder: Path, tokenizer: Path, megabytes: int) -> tuple[int, int]:
     import pyarrow.parquet as pq
     from tokenizers import Tokenizer
 
+    from data_prep.tokenize_unit import document_hash
+
     document = json.loads((tokenizer / "tokenizer.json").read_text())
     document["added_tokens"] = []  # a literal "[EOS]" in text is text
     oracle = Tokenizer.from_str(json.dumps(document))
@@ -251,7 +253,7 @@ def check_ids(folder: Path, tokenizer: Path, megabytes: int) -> tuple[int, int]:
             texts = batch.column(0).to_pylist()
             for text, encoding in zip(texts, oracle.encode_batch_fast(texts, add_special_tokens=False)):
                 data = text.encode()
-                ours = committed[hashlib.sha256(data).digest()[:16]]
+                ours = committed[document_hash(data)]
                 different += encoding.ids != np.frombuffer(ours, dtype).tolist()
                 checked += len(data)
             if checked >= megabytes * 1_000_000:

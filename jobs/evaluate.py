@@ -5,6 +5,7 @@ A result that is already committed is found before Ray is asked for anything.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from jobs.cli import stage_main
 from jobs.remote import run_in_task, wants_gpu
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
@@ -93,3 +95,7 @@ def _evaluate(config_values: dict[str, Any], dataset: str, checkpoint: str, repo
         open_storage(config.storage),
         report=report,
     )
+
+
+if __name__ == "__main__":
+    sys.exit(stage_main("evaluate"))

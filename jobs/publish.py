@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
+from jobs.cli import stage_main
 from jobs.remote import run_in_task, wants_gpu
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
@@ -59,3 +61,7 @@ def _publish(config_values: dict[str, Any], records: list[str], git_commit: str,
         checkpoint=CheckpointManifest.model_validate_json(checkpoint),
         git_commit=git_commit,
     ).model_dump_json()
+
+
+if __name__ == "__main__":
+    sys.exit(stage_main("publish"))

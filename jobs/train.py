@@ -5,13 +5,14 @@ of it: checkpoints go straight from the ranks to storage and commit by their own
 calls `train` again, which continues from the newest one. `ray.train.report` is called once per committed checkpoint, on
 all ranks, for the dashboard; it carries no files, hence Ray's snapshot and our retention cannot disagree.
 
-A failure that a restart cannot cure (foreign checkpoint, too many skipped steps) is returned, not raised: raising would
-restart the group `cluster.max_failures` times. Whether the run is complete is read from storage by the driver.
+What a restart cannot cure is found before the start (wrong data, a foreign checkpoint) or returned by the worker rather
+than raised (too many skipped steps): raising would restart the group `cluster.max_failures` times. Whether the run is complete is read from storage by the driver.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,14 +22,15 @@ import ray.train
 import torch
 from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
+from jobs.cli import stage_main
 from pipeline.config import schema
 from pipeline.config.load import validate
-from pipeline.dataset.order import check_demand
+from pipeline.dataset.order import Order, check_demand
 from pipeline.manifest import CheckpointManifest, DatasetManifest, TrainManifest
 from pipeline.storage import Storage, open_storage
-from pipeline.training.checkpoint import ForeignCheckpoint, train_folder
+from pipeline.training.checkpoint import RunFacts, continue_from, train_folder
 from pipeline.training.guard import TooManySkippedSteps
 from pipeline.training.metrics import TrainProgress
 from pipeline.training.trainer import TrainingStopped, train
@@ -56,6 +58,8 @@ def train_with_ray(
     Raises ValueError for wrong input, TrainingFailed (or Ray's own error, after `cluster.max_failures` restarts).
     """
     check_demand(config, dataset)
+    order = Order.of_run(config, dataset)
+    continue_from(storage, RunFacts.of(config, dataset, order), order)  # refuses a foreign run before anything starts
     config = config.model_copy(update={"storage": storage.config.model_copy(update={"root": storage.root})})  # absolute
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # workers keep the job's working directory; Ray carries this one to them
     cluster, folder = config.cluster, train_folder(config.run_id)
@@ -92,7 +96,9 @@ def train_with_ray(
 def _worker(arguments: dict[str, Any]) -> str | None:
     """One rank. Returns why the run cannot go on, or None."""
     config = validate(arguments["config"])
-    if not config.cluster.use_gpu:
+    if config.cluster.use_gpu:
+        torch.cuda.set_device(get_device())  # Ray shows every worker all GPUs of its node
+    else:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     notice = PreemptionNotice(every=config.training.log_every)
     try:
@@ -104,7 +110,7 @@ def _worker(arguments: dict[str, Any]) -> str | None:
             on_checkpoint=_report_checkpoint,
             should_stop=notice,
         )
-    except (ForeignCheckpoint, TooManySkippedSteps) as error:
+    except TooManySkippedSteps as error:
         return str(error)
     except TrainingStopped:
         notice.wait_for_the_end()
@@ -137,3 +143,7 @@ class PreemptionNotice:
     def wait_for_the_end(self) -> None:
         """With the checkpoint safe, wait for Ray to take the group down: a preemption is no failure of the run."""
         threading.Event().wait(max(0.0, self._deadline - time.time()) + 60)
+
+
+if __name__ == "__main__":
+    sys.exit(stage_main("train"))

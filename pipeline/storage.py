@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import socket
 import uuid
 from collections.abc import Iterator
@@ -51,7 +52,8 @@ class Storage:
 
     def key(self, path: str) -> str:
         """The full key that `self.fs` understands (no scheme)."""
-        assert not path.startswith("/") and ".." not in path.split("/"), path
+        assert not path.startswith("/"), path
+        assert ".." not in path.split("/"), path
         return f"{self._prefix}/{path}" if path else self._prefix
 
     def uri(self, path: str = "") -> str:
@@ -149,9 +151,7 @@ class Storage:
             self.fs.put_file(str(local), self.key(path), chunksize=UPLOAD_PART, max_concurrency=4)
             return
         with self._temporary(path) as temporary:
-            with local.open("rb") as source, temporary.open("wb") as target:
-                while chunk := source.read(CHUNK):
-                    target.write(chunk)
+            shutil.copyfile(local, temporary)
             _sync(temporary)
             os.replace(temporary, self.key(path))
 

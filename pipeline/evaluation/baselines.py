@@ -16,6 +16,8 @@ import zlib
 import numpy as np
 import numpy.typing as npt
 
+SHOWN = ("xz -9", "bzip2 -9", "zlib -9", "token frequencies")  # the order for readers; stored manifests sort their keys
+
 
 def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
     """Bits of the compressed text per byte of text, headers included, strongest setting of each compressor."""

@@ -15,9 +15,17 @@ from typing import Any
 
 from pipeline.config.load import dump_yaml
 from pipeline.config.schema import RunConfig
+from pipeline.evaluation.baselines import SHOWN
 from pipeline.evaluation.charts import Mark, Point, Series, compact, line_chart
 from pipeline.evaluation.weights import count_parameters
-from pipeline.manifest import DatasetManifest, EvaluationManifest, ModelManifest, SourceScore, TrainManifest
+from pipeline.manifest import (
+    DatasetManifest,
+    EvaluationManifest,
+    ModelManifest,
+    SourceManifest,
+    SourceScore,
+    TrainManifest,
+)
 from pipeline.storage import Storage
 
 HELDOUT, REFERENCE_COMPRESSOR = "var(--series-1)", "xz -9"
@@ -54,6 +62,11 @@ def read_metrics(train: TrainManifest, storage: Storage) -> list[dict[str, Any]]
     return [found[step] for step in sorted(found)]
 
 
+def scored_sources(dataset: DatasetManifest, evaluation: EvaluationManifest) -> list[SourceManifest]:
+    """The sources with a score, in the dataset's order."""
+    return [source for source in dataset.sources if source.name in evaluation.sources]
+
+
 def render(
     config: RunConfig,
     dataset: DatasetManifest,
@@ -69,7 +82,7 @@ def render(
         _head(config, model),
         _tiles(config, train, evaluation, stage_seconds),
         _section("Training", _charts(records, train, evaluation)),
-        _section("Held-out text", _scores(evaluation)),
+        _section("Held-out text", _scores(dataset, evaluation)),
         _section("Data", _data(config, dataset)),
         _section("Stages", _stages(stage_seconds)) if stage_seconds else "",
         _section("Artefacts", _artefacts(config, train, evaluation, model, dataset)),
@@ -147,9 +160,10 @@ def _figure(title: str, note: str, series: list[Series], marks: list[Mark]) -> s
     return f"<figure><figcaption>{escape(title)} <small>{escape(note)}</small></figcaption>{key}{chart}</figure>"
 
 
-def _scores(evaluation: EvaluationManifest) -> str:
-    names = list(evaluation.baselines)
-    scores = {**evaluation.sources, "all": evaluation.overall}
+def _scores(dataset: DatasetManifest, evaluation: EvaluationManifest) -> str:
+    names = [name for name in SHOWN if name in evaluation.baselines]
+    sources = {source.name: evaluation.sources[source.name] for source in scored_sources(dataset, evaluation)}
+    scores = {**sources, "all": evaluation.overall}
     baselines = {**evaluation.source_baselines, "all": evaluation.baselines}
     largest = max(value for row in baselines.values() for value in row.values())
     largest = max(largest, *(score.bits_per_byte for score in scores.values()))

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.config.schema import ModelConfig
 from pipeline.model import cpu_attention
+from pipeline.model.matmul import Linear
 from pipeline.model.norm import RMSNorm
 from pipeline.model.sequences import SequenceLayout
 
@@ -46,11 +47,11 @@ class Attention(nn.Module):
         self.latent_dim = config.kv_lora_rank
         self.scale = config.qk_head_dim**-0.5
         hidden = config.hidden_size
-        self.q_proj = nn.Linear(hidden, self.heads * config.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.latent_dim + self.rope_dim, bias=False)
+        self.q_proj = Linear(hidden, self.heads * config.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(hidden, self.latent_dim + self.rope_dim)
         self.kv_a_layernorm = RMSNorm(self.latent_dim, eps=LATENT_NORM_EPS)
-        self.kv_b_proj = nn.Linear(self.latent_dim, self.heads * (self.nope_dim + self.value_dim), bias=False)
-        self.o_proj = nn.Linear(self.heads * self.value_dim, hidden, bias=False)
+        self.kv_b_proj = Linear(self.latent_dim, self.heads * (self.nope_dim + self.value_dim))
+        self.o_proj = Linear(self.heads * self.value_dim, hidden)
         self.observe_max_logits = False  # for QK-clip, pipeline/model/qk_clip.py
         self.max_logits: Tensor  # [H], the largest logit of each head since it was last taken
         self.register_buffer("max_logits", torch.full((self.heads,), -torch.inf), persistent=False)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.config.schema import ModelConfig
 from pipeline.model.grouped import ALIGNMENT, grouped_linear
+from pipeline.model.matmul import Linear
 from pipeline.model.router import Router
 from pipeline.parallel.dispatch import LocalDispatch
 from pipeline.parallel.local import local_tensor
@@ -42,9 +43,9 @@ class MLP(nn.Module):
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, width, bias=False)
-        self.up_proj = nn.Linear(hidden, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden, bias=False)
+        self.gate_proj = Linear(hidden, width)
+        self.up_proj = Linear(hidden, width)
+        self.down_proj = Linear(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -4,7 +4,8 @@ grouped_linear(x_MI, weight_eOI, offsets_e): rows up to offsets_e[0] times exper
 layer), the next ones expert 1's, and so on -> y_MO. Backward: the same product with the weight the other way round for
 x, and one outer product a group for the weight. 2*M*I*O FLOPs each.
 
-Three things that the plain function leaves open are settled here:
+In fp32 on a CPU, where PyTorch's function is a loop over experts, too, the loop is ours and takes the faster product of
+pipeline/model/matmul.py. Three things that the plain function leaves open are settled here:
 - torch.compile: its shape inference refuses fp32 (it knows the CUDA kernel only); ours is exact for every dtype.
 - Gradients of experts without rows are set to zero. Kernels have been seen to leave something else there
   (pytorch issue 154557).
@@ -17,11 +18,14 @@ Legend: M rows, I in, O out, e experts on this rank.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pipeline.model.matmul import is_cpu_fp32, product
 
 ALIGNMENT = 8  # numbers: 16 bytes in bf16
 
@@ -34,12 +38,22 @@ def grouped_linear(x_MI: Tensor, weight_eOI: Tensor, offsets_e: Tensor) -> Tenso
 @torch.library.custom_op("moonlight::grouped_rows", mutates_args=())
 def _rows(x_MI: Tensor, weight_eOI: Tensor, offsets_e: Tensor, transpose: bool) -> Tensor:
     """Each row times its expert's weight, transposed (a linear layer) or not (its gradient)."""
+    if is_cpu_fp32(x_MI):
+        out_MO = x_MI.new_empty(x_MI.shape[0], weight_eOI.shape[-2 if transpose else -1])
+        for expert, rows in _groups(offsets_e):
+            out_MO[rows] = product(x_MI[rows], weight_eOI[expert] if transpose else weight_eOI[expert].T)
+        return out_MO
     return F.grouped_mm(x_MI, weight_eOI.transpose(-2, -1) if transpose else weight_eOI, offs=offsets_e)
 
 
 @torch.library.custom_op("moonlight::grouped_outer", mutates_args=())
 def _outer(grad_MO: Tensor, x_MI: Tensor, offsets_e: Tensor) -> Tensor:
     """grad^T x over each expert's rows, [e, O, I]; zero without rows."""
+    if is_cpu_fp32(x_MI):
+        out_eOI = x_MI.new_zeros(offsets_e.shape[0], grad_MO.shape[1], x_MI.shape[1])
+        for expert, rows in _groups(offsets_e):
+            out_eOI[expert] = product(grad_MO[rows].T, x_MI[rows].T)
+        return out_eOI
     grad_eOI = F.grouped_mm(grad_MO.transpose(0, 1), x_MI, offs=offsets_e)
     empty_e = offsets_e == F.pad(offsets_e, (1, 0))[:-1]
     return grad_eOI.masked_fill_(empty_e[:, None, None], 0)
@@ -53,6 +67,15 @@ def _(x_MI: Tensor, weight_eOI: Tensor, offsets_e: Tensor, transpose: bool) -> T
 @_outer.register_fake
 def _(grad_MO: Tensor, x_MI: Tensor, offsets_e: Tensor) -> Tensor:
     return x_MI.new_empty(offsets_e.shape[0], grad_MO.shape[1], x_MI.shape[1])
+
+
+def _groups(offsets_e: Tensor) -> Iterator[tuple[int, slice]]:
+    """The experts that have rows, with their rows."""
+    start = 0
+    for expert, end in enumerate(offsets_e.tolist()):
+        if end > start:
+            yield expert, slice(start, end)
+        start = end
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:

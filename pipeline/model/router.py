@@ -20,10 +20,10 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config.schema import ModelConfig
+from pipeline.model.matmul import linear
 
 
 class Routing(NamedTuple):
@@ -52,7 +52,7 @@ class Router(nn.Module):
     def forward(self, x_BSD: Tensor) -> Routing:
         B, S, D = x_BSD.shape
         E = self.weight.shape[0]
-        scores_NE = F.linear(x_BSD.reshape(-1, D).float(), self.weight.float()).sigmoid()
+        scores_NE = linear(x_BSD.reshape(-1, D).float(), self.weight.float()).sigmoid()
         experts_NK = (scores_NE.detach() + self.e_score_correction_bias).topk(self.top_k, dim=-1, sorted=False).indices
         chosen_NK = scores_NE.gather(1, experts_NK)
         if self.normalise:

@@ -21,6 +21,8 @@ ends. The host never waits for the device.
 
 Memory: 4 bytes per Muon element of state; in a step about 2 x 3 buckets in the wire dtype, the fp32 direction of a
 bucket, and Newton-Schulz's workspace of up to four copies of a bucket.
+
+Legend: B matrices of one shape, M rows, N columns.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ Coefficients = Sequence[tuple[float, float, float]]
 Backend = Literal["plain", "gram"]
 
 EPS = 1e-7  # floor of the norm: a zero gradient gives a zero update
+CPU_TILE = 2**20  # elements of a batch on CPU: keeps the iterates in cache, 1.3x to 2x faster at 96 expert matrices
 _MOONLIGHT = (3.4445, -4.7750, 2.0315)
 _POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -71,6 +72,9 @@ def orthogonalize(x_BMN: Tensor, schedule: Coefficients, backend: Backend = "pla
     Returns:
         [B, M, N] bf16; a zero matrix stays zero; NaN stays within its own matrix.
     """
+    if x_BMN.device.type == "cpu" and x_BMN.numel() > CPU_TILE and len(x_BMN) > 1:
+        tile = max(1, CPU_TILE // x_BMN[0].numel())
+        return torch.cat([orthogonalize(part_BMN, schedule, backend) for part_BMN in x_BMN.split(tile)])
     x_BMN = x_BMN.bfloat16()
     tall = x_BMN.size(-2) > x_BMN.size(-1)
     x_BSL = x_BMN.mT if tall else x_BMN

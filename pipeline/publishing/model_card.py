@@ -13,7 +13,9 @@ from typing import Any
 import yaml
 
 from pipeline.config.schema import RunConfig
+from pipeline.evaluation.baselines import SHOWN
 from pipeline.evaluation.charts import compact
+from pipeline.evaluation.report import scored_sources
 from pipeline.evaluation.weights import ParameterCount
 from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, SourceScore, TrainManifest
 
@@ -46,7 +48,7 @@ def model_card(
         _summary(config, checkpoint, parameters),
         "![Training and held-out loss over tokens seen](loss.png)",
         "## Held-out results",
-        _results(evaluation),
+        _results(dataset, evaluation),
         "## Load it",
         _usage(),
     ]
@@ -101,8 +103,8 @@ def _summary(config: RunConfig, checkpoint: CheckpointManifest, parameters: Para
     )
 
 
-def _results(evaluation: EvaluationManifest) -> str:
-    compressors = list(evaluation.baselines)
+def _results(dataset: DatasetManifest, evaluation: EvaluationManifest) -> str:
+    compressors = [name for name in SHOWN if name in evaluation.baselines]
     head = ["source", "documents", "tokens", "loss", "**bits per byte**", *compressors]
 
     def row(name: str, score: SourceScore, baselines: dict[str, float]) -> list[str]:
@@ -110,7 +112,8 @@ def _results(evaluation: EvaluationManifest) -> str:
         figures = [f"{score.documents:,}", f"{score.tokens:,}", f"{score.loss:.3f}", f"**{score.bits_per_byte:.3f}**"]
         return [name, *figures, *others]
 
-    rows = [row(name, score, evaluation.source_baselines[name]) for name, score in evaluation.sources.items()]
+    names = [source.name for source in scored_sources(dataset, evaluation)]
+    rows = [row(name, evaluation.sources[name], evaluation.source_baselines[name]) for name in names]
     rows.append(row("**all**", evaluation.overall, evaluation.baselines))
     below = evaluation.unigram_entropy - evaluation.overall.loss
     return (

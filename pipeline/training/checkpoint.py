@@ -18,7 +18,6 @@ one copy of the local state (12 bytes a parameter divided by the ranks of a repl
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -31,12 +30,13 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from pipeline.config.schema import CheckpointConfig
-from pipeline.manifest import CheckpointManifest, FileEntry, canonical_json
+from pipeline.config.schema import CheckpointConfig, RunConfig
+from pipeline.dataset.order import Order
+from pipeline.manifest import CheckpointManifest, DatasetManifest, FileEntry, canonical_json
 from pipeline.storage import Storage
 from pipeline.training.content import combine, local_sums
 from pipeline.training.files import CheckpointReader, CheckpointWriter
-from pipeline.training.identity import differences, identity_digest
+from pipeline.training.identity import differences, identity_digest, identity_of
 
 MANIFEST = "manifest.json"
 RUN = "run.json"
@@ -73,6 +73,34 @@ class RunFacts:
     identity: dict[str, Any]
     dataset_digest: str
     order_digest: str
+
+    @classmethod
+    def of(cls, config: RunConfig, dataset: DatasetManifest, order: Order) -> RunFacts:
+        return cls(config.run_id, identity_of(config, dataset.digest, order.describe()), dataset.digest, order.digest)
+
+
+def continue_from(storage: Storage, facts: RunFacts, order: Order) -> CheckpointManifest | None:
+    """The newest checkpoint of the run; None to start afresh.
+
+    Raises ForeignCheckpoint, which names what differs, if the folder belongs to another run of the same name.
+    """
+    manifests = committed(storage, facts.run_id)
+    if not manifests:
+        return None
+    newest = manifests[-1]
+    if newest.run_identity == identity_digest(facts.identity):
+        return newest
+    folder = step_folder(newest.run_id, newest.step)
+    theirs = json.loads(storage.read(f"{folder}/{RUN}"))
+    position = int(order.positions(newest.next_sequence - 1)) + 1
+    found = differences(facts.identity, theirs, position)
+    if found:
+        raise ForeignCheckpoint(
+            f"run_id {newest.run_id!r} already has a checkpoint of a different run at {storage.uri(folder)}: "
+            f"{'; '.join(found)}. Choose another run_id, undo the change, or delete "
+            f"{storage.uri(train_folder(newest.run_id))}"
+        )
+    return newest
 
 
 class Checkpointer:
@@ -149,35 +177,18 @@ class Checkpointer:
 
     # -- restore -------------------------------------------------------------------------------------------------
 
-    def newest(self, position_of: Callable[[int], int]) -> CheckpointManifest | None:
-        """The checkpoint to continue from, the same on all ranks; None to start afresh.
-
-        `position_of(next_sequence)` is the global data position reached. Raises ForeignCheckpoint if the folder belongs
-        to another run of the same name.
-        """
-        found: tuple[CheckpointManifest | None, str] = (None, "")
+    def newest(self, order: Order) -> CheckpointManifest | None:
+        """`continue_from`, the same on all ranks."""
+        found: CheckpointManifest | ForeignCheckpoint | None = None
         if self._rank == 0:
-            manifests = committed(self._storage, self._facts.run_id)
-            if manifests:
-                found = manifests[-1], self._objection(manifests[-1], position_of)
-        manifest, objection = self._from_rank_0(found)
-        if objection:
-            raise ForeignCheckpoint(objection)
-        return manifest
-
-    def _objection(self, manifest: CheckpointManifest, position_of: Callable[[int], int]) -> str:
-        if manifest.run_identity == identity_digest(self._facts.identity):
-            return ""
-        folder = step_folder(manifest.run_id, manifest.step)
-        theirs = json.loads(self._storage.read(f"{folder}/{RUN}"))
-        found = differences(self._facts.identity, theirs, position_of(manifest.next_sequence))
-        if not found:
-            return ""
-        return (
-            f"run_id {manifest.run_id!r} already has a checkpoint of a different run at {self._storage.uri(folder)}: "
-            f"{'; '.join(found)}. Choose another run_id, undo the change, or delete "
-            f"{self._storage.uri(train_folder(manifest.run_id))}"
-        )
+            try:
+                found = continue_from(self._storage, self._facts, order)
+            except ForeignCheckpoint as refusal:
+                found = refusal
+        found = self._from_rank_0(found)
+        if isinstance(found, ForeignCheckpoint):
+            raise found
+        return found
 
     def restore(self, state: dict[str, Tensor], manifest: CheckpointManifest) -> None:
         """Fill `state` in place. Raises ValueError that names the first tensor that is missing, extra or misshaped."""

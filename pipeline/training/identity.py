@@ -44,7 +44,7 @@ def identity_of(config: RunConfig, dataset_digest: str, order: dict[str, Any]) -
 
 def run_identity(config: RunConfig, dataset: DatasetManifest) -> str:
     """`TrainManifest.identity` of the run, before it has run."""
-    return identity_digest(identity_of(config, dataset.digest, Order.of_run(config, dataset).digest))
+    return identity_digest(identity_of(config, dataset.digest, Order.of_run(config, dataset).describe()))
 
 
 def identity_digest(identity: dict[str, Any]) -> str:

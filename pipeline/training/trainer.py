@@ -39,7 +39,7 @@ from pipeline.storage import Storage
 from pipeline.training.batches import read_step
 from pipeline.training.checkpoint import Checkpointer, RunFacts, train_folder
 from pipeline.training.guard import Guard, check_skipped
-from pipeline.training.identity import identity_digest, identity_of
+from pipeline.training.identity import identity_digest
 from pipeline.training.metrics import Fetch, MetricsFiles, Pace, PendingRecord, StepRecord, TrainProgress
 from pipeline.training.step import Step
 from pipeline.training.watchdog import Watchdog
@@ -80,11 +80,11 @@ def train(
     """
     check_demand(config, dataset)
     run = Run(config, dataset, storage)
-    try:
-        with Watchdog(config.training.step_timeout_s) as watchdog:
+    with Watchdog(config.training.step_timeout_s) as watchdog:  # over closing, too: a save may wait for a dead rank
+        try:
             return run.train(watchdog, report, on_checkpoint or _ignore, should_stop or _never)
-    finally:
-        run.close()
+        finally:
+            run.close()
 
 
 class Run:
@@ -99,13 +99,12 @@ class Run:
         self.meshes = build_meshes(config.parallelism, self.device.type)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.order = Order.of_run(config, dataset)
-        self.identity = identity_of(config, dataset.digest, self.order.describe())
-        facts = RunFacts(config.run_id, self.identity, dataset.digest, self.order.digest)
-        self.checkpoints = Checkpointer(storage, config.checkpoint, facts, self.device)
+        self.facts = RunFacts.of(config, dataset, self.order)
+        self.checkpoints = Checkpointer(storage, config.checkpoint, self.facts, self.device)
         self.loader = Loader(self.order, storage, self.rank, self.meshes.world_size)
         self.steps = total_steps(config.schedule, config.training.sequence_length)
 
-        resume_from = self.checkpoints.newest(lambda sequences: int(self.order.positions(sequences - 1)) + 1)
+        resume_from = self.checkpoints.newest(self.order)
         self.model, self.optimizer = build(config, self.meshes, self.device)
         self.guard = Guard(self.device)
         self.at = Position()
@@ -205,7 +204,7 @@ class Run:
         path = f"{train_folder(self.config.run_id)}/manifest.json"
         if self.rank == 0:
             manifest = TrainManifest(
-                identity=identity_digest(self.identity),
+                identity=identity_digest(self.facts.identity),
                 checkpoint=self.checkpoint,
                 steps=self.steps,
                 metrics=files.entries(self.steps),

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray.train import PreemptionInfo
 
-from jobs.train import TrainingFailed, train_with_ray
+from jobs.train import PreemptionNotice, train_with_ray
 from pipeline.storage import Storage
+from pipeline.training.checkpoint import ForeignCheckpoint
 from pipeline.training.metrics import TrainProgress
 from tests.distributed import run_distributed
 from tests.training.make import Watched, tiny, tiny_dataset
@@ -58,5 +60,13 @@ def test_a_dead_worker_costs_no_more_than_an_interval(tmp_path, cluster):
     assert manifest == run_distributed(without_ray, 2, str(tmp_path / "plain"))[0]
 
     foreign = tiny(str(tmp_path / "ray"), parallelism=PARALLELISM, optimizer__weight_decay=0.3)
-    with pytest.raises(TrainingFailed, match=r"optimizer.weight_decay is 0.3 here and 0.1 there"):
+    with pytest.raises(ForeignCheckpoint, match=r"optimizer.weight_decay is 0.3 here and 0.1 there"):
         train_with_ray(foreign, tiny_dataset(storage), storage)
+
+
+def test_a_drain_notice_is_a_request_to_stop(monkeypatch):
+    """Ray is asked at every third step, by all ranks alike: its answer is a barrier."""
+    answers = iter([None, PreemptionInfo(deadline_ms=12_000, preempted_node_to_ranks={"node": [1]})])
+    monkeypatch.setattr("ray.train.get_preemption_info", lambda: next(answers))
+    notice = PreemptionNotice(every=3)
+    assert [notice() for _ in range(6)] == [False, False, False, False, False, True]

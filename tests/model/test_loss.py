@@ -19,7 +19,7 @@ def draws(N=70, D=16, V=50, dtype=torch.float32):
 
 @pytest.mark.parametrize("upstream", [1.0, 1 / 37, -3.5])
 def test_sum_and_gradients_equal_cross_entropy(upstream, monkeypatch):
-    monkeypatch.setitem(loss_module.CHUNK_TOKENS, "cpu", 16)  # several chunks, the last one short
+    monkeypatch.setattr(loss_module, "CPU_CHUNK_NUMBERS", 16 * 50)  # several chunks, the last one short
     x, weight, labels = draws()
     ours = cross_entropy_sum(x, weight, labels)
     theirs = F.cross_entropy(x @ weight.T, labels, reduction="sum")
@@ -39,7 +39,7 @@ def test_all_labels_ignored_gives_zero_loss_and_zero_gradients():
 
 def test_bf16_loss_is_summed_in_fp32(monkeypatch):
     """Four thousand losses of about four: a bf16 sum has steps of 64 there."""
-    monkeypatch.setitem(loss_module.CHUNK_TOKENS, "cpu", 64)
+    monkeypatch.setattr(loss_module, "CUDA_CHUNK", 64)
     x, weight, labels = draws(N=4096, dtype=torch.bfloat16)
     ours = cross_entropy_sum(x, weight, labels)
     exact = F.cross_entropy(x.double() @ weight.double().T, labels, reduction="sum")
@@ -64,7 +64,7 @@ def test_all_logits_are_never_held(monkeypatch):
                     self.numel = max(self.numel, tensor.numel())
             return out
 
-    monkeypatch.setitem(loss_module.CHUNK_TOKENS, "cpu", 16)
+    monkeypatch.setattr(loss_module, "CPU_CHUNK_NUMBERS", 16 * 200)
     x, weight, labels = draws(N=512, D=8, V=200)
     with Largest() as largest:
         cross_entropy_sum(x, weight, labels).backward()

@@ -234,6 +234,12 @@ def _fixed_gradients(named: list[tuple[str, nn.Parameter]], step: int) -> None:
         )
 
 
+def one_rank() -> None:
+    optimizer = whole_model(ParallelismConfig(), MODEL, config(), "FSDP on a mesh of one", 2)
+    assert optimizer.stats()["bytes_sent"] == 0
+    assert optimizer.stats()["plans"]["local"] == len(optimizer.muon.parameters)
+
+
 def two_ranks(folder: str) -> None:
     dense_cases(2)
     byte_budget(2)
@@ -279,6 +285,9 @@ def four_ranks(folder: str) -> None:
     for split in ("off", "on"):
         optimizer = whole_model(hsdp, MODEL, config(hsdp_split=split), f"HSDP 2x2, split {split}", 2)
     assert optimizer.muon.plan.split_replicas
+    named = list(build_model(hsdp, MODEL).named_parameters())
+    auto = build_optimizer(named, config(hsdp_split="auto"), moonlight_rules(MODEL, config()))
+    assert not auto.muon.plan.split_replicas  # too small to pay
     assert optimizer.muon.plan.imbalance < 1.5
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     compare(

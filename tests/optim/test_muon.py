@@ -2,6 +2,7 @@
 
 import pytest
 
+from pipeline.optim.muon import overlap
 from tests.distributed import run_distributed
 from tests.optim import ranks
 
@@ -21,3 +22,38 @@ def test_four_ranks(checkpoint):
 @pytest.mark.parametrize("world", [2, 3])
 def test_two_and_three_ranks(world, checkpoint):
     run_distributed({2: ranks.two_ranks, 3: ranks.three_ranks}[world], world, checkpoint, timeout=200)
+
+
+def test_one_rank():
+    run_distributed(ranks.one_rank, 1)
+
+
+def test_exchanges_start_before_computations_and_two_at_a_time():
+    log, flying = [], []
+
+    class Handle:
+        def __init__(self, name):
+            self.name = name
+            flying.append(name)
+            assert len(flying) <= 2
+            log.append(f"launch {name}")
+
+        def wait(self):
+            flying.remove(self.name)
+            log.append(f"wait {self.name}")
+
+    def exchange(name):
+        yield Handle(f"{name} forth")
+        yield Handle(f"{name} back")
+        log.append(f"apply {name}")
+
+    def computation(name):
+        log.append(f"compute {name}")
+        yield None
+        log.append(f"finish {name}")
+
+    overlap([exchange(n) for n in "abc"], [computation(n) for n in "xy"])
+    assert log[:4] == ["launch a forth", "launch b forth", "compute x", "finish x"]
+    assert log.index("compute y") < log.index("wait b forth")
+    assert [entry for entry in log if entry.startswith("apply")] == ["apply a", "apply b", "apply c"]
+    assert not flying

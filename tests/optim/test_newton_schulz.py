@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.optim._muon import _zeropower_via_newtonschulz as torch_newton_schulz
 
+from pipeline.optim import newton_schulz
 from pipeline.optim.newton_schulz import coefficients, orthogonalize
 
 SHAPES = [(4, 24, 40), (4, 40, 24), (3, 32, 32), (2, 1, 9), (3, 257, 64), (1, 176, 256)]
@@ -16,6 +17,14 @@ def test_batches_equal_torch_matrix_by_matrix(shape, dtype):
     found = orthogonalize(x_BMN, coefficients("moonlight", 5))
     for x_MN, o_MN in zip(x_BMN, found):
         assert torch.equal(o_MN, torch_newton_schulz(x_MN, (3.4445, -4.7750, 2.0315), 5, 1e-7))
+
+
+def test_large_batches_are_cut_into_tiles(monkeypatch):
+    x_BMN = torch.randn(7, 12, 10, generator=torch.Generator().manual_seed(0))
+    expected = orthogonalize(x_BMN, coefficients("moonlight", 5))
+    for tile in (1, 240, 359, 840):
+        monkeypatch.setattr(newton_schulz, "CPU_TILE", tile)
+        assert torch.equal(orthogonalize(x_BMN, coefficients("moonlight", 5)), expected)
 
 
 def polynomial(x_MN: torch.Tensor, name: str, steps: int) -> torch.Tensor:

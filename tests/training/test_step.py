@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.manifest import DatasetManifest
+from pipeline.model.hf import hf_tensors
 from pipeline.parallel.local import local_tensor
 from pipeline.storage import Storage
 from pipeline.training.batches import read_step
@@ -129,3 +131,20 @@ def test_the_loss_is_the_mean_over_valid_tokens(tmp_path):
     assert counts.min() < counts.max()
     assert run.advance(False).fetch().loss == pytest.approx(expected.item(), rel=1e-6)
     run.close()
+
+
+def test_starts_from_published_weights(tmp_path):
+    """Another seed, the weights of a Hugging Face folder: the run begins where the exported network stands."""
+    dataset = tiny_dataset(Storage(tiny(str(tmp_path)).storage))
+    source = build(str(tmp_path), dataset, 1)
+    (tmp_path / "hf").mkdir()
+    save_file(
+        {name: tensor.contiguous().clone() for name, tensor in hf_tensors(source.model)},
+        tmp_path / "hf/model.safetensors",
+    )
+    source.close()
+    for folder in (str(tmp_path / "hf"), "hf"):  # a local path, or one below the storage root
+        run = build(str(tmp_path), dataset, 1, seed=7, training__initial_weights=folder)
+        assert torch.equal(run.model.lm_head.weight, source.model.lm_head.weight)
+        assert run.at.step == 0
+        run.close()

@@ -1,0 +1,54 @@
+# Every target makes the virtual environment when it is missing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ROOT ?= runs
+export RAY_AUTH_MODE ?= disabled
+export RAY_USAGE_STATS_ENABLED = 0
+
+.PHONY: help setup demo test test-long test-demo lint format benchmarks compare-optimizers clean
+
+help: ## This list
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## Make .venv with the pinned dependencies
+
+# torch first and alone: a CPU machine without an index of CPU builds would otherwise be given gigabytes of CUDA by another package.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt 'torch>=2.11,<2.14'
+	$(BIN)/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *p['optional-dependencies']['dev'], sep='\n')" > $(VENV)/requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement $(VENV)/requirements.txt
+	touch $@
+
+demo: $(STAMP) ## The whole pipeline on real text on this machine: raw text to published model
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m jobs.pipeline --config debug storage.root=$(ROOT)
+
+test: $(STAMP) ## All tests but the long ones
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest
+
+test-long: $(STAMP) ## Fault and scale tests (an hour or more)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m long
+
+test-demo: $(STAMP) ## The demo in every way it can be run: killed, submitted, on S3 (half an hour)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m demo
+
+lint: $(STAMP) ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports
+
+format: $(STAMP) ## Sort imports and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+compare-optimizers: $(STAMP) ## Muon against AdamW on the demo corpus at three sizes (under 40 minutes on 2 cores)
+	$(BIN)/python -m benchmarks.compare_optimizers
+
+clean: ## Remove the environment, caches and the demo's results
+	rm -rf $(VENV) $(ROOT) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+include k8s/k8s.mk

@@ -1,0 +1,49 @@
+"""`jobs.pipeline --backend kuberay`: every stage as a RayJob in the cluster this process can reach.
+
+The work is `pipeline.workflow.rayjobs.run_stage`: idempotent, re-attachable, with an exit code for each class of failure. This
+is the adapter: which stages, what their arguments are, when they are done, and what is shown meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from jobs import stages
+from jobs.summary import print_summary
+from pipeline.config.schema import RunConfig
+from pipeline.storage import Storage
+from pipeline.workflow.rayjobs import StageFailed, StageStatus, connect, options_from, run_stage
+from pipeline.workflow.record import STAGES, add_event
+
+
+def run_on_kuberay(config: RunConfig, storage: Storage, given: argparse.Namespace) -> int:
+    """Run the wanted stages; returns the exit code (`rayjobs.Outcome`)."""
+    api, options = connect(os.environ), options_from(os.environ)
+    arguments = ["--config", given.config, *given.overrides]
+
+    def report(status: StageStatus) -> None:
+        detail = f"{status.reason} {status.message}".strip()
+        where = f"  dashboard {status.dashboard_url}" if status.dashboard_url else ""
+        print(f"{status.stage:<9} {status.name}: {status.phase}  {detail}{where}".rstrip(), flush=True)
+        add_event(storage, config.run_id, "rayjob", status.stage, name=status.name, phase=status.phase, detail=detail)
+
+    for stage in [given.only] if given.only else STAGES:
+        try:
+            status = run_stage(
+                config,
+                stage,
+                arguments,
+                api=api,
+                done=lambda stage=stage: stages.find(config, storage).done(stage),  # type: ignore[misc]
+                report=report,
+                options=options,
+            )
+        except StageFailed as error:
+            print(f"error: {error}", file=sys.stderr)
+            return int(error.outcome)
+        print(f"{stage:<9} {'up to date' if status is None else 'done'}", flush=True)
+    if not given.only:
+        print_summary(config, storage, stages.find(config, storage), given.config)
+    return 0

@@ -1,0 +1,219 @@
+"""The four stages, as every front door runs them: what is already done, and how to do the rest.
+
+A stage is a function from the records before it and its configuration to one record in storage. `find` returns that
+record if it is there and was made from exactly these inputs; `run` makes it. So a finished stage costs a read, and after
+any crash the same command goes on where the records end.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from data_prep.prepare import identity as dataset_identity
+from data_prep.prepare import prepare
+from data_prep.records import PrepareProgress, dataset_path
+from pipeline.config.load import ConfigError
+from pipeline.config.schema import RunConfig
+from pipeline.dataset.order import check_demand
+from pipeline.evaluation import heldout
+from pipeline.evaluation.heldout import EvaluationProgress
+from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, ModelManifest, TrainManifest
+from pipeline.publishing import export, registry
+from pipeline.publishing.export import PublishProgress
+from pipeline.storage import Storage
+from pipeline.training.checkpoint import committed as committed_checkpoints
+from pipeline.training.checkpoint import train_folder
+from pipeline.training.identity import run_identity
+from pipeline.training.metrics import TrainProgress
+from pipeline.workflow.record import STAGES, ProgressFile, StageProgress, add_event
+
+
+class MissingInput(ValueError):
+    """A stage before this one has not been done; the message has the command that does it."""
+
+
+@dataclass
+class Records:
+    """What the stages of a run have left so far; None from the first one that is not done."""
+
+    dataset: DatasetManifest | None = None
+    train: TrainManifest | None = None
+    checkpoint: CheckpointManifest | None = None  # the one to evaluate and publish
+    evaluation: EvaluationManifest | None = None
+    model: ModelManifest | None = None
+
+    def done(self, stage: str) -> bool:
+        return {
+            "prepare": self.dataset,
+            "train": self.train,
+            "evaluate": self.evaluation,
+            "publish": self.model,
+        }[stage] is not None
+
+
+def find(config: RunConfig, storage: Storage) -> Records:
+    """Read the records of the run, stage by stage. Raises ConfigError for a corpus that is missing or empty, and for a demand
+    that the prepared data cannot meet."""
+    records = Records()
+    data = storage.read_or_none(dataset_path(dataset_identity(config, storage)))
+    if data is None:
+        return records
+    records.dataset = DatasetManifest.model_validate_json(data)
+    try:
+        check_demand(config, records.dataset)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    data = storage.read_or_none(f"{train_folder(config.run_id)}/manifest.json")
+    train = None if data is None else TrainManifest.model_validate_json(data)
+    if train is None or train.identity != run_identity(config, records.dataset):
+        return records
+    records.train = train
+    records.checkpoint = _chosen_checkpoint(config, train, storage)
+    records.evaluation = heldout.committed(config, records.dataset, records.checkpoint, storage)
+    if records.evaluation is not None:
+        version = export.version_name(config, records.checkpoint, records.evaluation, records.dataset)
+        records.model = registry.find(storage, config.publishing.name, version)
+    return records
+
+
+def run(stage: str, config: RunConfig, storage: Storage) -> None:
+    """Do one stage on the connected Ray cluster; nothing if it is done. Raises MissingInput and what the stage raises."""
+    records = find(config, storage)
+    if records.done(stage):
+        print(f"{stage}: up to date", flush=True)
+        return
+    before = STAGES[: STAGES.index(stage)]
+    for earlier in before:
+        if not records.done(earlier):
+            raise MissingInput(
+                f"{stage} needs the result of {earlier}, which is not there; run python -m jobs.{earlier}"
+            )
+    add_event(storage, config.run_id, "started", stage)
+    start = time.monotonic()
+    try:
+        _do(stage, config, storage, records)
+    except BaseException as error:
+        seconds = round(time.monotonic() - start, 3)
+        add_event(
+            storage, config.run_id, "failed", stage, seconds=seconds, error=f"{type(error).__name__}: {error}"[:500]
+        )
+        raise
+    add_event(storage, config.run_id, "finished", stage, seconds=round(time.monotonic() - start, 3))
+
+
+def check_supply(config: RunConfig, storage: Storage, corpus_bytes: dict[str, int]) -> None:
+    """Refuse, before any work, a demand that no tokenizer could meet: a token is at least one byte (or one EOS)."""
+    total = config.schedule.total_tokens
+    supply = sum(corpus_bytes[source.name] * source.max_epochs for source in config.corpus.sources)
+    if total > supply:
+        raise ConfigError(
+            f"schedule.total_tokens {total:,} is more than the corpus can hold: {sum(corpus_bytes.values()):,} bytes give at most "
+            f"{int(supply):,} tokens over the epochs allowed (corpus.sources[].max_epochs); add text, allow more epochs or train on less"
+        )
+
+
+def git_commit() -> str:
+    """Of the code that runs: from the image or submission, else from the checkout; 'unknown' outside of both."""
+    given = os.environ.get("MOONLIGHT_GIT_COMMIT")
+    if given and given != "unknown":
+        return given
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _chosen_checkpoint(config: RunConfig, train: TrainManifest, storage: Storage) -> CheckpointManifest:
+    wanted = config.evaluation.checkpoint
+    if wanted == "last" or wanted == train.checkpoint.step:
+        return train.checkpoint
+    found = {manifest.step: manifest for manifest in committed_checkpoints(storage, config.run_id)}
+    if wanted not in found:
+        raise ConfigError(f"evaluation.checkpoint {wanted}: no such checkpoint; there are {sorted(found)}")
+    return found[wanted]
+
+
+def _do(stage: str, config: RunConfig, storage: Storage, records: Records) -> None:
+    # Each stage brings its own heavy imports: looking at what is done needs none of them.
+    show = ProgressFile(config.storage, config.run_id)
+    if stage == "prepare":
+        from data_prep.mapping import map_on_ray
+
+        dataset = prepare(config, storage, map_units=map_on_ray(config.cluster), report=partial(_prepare, show))
+        try:
+            check_demand(config, dataset)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        return
+    assert records.dataset is not None
+    if stage == "train":
+        from jobs.train import train_with_ray
+
+        train_with_ray(config, records.dataset, storage, report=partial(_train, show))
+        return
+    assert records.train is not None
+    assert records.checkpoint is not None
+    if stage == "evaluate":
+        from jobs.evaluate import evaluate_with_ray
+
+        evaluate_with_ray(config, records.dataset, records.checkpoint, storage, report=_Evaluation(show))
+        return
+    from jobs.publish import publish_with_ray
+
+    assert records.evaluation is not None
+    publish_with_ray(
+        config,
+        records.train,
+        records.evaluation,
+        records.dataset,
+        checkpoint=records.checkpoint,
+        git_commit=git_commit(),
+        report=partial(_publish, show),
+    )
+
+
+def _prepare(show: ProgressFile, at: PrepareProgress) -> None:
+    note = (
+        f"{at.phase}  {at.documents:,} documents  {at.text_bytes / 1e6:,.1f} MB ({at.megabytes_per_second:,.1f} MB/s)"
+    )
+    if at.units_failed:
+        note += f"  {at.units_failed} FAILED"
+    show(
+        StageProgress(
+            "prepare", at.units_done, at.units_total, "units", at.tokens_per_second, "tokens", at.eta_seconds, note
+        )
+    )
+
+
+def _train(show: ProgressFile, at: TrainProgress) -> None:
+    show(
+        StageProgress(
+            "train", at.step, at.steps, "steps", at.tokens_per_second, "tokens", at.eta_s, f"loss {at.loss:.4f}"
+        )
+    )
+
+
+class _Evaluation:
+    """Rate and ETA from the tokens done since the first report."""
+
+    def __init__(self, show: ProgressFile) -> None:
+        self._show = show
+        self._start: float | None = None
+
+    def __call__(self, at: EvaluationProgress) -> None:
+        now = time.monotonic()
+        self._start = now if self._start is None else self._start
+        rate = at.done_tokens / (now - self._start) if now > self._start else 0.0
+        eta = (at.total_tokens - at.done_tokens) / rate if rate else None
+        note = f"loss {at.loss:.4f}"
+        self._show(StageProgress("evaluate", at.done_tokens, at.total_tokens, "tokens", rate, "tokens", eta, note))
+
+
+def _publish(show: ProgressFile, at: PublishProgress) -> None:
+    show(StageProgress("publish", at.done_bytes, at.total_bytes, "bytes", 0.0, "bytes", None, at.doing))

@@ -1,0 +1,49 @@
+"""The end of a run on the screen: where the model is, how good it is, how long it took, what to type next."""
+
+from __future__ import annotations
+
+from jobs.stages import Records
+from pipeline.config.schema import RunConfig
+from pipeline.evaluation.report import write_report
+from pipeline.publishing import registry
+from pipeline.storage import Storage
+from pipeline.workflow.record import duration, read_events, stage_seconds
+
+
+def print_summary(config: RunConfig, storage: Storage, records: Records, config_name: str) -> None:
+    """Write the run's report and print the summary. All stages must be done."""
+    dataset, train, evaluation, model = records.dataset, records.train, records.evaluation, records.model
+    assert dataset is not None
+    assert train is not None
+    assert evaluation is not None
+    assert model is not None
+    seconds = stage_seconds(read_events(storage, config.run_id))
+    report = write_report(config, dataset, train, evaluation, model, storage, stage_seconds=seconds)
+    folder = storage.uri(registry.folder(model.name, model.version))
+    below = evaluation.unigram_entropy - evaluation.overall.loss
+    lines = [
+        "",
+        f"model      {folder}",
+        f"digest     {model.digest}",
+        f"trained    {train.checkpoint.tokens_seen:,} tokens in {train.steps:,} steps; data: {dataset.tokens:,} tokens, "
+        f"{sum(source.counts.docs_out for source in dataset.sources):,} documents",
+        f"held out   loss {evaluation.overall.loss:.3f} nats per token, {below:.2f} under the unigram entropy "
+        f"({evaluation.unigram_entropy:.3f})",
+        f"           {evaluation.overall.bits_per_byte:.3f} bits per byte; "
+        + ", ".join(f"{name} {value:.3f}" for name, value in evaluation.baselines.items()),
+        *(
+            f"           {name:<20} loss {score.loss:.3f}  {score.bits_per_byte:.3f} bits per byte"
+            for name, score in evaluation.sources.items()
+        ),
+    ]
+    if seconds:
+        times = ", ".join(f"{stage} {duration(value)}" for stage, value in seconds.items())
+        lines.append(f"time       {times} (together {duration(sum(seconds.values()))})")
+    lines += [
+        f"report     {storage.uri(report)}",
+        "",
+        "next       read the model card:   " + f"{folder}/README.md",
+        '           load it:               transformers.AutoModelForCausalLM.from_pretrained("' + folder + '")',
+        f"           train longer:          python -m jobs.pipeline --config {config_name} run_id=longer ... (docs: README.md)",
+    ]
+    print("\n".join(lines), flush=True)

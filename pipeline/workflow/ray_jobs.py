@@ -1,0 +1,94 @@
+"""Stages as Ray jobs: submit one, follow it to its end, tell the truth about how it ended.
+
+The submission id is a function of (run, stage, what it works on, attempt), so of two drivers one submits and the other
+follows. A job's status is asked of the job server again and again; its log stream is never trusted with the verdict, because
+`ray job submit` and `logs --follow` end with 0 for stopped jobs and dropped connections. STOPPED is not success.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+POLL_S = 1.0
+PATIENCE_S = 120.0  # how long the job server may stay away
+ATTEMPTS = 1000
+
+
+class StageJobFailed(Exception):
+    """A stage job that did not succeed. `exit_code` is its driver's (1 when there was none); the message has its last lines."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """What to submit. `name` without the attempt is the identity of the work."""
+
+    name: str  # e.g. debug-train-1a2b3c
+    entrypoint: str
+    metadata: Mapping[str, str]  # job_name is what the dashboard's list shows
+    runtime_env: Mapping[str, Any]
+
+
+def submit_or_attach(client: JobSubmissionClient, job: StageJob) -> str:
+    """The submission id of the job's unfinished attempt, or of a new one after every earlier attempt has ended."""
+    attempts = {info.submission_id: info.status for info in client.list_jobs() if info.submission_id}
+    for attempt in range(1, ATTEMPTS):
+        submission_id = f"{job.name}-{attempt}"
+        status = attempts.get(submission_id)
+        if status is not None and not status.is_terminal():
+            return submission_id
+        if status is None:
+            try:
+                client.submit_job(
+                    entrypoint=job.entrypoint,
+                    submission_id=submission_id,
+                    metadata=dict(job.metadata),
+                    runtime_env=dict(job.runtime_env),
+                )
+            except RuntimeError as error:  # somebody submitted the same id a moment ago
+                if "already exists" not in str(error):
+                    raise
+            return submission_id
+    raise StageJobFailed(f"{job.name}: {ATTEMPTS} attempts on this cluster; look at their logs", 1)
+
+
+def follow(client: JobSubmissionClient, submission_id: str, on_poll: Callable[[], None]) -> None:
+    """Wait for the end. Returns on SUCCEEDED; raises StageJobFailed on FAILED, STOPPED, or a job server that stays away."""
+    last_answer = time.monotonic()
+    while True:
+        try:
+            info = client.get_job_info(submission_id)
+            last_answer = time.monotonic()
+        except (RuntimeError, OSError) as error:
+            if time.monotonic() - last_answer > PATIENCE_S:
+                raise StageJobFailed(
+                    f"{submission_id}: the job server has not answered for {PATIENCE_S:.0f} s ({error}); "
+                    "run the same command again to go on",
+                    1,
+                ) from error
+            time.sleep(POLL_S)
+            continue
+        if info.status == JobStatus.SUCCEEDED:
+            return
+        if info.status.is_terminal():
+            raise StageJobFailed(
+                f"{submission_id} {info.status.value}{_tail(client, submission_id)}", info.driver_exit_code or 1
+            )
+        on_poll()
+        time.sleep(POLL_S)
+
+
+def _tail(client: JobSubmissionClient, submission_id: str, lines: int = 15) -> str:
+    try:
+        log = client.get_job_logs(submission_id).strip().splitlines()
+    except (RuntimeError, OSError) as error:
+        return f" (its log cannot be read: {error})"
+    return "; its last lines:\n" + "\n".join(f"  | {line}" for line in log[-lines:]) if log else ""

@@ -1,0 +1,131 @@
+"""What a run writes about itself for people: `progress.json` (now) and `events.jsonl` (what happened when).
+
+    <root>/runs/<run_id>/progress.json   the stage at work: done, total, rate, ETA; replaced at most once a second
+    <root>/runs/<run_id>/events.jsonl    a line a stage started, finished or failed, with UNIX times and seconds
+
+Neither is hashed nor read by a stage: they describe the making, not the thing. A lost update costs a line on a screen,
+so failures to write them are reported on stderr and the work goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipeline.config.schema import StorageConfig
+from pipeline.storage import Storage, open_storage
+
+STAGES = ("prepare", "train", "evaluate", "publish")
+
+
+@dataclass(frozen=True)
+class StageProgress:
+    """How far a stage is. `done` and `total` are in `unit`; `rate` is in `rate_unit` per second."""
+
+    stage: str
+    done: int
+    total: int
+    unit: str
+    rate: float
+    rate_unit: str
+    eta_s: float | None
+    note: str = ""
+    updated: float = 0.0  # UNIX time
+
+    def line(self) -> str:
+        share = f" {self.done / self.total:4.0%}" if self.total else ""
+        eta = "" if self.eta_s is None else f"  {duration(self.eta_s)} left"
+        rate = f"  {self.rate:,.0f} {self.rate_unit}/s" if self.rate else ""
+        note = f"  {self.note}" if self.note else ""
+        return f"{self.stage:<9}{share}  {self.done:,}/{self.total:,} {self.unit}{note}{rate}{eta}"
+
+
+def progress_path(run_id: str) -> str:
+    return f"runs/{run_id}/progress.json"
+
+
+def events_path(run_id: str) -> str:
+    return f"runs/{run_id}/events.jsonl"
+
+
+@dataclass
+class ProgressFile:
+    """Prints progress and keeps `progress.json`; picklable, so it goes to the process where the work is done."""
+
+    storage: StorageConfig
+    run_id: str
+    every_s: float = 1.0
+    _written: float = field(default=0.0, repr=False)
+
+    def __call__(self, progress: StageProgress) -> None:
+        now = time.time()
+        finished = progress.done >= progress.total
+        if not finished and now - self._written < self.every_s:
+            return
+        self._written = now
+        print(progress.line(), flush=True)
+        record = {**asdict(progress), "updated": now}
+        _keep(lambda: open_storage(self.storage).write(progress_path(self.run_id), json.dumps(record).encode()))
+
+
+def read_progress(storage: Storage, run_id: str) -> StageProgress | None:
+    data = storage.read_or_none(progress_path(run_id))
+    return None if data is None else StageProgress(**json.loads(data))
+
+
+def add_event(storage: Storage, run_id: str, event: str, stage: str, **facts: Any) -> None:
+    """Append one line; concurrent writers do not lose each other's."""
+    line = json.dumps({"time": round(time.time(), 3), "event": event, "stage": stage, **facts}, sort_keys=True)
+    path = events_path(run_id)
+
+    def append() -> None:
+        for _ in range(20):
+            etag = storage.etag(path)
+            before = (storage.read_or_none(path) or b"") if etag else b""
+            if storage.swap(path, before + line.encode() + b"\n", etag):
+                return
+        raise OSError("lost twenty races in a row")
+
+    _keep(append)
+
+
+def read_events(storage: Storage, run_id: str) -> list[dict[str, Any]]:
+    data = storage.read_or_none(events_path(run_id)) or b""
+    return [json.loads(line) for line in data.splitlines()]
+
+
+def stage_seconds(events: list[dict[str, Any]]) -> dict[str, float]:
+    """Wall seconds of each stage, failed attempts included, since the stage last had to be done."""
+    seconds: dict[str, float] = {}
+    finished: set[str] = set()
+    for event in events:
+        stage = event["stage"]
+        if event["event"] == "started" and stage in finished:
+            finished.discard(stage)
+            seconds.pop(stage, None)
+        if "seconds" in event:
+            seconds[stage] = seconds.get(stage, 0.0) + event["seconds"]
+        if event["event"] == "finished":
+            finished.add(stage)
+    return {stage: seconds[stage] for stage in STAGES if stage in seconds}
+
+
+def duration(seconds: float) -> str:
+    """95 -> '1 min 35 s'; 7300 -> '2 h 2 min'."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total} s"
+    if total < 3600:
+        return f"{total // 60} min {total % 60} s"
+    return f"{total // 3600:,} h {total % 3600 // 60} min"
+
+
+def _keep(write: Callable[[], None]) -> None:
+    try:
+        write()
+    except OSError as error:  # includes what S3 clients raise for a lost connection
+        print(f"progress not recorded ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
