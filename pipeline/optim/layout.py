@@ -241,8 +241,8 @@ def _buckets(
         for _, worker, block in keyed:
             layout = parameters[block.parameter].layout
             size = numel(block.box) * wire_bytes
-            # Received by the worker; sent in equal pieces by its group.
-            sent = size / layout.axes[layout.axis(axis)][1] if axis else 0.0
+            # Received by the worker; sent in equal pieces by its group, whose replicas may then exchange them all.
+            sent = size / layout.axes[layout.axis(axis)][1] if axis else size
             sender = ("send", *layout.group(axis, block.home))
             if filled.get(worker, 0.0) + size > cap or filled.get(sender, 0.0) + sent > cap:
                 buckets.append(Bucket(axis, tuple(current)))
