@@ -44,7 +44,8 @@ def connect(config: RunConfig, *, dashboard: bool = False, job_name: str = "") -
     if os.environ.get("RAY_ADDRESS"):
         context = ray.init(**options)
     else:
-        # A folder of its own: job drivers look up their cluster in it, and would find another one of this machine in the shared one.
+        # A folder of its own, and the address in it as `ray start` writes it: a job's driver looks up its cluster there, and
+        # would otherwise join any other one that runs on this machine (ray/_private/services.py).
         folder = tempfile.mkdtemp(prefix="moonlight-ray-")
         wanted = config.cluster.cpus_per_worker * config.parallelism.world_size
         context = ray.init(
@@ -58,6 +59,7 @@ def connect(config: RunConfig, *, dashboard: bool = False, job_name: str = "") -
             _node_ip_address="127.0.0.1",  # a laptop's other addresses come and go
             **options,
         )
+        Path(folder, "ray_current_cluster").write_text(ray.get_runtime_context().gcs_address)
     try:
         url = getattr(context, "dashboard_url", "") or ""
         yield url if not url or "://" in url else f"http://{url}"
