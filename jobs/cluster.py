@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,9 +40,13 @@ def connect(config: RunConfig, *, dashboard: bool = False, job_name: str = "") -
     from ray.job_config import JobConfig
 
     options: dict[str, Any] = {"log_to_driver": True, "configure_logging": True, "logging_level": "WARNING"}
+    folder = None
     if os.environ.get("RAY_ADDRESS"):
         context = ray.init(**options)
     else:
+        # A folder of its own, and the address in it as `ray start` writes it: a job's driver looks up its cluster there, and
+        # would otherwise join any other one that runs on this machine (ray/_private/services.py).
+        folder = tempfile.mkdtemp(prefix="moonlight-ray-")
         wanted = config.cluster.cpus_per_worker * config.parallelism.world_size
         context = ray.init(
             address="local",
@@ -49,13 +55,18 @@ def connect(config: RunConfig, *, dashboard: bool = False, job_name: str = "") -
             object_store_memory=OBJECT_STORE_BYTES,
             job_config=JobConfig(metadata={"job_name": job_name} if job_name else None),
             runtime_env=code_environment(),
+            _temp_dir=folder,
+            _node_ip_address="127.0.0.1",  # a laptop's other addresses come and go
             **options,
         )
+        Path(folder, "ray_current_cluster").write_text(ray.get_runtime_context().gcs_address)
     try:
         url = getattr(context, "dashboard_url", "") or ""
         yield url if not url or "://" in url else f"http://{url}"
     finally:
         ray.shutdown()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def in_a_ray_job() -> bool:

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,9 +102,11 @@ def test_killed_in_training_it_goes_on_from_the_last_checkpoint(
 
 @pytest.fixture
 def cluster() -> Iterator[str]:
-    """`ray start --head` on ports of its own."""
+    """`ray start --head` on ports and in a folder of its own: jobs of several clusters in one folder mix up their heads."""
     ray = str(Path(sys.executable).parent / "ray")
     head = [ray, "start", "--head", "--port=26379", "--dashboard-port=28265", "--num-cpus=2", "--block"]
+    folder = tempfile.mkdtemp(prefix="ray-")  # not pytest's: its sockets' paths would be too long
+    head.append(f"--temp-dir={folder}")
     process = subprocess.Popen(head, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL)
     address = "http://127.0.0.1:28265"
     deadline = time.monotonic() + 120
