@@ -127,7 +127,7 @@ def best_rate(curves: Curves, size: int) -> float:
     return min(swept, key=lambda run: swept[run].final).rate
 
 
-def configure(run: Contender, steps: int, root: str, dataset: DatasetManifest) -> RunConfig:
+def configure(run: Contender, steps: int, root: str, dataset_digest: str) -> RunConfig:
     """The preset at another size, with its schedule's shape over other steps. The run's name holds a digest of all of it."""
     step_tokens = SEQUENCE * SEQUENCES
     total, warmup, frozen = (round(steps * part) * step_tokens for part in (1.0, 0.1, 0.8))
@@ -149,7 +149,7 @@ def configure(run: Contender, steps: int, root: str, dataset: DatasetManifest) -
     }
     config = load_config("debug", overrides(changes))
     decisive = config.model_dump(mode="json", exclude={"run_id", "storage", "cluster", "publishing"})
-    digest = digest_of({"dataset": dataset.digest, "config": decisive})
+    digest = digest_of({"dataset": dataset_digest, "config": decisive})
     return config.model_copy(update={"run_id": f"{run.optimizer}-{run.hidden}-{digest[:12]}"})
 
 
@@ -175,7 +175,7 @@ def run_all(sizes: Sequence[int], steps: int, storage: Storage, dataset: Dataset
     """Every run of the comparison, two at a time, the largest last; AdamW's best rate joins once the sweep has ended."""
 
     def configured(run: Contender) -> RunConfig:
-        return configure(run, steps, storage.config.root, dataset)
+        return configure(run, steps, storage.config.root, dataset.digest)
 
     spawn = multiprocessing.get_context("spawn")
     messages = spawn.Queue()
