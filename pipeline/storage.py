@@ -226,7 +226,7 @@ def filesystem(uri: str, config: StorageConfig) -> fsspec.AbstractFileSystem:
     client: dict[str, Any] = {}
     if config.region:
         client["region_name"] = config.region
-    retries = {"retries": {"max_attempts": 10, "mode": "adaptive"}}
+    retries = {"retries": {"max_attempts": 10, "mode": "standard"}}
     return fsspec.filesystem(
         "s3", endpoint_url=config.endpoint_url, client_kwargs=client, config_kwargs=retries, use_listings_cache=False
     )

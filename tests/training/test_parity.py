@@ -95,7 +95,6 @@ def test_four_ranks_every_way(tmp_path, mesh):
 def compiled(root: str, dataset: DatasetManifest) -> list[float]:
     case = {
         "training__compile": True,
-        "training__activation_checkpointing": "selective",
         "parallelism": {"shard": 2, "ep": 2},
     }
     return [record.loss for record in trained(root, dataset, case)[0]]

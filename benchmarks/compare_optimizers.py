@@ -1,0 +1,421 @@
+"""Muon against AdamW: held-out loss over steps on the demo corpus, at three model sizes.
+
+    python -m benchmarks.compare_optimizers [--sizes 96,160,256] [--steps 120] [--root runs/compare]
+
+The pair of a size has everything in common but the optimizer: initial weights, rows and their order, schedules, weight
+decay, clipping. That is asserted, not assumed: the loss of the first step, before any update, and the digest of the
+data order must agree. Moonlight's claim is about equal rates (section 2.2: an update RMS of 0.2 lets Muon take AdamW's
+rate), so the first comparison is at the rate of the `debug` preset. That rate was chosen for Muon; AdamW therefore gets
+a sweep of its own at the smallest size, and the second comparison is against AdamW at the best of those rates, at every
+size. Muon's rate is not swept. One seed: differences of a hundredth of a nat mean nothing.
+
+Network: the preset's with `hidden_size` d, d / 32 heads of 24 + 8, feed-forward widths 3 d (dense) and 3 d / 4 (expert).
+Corpus and tokenizer: the preset's, prepared in this process unless they are below --root already (`--root runs` after
+`make demo`). Runs: each in a process of its own with one thread, two at a time. Whatever has finished is not repeated;
+an interrupted run continues from its last checkpoint. Every sixth of a run the checkpoint is scored on a fixed
+part of the held-out documents, the same for all (pipeline/evaluation/heldout.py).
+
+Result: a table, `optimizers.png` below --root, and one line of JSON; ratio = Muon's final loss / AdamW's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import multiprocessing
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from queue import Empty
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from data_prep.prepare import prepare
+from data_prep.records import PrepareProgress
+from pipeline.config.load import load_config
+from pipeline.config.schema import RunConfig
+from pipeline.evaluation.heldout import evaluate
+from pipeline.evaluation.weights import count_parameters
+from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, TrainManifest, digest_of
+from pipeline.storage import Storage, open_storage
+from pipeline.training.checkpoint import committed, train_folder
+from pipeline.training.metrics import TrainProgress
+from pipeline.training.trainer import train
+
+PROCESSES = 2
+POINTS = 6  # scored checkpoints of a run
+SEQUENCE, SEQUENCES = 256, 16  # a step is 4,096 tokens
+HELDOUT_TOKENS = 12_000  # per source
+SWEEP = (0.5, 1.0, 2.0)  # AdamW's rates at the smallest size, as multiples of the preset's
+TARGET = 1.0  # Muon's loss at most AdamW's
+PREPARED = load_config("debug")
+MUON, ADAMW, INK, MUTED = "#2563eb", "#d9480f", "#1f2933", "#7b8794"
+RATE = max(stage.end for stage in PREPARED.schedule.learning_rate)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One training run."""
+
+    optimizer: str
+    hidden: int
+    rate: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.optimizer} d={self.hidden} rate={self.rate:g}"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a finished run left behind."""
+
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]  # held-out, nats per token
+    first_loss: float  # of the first training step: a function of initial weights and data alone
+    order_digest: str
+
+    @property
+    def final(self) -> float:
+        return self.losses[-1]
+
+
+Curves = dict[Contender, Curve]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sizes", default="96,160,256", help="hidden sizes, multiples of 32")
+    parser.add_argument("--steps", type=int, default=120, help=f"optimizer steps of {SEQUENCE * SEQUENCES:,} tokens")
+    parser.add_argument("--root", default="runs/compare")
+    given = parser.parse_args()
+    sizes = sorted(int(size) for size in given.sizes.split(","))
+    if given.steps < POINTS or any(size % 32 or size <= 0 for size in sizes):
+        parser.error(f"--steps must be at least {POINTS} and --sizes multiples of 32")
+
+    torch.set_num_threads(1)
+    storage = open_storage(PREPARED.storage.model_copy(update={"root": given.root}))
+    dataset = prepare(PREPARED, storage, report=show_prepare)
+    curves = run_all(sizes, given.steps, storage, dataset)
+    best = best_rate(curves, sizes[0])
+    print(table(curves, sizes, best, given.steps))
+    storage.write("optimizers.png", plot(curves, sizes, best))
+    print(f"\nplot: {storage.uri('optimizers.png')}")
+    print(json.dumps(results(curves, sizes, best)))
+
+
+# -- the runs --------------------------------------------------------------------------------------------------------
+
+
+def planned(sizes: Sequence[int]) -> list[Contender]:
+    """What is known before AdamW's best rate is: the sweep at the smallest size, and the pair of every size."""
+    sweep = [Contender("adamw", sizes[0], RATE * factor) for factor in SWEEP]
+    pairs = [Contender(name, size, RATE) for size in sizes for name in ("muon", "adamw")]
+    return list(dict.fromkeys(sweep + pairs))
+
+
+def best_rate(curves: Curves, size: int) -> float:
+    """AdamW's rate with the lowest final loss at this size."""
+    swept = {run: curve for run, curve in curves.items() if run.optimizer == "adamw" and run.hidden == size}
+    return min(swept, key=lambda run: swept[run].final).rate
+
+
+def configure(run: Contender, steps: int, root: str, dataset_digest: str) -> RunConfig:
+    """The preset at another size, with its schedule's shape over other steps. The run's name holds a digest of all of it."""
+    step_tokens = SEQUENCE * SEQUENCES
+    total, warmup, frozen = (round(steps * part) * step_tokens for part in (1.0, 0.1, 0.8))
+    changes = {
+        **network(run.hidden),
+        "storage.root": root,
+        "optimizer.name": run.optimizer,
+        "schedule.total_tokens": total,
+        "schedule.learning_rate": [
+            {"until_tokens": max(warmup, step_tokens), "shape": "linear", "start": 0.0, "end": run.rate},
+            {"until_tokens": total, "shape": "cosine", "start": run.rate, "end": run.rate / 10},
+        ],
+        "schedule.global_batch": [{"until_tokens": total, "sequences": SEQUENCES}],
+        "schedule.bias_rate": [{"until_tokens": frozen, "rate": 1e-3}, {"until_tokens": total, "rate": 0.0}],
+        "parallelism": {},
+        "training": {"sequence_length": SEQUENCE, "micro_batch": SEQUENCES, "log_every": 1},
+        "checkpoint": {"every_steps": steps // POINTS, "keep": 2},
+        "evaluation": {"max_tokens_per_source": HELDOUT_TOKENS},
+    }
+    config = load_config("debug", overrides(changes))
+    decisive = config.model_dump(mode="json", exclude={"run_id", "storage", "cluster", "publishing"})
+    digest = digest_of({"dataset": dataset_digest, "config": decisive})
+    return config.model_copy(update={"run_id": f"{run.optimizer}-{run.hidden}-{digest[:12]}"})
+
+
+def network(size: int) -> dict[str, Any]:
+    """The preset's network at another hidden size."""
+    return {
+        "model.hidden_size": size,
+        "model.num_attention_heads": size // 32,
+        "model.kv_lora_rank": size // 4,
+        "model.qk_nope_head_dim": 24,
+        "model.qk_rope_head_dim": 8,
+        "model.v_head_dim": 24,
+        "model.intermediate_size": size * 3,
+        "model.moe_intermediate_size": size * 3 // 4,
+    }
+
+
+def overrides(changes: dict[str, Any]) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+
+
+def run_all(sizes: Sequence[int], steps: int, storage: Storage, dataset: DatasetManifest) -> Curves:
+    """Every run of the comparison, two at a time, the largest last; AdamW's best rate joins once the sweep has ended."""
+
+    def configured(run: Contender) -> RunConfig:
+        return configure(run, steps, storage.config.root, dataset.digest)
+
+    spawn = multiprocessing.get_context("spawn")
+    messages = spawn.Queue()
+    curves: Curves = {}
+    running: dict[Future[None], Contender] = {}
+    progress = Overall(sizes)
+    pool = ProcessPoolExecutor(
+        PROCESSES, mp_context=spawn, initializer=adopt, initargs=(messages,), max_tasks_per_child=1
+    )
+    try:
+
+        def start(run: Contender) -> None:
+            config = configured(run)
+            if storage.exists(manifest_path(config)):
+                curves[run] = read_curve(config, storage)
+                print(f"{run.name}: held-out loss {curves[run].final:.4f} (finished before)", flush=True)
+                progress.known(run, 1.0)
+            else:
+                running[pool.submit(execute, run, config, dataset)] = run
+                progress.known(run, 0.0)
+
+        for run in planned(sizes):
+            start(run)
+        swept = [run for run in planned(sizes) if run.optimizer == "adamw" and run.hidden == sizes[0]]
+        best_started = False
+        while running or not best_started:
+            if not best_started and all(run in curves for run in swept):
+                best_started, best = True, best_rate(curves, sizes[0])
+                for run in [Contender("adamw", size, best) for size in sizes[1:] if best != RATE]:
+                    start(run)
+                progress.complete = True
+            done, _ = wait(running, timeout=15, return_when=FIRST_COMPLETED)
+            for run, share in drain(messages):
+                progress.known(run, share)
+            for future in done:
+                future.result()  # a failed run ends the comparison; what has finished is kept
+                run = running.pop(future)
+                curves[run] = read_curve(configured(run), storage)
+                print(f"{run.name}: held-out loss {curves[run].final:.4f}", flush=True)
+                progress.known(run, 1.0)
+            if running:
+                print(progress.line(), flush=True)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    check_pairs(curves)
+    return curves
+
+
+class Overall:
+    """Progress of the comparison, in units of active parameters times share of a run."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes = sizes
+        self.shares: dict[Contender, float] = {}
+        self.complete = False  # all runs are known; before that, one more of every size but the smallest is expected
+        self.began = time.monotonic()
+        self.before: float | None = None  # work that an earlier call had done
+
+    def known(self, run: Contender, share: float) -> None:
+        self.shares[run] = max(share, self.shares.get(run, 0.0))
+
+    def line(self) -> str:
+        done = sum(weight(run.hidden) * share for run, share in self.shares.items())
+        total = sum(weight(run.hidden) for run in self.shares)
+        total += 0 if self.complete else sum(weight(size) for size in self.sizes[1:])
+        self.before = done if self.before is None else self.before
+        elapsed = time.monotonic() - self.began
+        new = done - self.before
+        left = f"about {elapsed * (total - done) / new / 60:.0f} min left" if new > 0 else "time left not known yet"
+        now = ", ".join(f"{run.name} {share:.0%}" for run, share in self.shares.items() if 0 < share < 1)
+        return f"{done / total:.0%} after {elapsed / 60:.1f} min, {left}; {now or 'starting'}"
+
+
+def weight(hidden: int) -> float:
+    """Relative cost of a step: the parameters of attention and feed-forward grow as d squared, the head as d."""
+    return 40.0 * hidden**2 + PREPARED.model.vocab_size * hidden
+
+
+def check_pairs(curves: Curves) -> None:
+    for run, curve in curves.items():
+        twin = next(other for other in curves if other.hidden == run.hidden)
+        assert curve.first_loss == curves[twin].first_loss, f"{run.name} and {twin.name} start from different weights"
+        assert curve.order_digest == curves[twin].order_digest, f"{run.name} and {twin.name} see different data"
+
+
+def drain(messages: Any) -> Iterator[tuple[Contender, float]]:
+    while True:
+        try:
+            yield messages.get_nowait()
+        except Empty:
+            return
+
+
+# -- one run, in its own process -------------------------------------------------------------------------------------
+
+_messages: Any = None  # of the worker process: a spawned pool can hand a queue over only here
+
+
+def adopt(messages: Any) -> None:
+    global _messages
+    _messages = messages
+
+
+def execute(run: Contender, config: RunConfig, dataset: DatasetManifest) -> None:
+    """Train to the end and score every checkpoint on the way; the run's manifest comes after its last score."""
+    torch.set_num_threads(1)
+    storage = open_storage(config.storage)
+
+    def score(checkpoint: CheckpointManifest) -> None:
+        evaluate(config, dataset, checkpoint, storage, report=lambda _: None)
+
+    def report(progress: TrainProgress) -> None:
+        _messages.put((run, min(progress.step / progress.steps, 0.99)))
+
+    for checkpoint in committed(storage, config.run_id):  # of an interrupted run; a known score is not repeated
+        score(checkpoint)
+    train(config, dataset, storage, report=report, on_checkpoint=score)
+
+
+def manifest_path(config: RunConfig) -> str:
+    return f"{train_folder(config.run_id)}/manifest.json"
+
+
+def read_curve(config: RunConfig, storage: Storage) -> Curve:
+    manifest = TrainManifest.model_validate_json(storage.read(manifest_path(config)))
+    scores = [
+        EvaluationManifest.model_validate_json(storage.read(entry.path))
+        for entry in storage.list(f"runs/{config.run_id}/evaluate")
+    ]
+    assert scores[-1].step == manifest.steps, (config.run_id, scores[-1].step, manifest.steps)
+    first = json.loads(storage.read(manifest.metrics[0].path).splitlines()[0])
+    assert first["step"] == 1, first
+    return Curve(
+        tuple(score.step for score in scores),
+        tuple(score.overall.loss for score in scores),
+        first["loss"],
+        manifest.checkpoint.order_digest,
+    )
+
+
+# -- results ---------------------------------------------------------------------------------------------------------
+
+
+def of_size(curves: Curves, size: int) -> list[Contender]:
+    """Muon first, then AdamW by rate."""
+    return sorted((run for run in curves if run.hidden == size), key=lambda run: (run.optimizer == "adamw", run.rate))
+
+
+def table(curves: Curves, sizes: Sequence[int], best: float, steps: int) -> str:
+    """Markdown: held-out loss of every run at every scored step."""
+    points = next(iter(curves.values())).steps
+    head = ["d", "parameters (active)", "optimizer", "rate", *(f"step {step:,}" for step in points), "Muon is there at"]
+    lines = [f"| {' | '.join(head)} |", f"|{'|'.join(['--:', '--:', '---', '--:'] + ['--:'] * (len(points) + 1))}|"]
+    for size in sizes:
+        count = count_parameters(load_config("debug", overrides(network(size))).model)
+        muon = curves[Contender("muon", size, RATE)]
+        for run in of_size(curves, size):
+            mark = " (best)" if run.optimizer == "adamw" and run.rate == best else ""
+            cells = [str(size), f"{count.total / 1e6:.2f} M ({count.active / 1e6:.2f} M)", run.optimizer]
+            cells += [f"{run.rate:g}{mark}", *(f"{loss:.3f}" for loss in curves[run].losses)]
+            cells.append("" if run.optimizer == "muon" else passes(muon, curves[run].final))
+            lines.append(f"| {' | '.join(cells)} |")
+    about = (
+        f"Held-out loss, nats per token; {steps} steps of {SEQUENCE * SEQUENCES:,} tokens, one seed. Last column: the step at "
+        "which Muon passes the row's final loss (interpolated; its schedule is not at its end there)."
+    )
+    return "\n".join(["", about, "", *lines])
+
+
+def passes(curve: Curve, loss: float) -> str:
+    """The step at which a curve first is as low as `loss`."""
+    if curve.losses[0] <= loss:
+        return f"before {curve.steps[0]}"
+    points = list(zip(curve.steps, curve.losses))
+    for (step, high), (next_step, low) in itertools.pairwise(points):
+        if low <= loss:
+            return f"{step + (next_step - step) * (high - loss) / (high - low):.0f}"
+    return "never"
+
+
+def plot(curves: Curves, sizes: Sequence[int], best: float) -> bytes:
+    """PNG of held-out loss over steps, one panel a size."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK})
+        figure = Figure(figsize=(3.2 * len(sizes) + 0.8, 3.6), dpi=110, layout="constrained")
+        panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
+        for axes, size in zip(panels, sizes):
+            for run in of_size(curves, size):
+                label, colour, style = appearance(run, best)
+                axes.plot(curves[run].steps, curves[run].losses, style, color=colour, label=label, markersize=4)
+            axes.set_title(f"hidden size {size}", loc="left", color=INK, weight="bold")
+            axes.set_xlabel("step", color=INK)
+            axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.spines[["left", "bottom"]].set_color("#cbd2d9")
+            axes.tick_params(colors=MUTED)
+            axes.legend(frameon=False, fontsize=8)
+        panels[0].set_ylabel("held-out loss (nats per token)", color=INK)
+        buffer = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def appearance(run: Contender, best: float) -> tuple[str, str, str]:
+    """Legend, colour and line style of a curve."""
+    if run.optimizer == "muon":
+        return f"Muon {run.rate:g}", MUON, "o-"
+    label = f"AdamW {run.rate:g}" + (" (its best)" if run.rate == best else "")
+    if run.rate == RATE:
+        return label, ADAMW, "o-"
+    return label, ADAMW if run.rate == best else MUTED, "o--" if run.rate == best else "o:"
+
+
+def results(curves: Curves, sizes: Sequence[int], best: float) -> list[dict[str, Any]]:
+    """Two per size: at the same rate, and against AdamW at its best rate (equal if the preset's is the best)."""
+    found = []
+    for size in sizes:
+        ours = curves[Contender("muon", size, RATE)].final
+        for kind, rate in (("same_rate", RATE), ("adamw_best_rate", best)):
+            peer = curves[Contender("adamw", size, rate)].final
+            found.append(
+                {
+                    "benchmark": f"compare_optimizers/{size}/{kind}",
+                    "ours": ours,
+                    "peer": peer,
+                    "ratio": round(ours / peer, 4),
+                    "target": TARGET,
+                    "met": ours / peer <= TARGET,
+                    "unit": "held-out nats per token; lower is better",
+                    "rate_ours": RATE,
+                    "rate_peer": rate,
+                }
+            )
+    return found
+
+
+def show_prepare(progress: PrepareProgress) -> None:
+    print(f"prepare: {progress.phase} {progress.units_done}/{progress.units_total}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
