@@ -85,10 +85,10 @@ def _open(given: argparse.Namespace) -> tuple[RunConfig, Storage]:
         from data_prep.listing import list_source
 
         listings = {
-            source.name: sum(file.bytes for file in list_source(source, index, config.storage))
+            source.name: list_source(source, index, config.storage)
             for index, source in enumerate(config.corpus.sources)
         }
-        stages.check_supply(config, storage, listings)
+        stages.check_supply(config, listings)
     storage.write(f"runs/{config.run_id}/config.yaml", dump_yaml(config).encode())
     return config, storage
 
