@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run_on_kuberay(config, storage, given)
         todo = [stage for stage in _wanted(given) if not _report_done(stage, config, storage)]
         if todo:
+            stages.require_inputs(todo[0], stages.find(config, storage))
             _run_on_ray(todo, config, storage, given)
         if not given.only:
             print_summary(config, storage, stages.find(config, storage), given.config)

@@ -85,18 +85,22 @@ def find(config: RunConfig, storage: Storage) -> Records:
     return records
 
 
+def require_inputs(stage: str, records: Records) -> None:
+    """Raises MissingInput for the first stage before this one that is not done."""
+    for earlier in STAGES[: STAGES.index(stage)]:
+        if not records.done(earlier):
+            raise MissingInput(
+                f"{stage} needs the result of {earlier}, which is not there; run python -m jobs.{earlier}"
+            )
+
+
 def run(stage: str, config: RunConfig, storage: Storage) -> None:
     """Do one stage on the connected Ray cluster; nothing if it is done. Raises MissingInput and what the stage raises."""
     records = find(config, storage)
     if records.done(stage):
         print(f"{stage}: up to date", flush=True)
         return
-    before = STAGES[: STAGES.index(stage)]
-    for earlier in before:
-        if not records.done(earlier):
-            raise MissingInput(
-                f"{stage} needs the result of {earlier}, which is not there; run python -m jobs.{earlier}"
-            )
+    require_inputs(stage, records)
     add_event(storage, config.run_id, "started", stage)
     start = time.monotonic()
     try:
