@@ -5,9 +5,10 @@
 The pair of a size has everything in common but the optimizer: initial weights, rows and their order, schedules, weight
 decay, clipping. That is asserted, not assumed: the loss of the first step, before any update, and the digest of the
 data order must agree. Moonlight's claim is about equal rates (section 2.2: an update RMS of 0.2 lets Muon take AdamW's
-rate), so the first comparison is at the rate of the `debug` preset. That rate was chosen for Muon; AdamW therefore gets
-a sweep of its own at the smallest size, and the second comparison is against AdamW at the best of those rates, at every
-size. Muon's rate is not swept. One seed: differences of a hundredth of a nat mean nothing.
+rate), so the first comparison is at one rate, the `debug` preset's. That rate was chosen for Muon and a longer run, so
+both optimizers also get a sweep of their own at the smallest size, by factors of two and continued until the best rate
+has a worse one on either side. Two more comparisons, at every size, use it: Muon as it is against AdamW at its best
+rate, and both at their best. One seed.
 
 Network: the preset's with `hidden_size` d, d / 32 heads of 24 + 8, feed-forward widths 3 d (dense) and 3 d / 4 (expert).
 Corpus and tokenizer: the preset's, prepared in this process unless they are below --root already (`--root runs` after
@@ -26,7 +27,8 @@ import itertools
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from queue import Empty
@@ -53,7 +55,8 @@ PROCESSES = 2
 POINTS = 6  # scored checkpoints of a run
 SEQUENCE, SEQUENCES = 256, 16  # a step is 4,096 tokens
 HELDOUT_TOKENS = 12_000  # per source
-SWEEP = (0.5, 1.0, 2.0)  # AdamW's rates at the smallest size, as multiples of the preset's
+OPTIMIZERS = ("muon", "adamw")
+SWEEP = (0.5, 1.0, 2.0)  # first rates at the smallest size, as multiples of the preset's
 TARGET = 1.0  # Muon's loss at most AdamW's
 PREPARED = load_config("debug")
 MUON, ADAMW, INK, MUTED = "#2563eb", "#d9480f", "#1f2933", "#7b8794"
@@ -104,7 +107,7 @@ def main() -> None:
     storage = open_storage(PREPARED.storage.model_copy(update={"root": given.root}))
     dataset = prepare(PREPARED, storage, report=show_prepare)
     curves = run_all(sizes, given.steps, storage, dataset)
-    best = best_rate(curves, sizes[0])
+    best = {name: best_rate(curves, name, sizes[0]) for name in OPTIMIZERS}
     print(table(curves, sizes, best, given.steps))
     storage.write("optimizers.png", plot(curves, sizes, best))
     print(f"\nplot: {storage.uri('optimizers.png')}")
@@ -115,15 +118,30 @@ def main() -> None:
 
 
 def planned(sizes: Sequence[int]) -> list[Contender]:
-    """What is known before AdamW's best rate is: the sweep at the smallest size, and the pair of every size."""
-    sweep = [Contender("adamw", sizes[0], RATE * factor) for factor in SWEEP]
-    pairs = [Contender(name, size, RATE) for size in sizes for name in ("muon", "adamw")]
-    return list(dict.fromkeys(sweep + pairs))
+    """What is known from the start: the sweeps at the smallest size, and the pair of every size."""
+    sweeps = [Contender(name, sizes[0], RATE * factor) for factor in SWEEP for name in OPTIMIZERS]
+    pairs = [Contender(name, size, RATE) for size in sizes for name in OPTIMIZERS]
+    return list(dict.fromkeys(sweeps + pairs))
 
 
-def best_rate(curves: Curves, size: int) -> float:
-    """AdamW's rate with the lowest final loss at this size."""
-    swept = {run: curve for run, curve in curves.items() if run.optimizer == "adamw" and run.hidden == size}
+def called_for(curves: Curves, known: Collection[Contender], sizes: Sequence[int]) -> list[Contender]:
+    """What a finished sweep asks for: a rate beyond its end if the best is there, else the best rate at every size."""
+    found = []
+    for name in OPTIMIZERS:
+        rates = sorted(run.rate for run in known if run.optimizer == name and run.hidden == sizes[0])
+        if any(Contender(name, sizes[0], rate) not in curves for rate in rates):
+            continue
+        best = best_rate(curves, name, sizes[0])
+        if best in (rates[0], rates[-1]):
+            found.append(Contender(name, sizes[0], best * 2 if best == rates[-1] else best / 2))
+        else:
+            found += [run for size in sizes if (run := Contender(name, size, best)) not in known]
+    return found
+
+
+def best_rate(curves: Curves, optimizer: str, size: int) -> float:
+    """The rate with the lowest final loss at this size."""
+    swept = {run: curve for run, curve in curves.items() if run.optimizer == optimizer and run.hidden == size}
     return min(swept, key=lambda run: swept[run].final).rate
 
 
@@ -172,52 +190,42 @@ def overrides(changes: dict[str, Any]) -> list[str]:
 
 
 def run_all(sizes: Sequence[int], steps: int, storage: Storage, dataset: DatasetManifest) -> Curves:
-    """Every run of the comparison, two at a time, the largest last; AdamW's best rate joins once the sweep has ended."""
-
-    def configured(run: Contender) -> RunConfig:
-        return configure(run, steps, storage.config.root, dataset.digest)
-
+    """Every run of the comparison, two at a time, small ones first."""
     spawn = multiprocessing.get_context("spawn")
     messages = spawn.Queue()
-    curves: Curves = {}
-    running: dict[Future[None], Contender] = {}
-    progress = Overall(sizes)
     pool = ProcessPoolExecutor(
         PROCESSES, mp_context=spawn, initializer=adopt, initargs=(messages,), max_tasks_per_child=1
     )
+    curves: Curves = {}
+    configs: dict[Contender, RunConfig] = {}  # of every run known so far
+    running: dict[Future[None], Contender] = {}
+    progress = Overall()
+
+    def end(run: Contender) -> None:
+        curves[run] = read_curve(configs[run], storage)
+        progress.known(run, 1.0)
+        print(f"{run.name}: held-out loss {curves[run].final:.4f}", flush=True)
+
+    waiting = planned(sizes)
     try:
-
-        def start(run: Contender) -> None:
-            config = configured(run)
-            if storage.exists(manifest_path(config)):
-                curves[run] = read_curve(config, storage)
-                print(f"{run.name}: held-out loss {curves[run].final:.4f} (finished before)", flush=True)
-                progress.known(run, 1.0)
-            else:
-                running[pool.submit(execute, run, config, dataset)] = run
+        while waiting or running:
+            for run in waiting:
+                configs.setdefault(run, configure(run, steps, storage.config.root, dataset.digest))
                 progress.known(run, 0.0)
-
-        for run in planned(sizes):
-            start(run)
-        swept = [run for run in planned(sizes) if run.optimizer == "adamw" and run.hidden == sizes[0]]
-        best_started = False
-        while running or not best_started:
-            if not best_started and all(run in curves for run in swept):
-                best_started, best = True, best_rate(curves, sizes[0])
-                for run in [Contender("adamw", size, best) for size in sizes[1:] if best != RATE]:
-                    start(run)
-                progress.complete = True
+            for run in [run for run in waiting if storage.exists(manifest_path(configs[run]))]:
+                waiting.remove(run)
+                end(run)
+            while waiting and len(running) < PROCESSES:
+                run = waiting.pop(0)
+                running[pool.submit(execute, run, configs[run], dataset)] = run
             done, _ = wait(running, timeout=15, return_when=FIRST_COMPLETED)
-            for run, share in drain(messages):
-                progress.known(run, share)
             for future in done:
                 future.result()  # a failed run ends the comparison; what has finished is kept
-                run = running.pop(future)
-                curves[run] = read_curve(configured(run), storage)
-                print(f"{run.name}: held-out loss {curves[run].final:.4f}", flush=True)
-                progress.known(run, 1.0)
-            if running:
-                print(progress.line(), flush=True)
+                end(running.pop(future))
+            for run, share in drain(messages):
+                progress.known(run, share)
+            waiting = sorted(waiting + called_for(curves, configs, sizes), key=lambda run: run.hidden)
+            print(progress.line(), flush=True)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     check_pairs(curves)
@@ -225,14 +233,12 @@ def run_all(sizes: Sequence[int], steps: int, storage: Storage, dataset: Dataset
 
 
 class Overall:
-    """Progress of the comparison, in units of active parameters times share of a run."""
+    """Progress over the runs known so far (the best rates join once a sweep has ended), weighted by cost."""
 
-    def __init__(self, sizes: Sequence[int]) -> None:
-        self.sizes = sizes
+    def __init__(self) -> None:
         self.shares: dict[Contender, float] = {}
-        self.complete = False  # all runs are known; before that, one more of every size but the smallest is expected
         self.began = time.monotonic()
-        self.before: float | None = None  # work that an earlier call had done
+        self.before: float | None = None  # work that was done at the first report, by an earlier call
 
     def known(self, run: Contender, share: float) -> None:
         self.shares[run] = max(share, self.shares.get(run, 0.0))
@@ -240,13 +246,14 @@ class Overall:
     def line(self) -> str:
         done = sum(weight(run.hidden) * share for run, share in self.shares.items())
         total = sum(weight(run.hidden) for run in self.shares)
-        total += 0 if self.complete else sum(weight(size) for size in self.sizes[1:])
         self.before = done if self.before is None else self.before
         elapsed = time.monotonic() - self.began
         new = done - self.before
         left = f"about {elapsed * (total - done) / new / 60:.0f} min left" if new > 0 else "time left not known yet"
         now = ", ".join(f"{run.name} {share:.0%}" for run, share in self.shares.items() if 0 < share < 1)
-        return f"{done / total:.0%} after {elapsed / 60:.1f} min, {left}; {now or 'starting'}"
+        return (
+            f"{done / total:.0%} of {len(self.shares)} runs after {elapsed / 60:.1f} min, {left}; {now or 'starting'}"
+        )
 
 
 def weight(hidden: int) -> float:
@@ -282,6 +289,7 @@ def adopt(messages: Any) -> None:
 def execute(run: Contender, config: RunConfig, dataset: DatasetManifest) -> None:
     """Train to the end and score every checkpoint on the way; the run's manifest comes after its last score."""
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # a run is one process
     storage = open_storage(config.storage)
 
     def score(checkpoint: CheckpointManifest) -> None:
@@ -320,11 +328,12 @@ def read_curve(config: RunConfig, storage: Storage) -> Curve:
 
 
 def of_size(curves: Curves, size: int) -> list[Contender]:
-    """Muon first, then AdamW by rate."""
-    return sorted((run for run in curves if run.hidden == size), key=lambda run: (run.optimizer == "adamw", run.rate))
+    """Muon first, then AdamW, each by rate."""
+    runs = (run for run in curves if run.hidden == size)
+    return sorted(runs, key=lambda run: (OPTIMIZERS.index(run.optimizer), run.rate))
 
 
-def table(curves: Curves, sizes: Sequence[int], best: float, steps: int) -> str:
+def table(curves: Curves, sizes: Sequence[int], best: dict[str, float], steps: int) -> str:
     """Markdown: held-out loss of every run at every scored step."""
     points = next(iter(curves.values())).steps
     head = ["d", "parameters (active)", "optimizer", "rate", *(f"step {step:,}" for step in points), "Muon is there at"]
@@ -333,14 +342,14 @@ def table(curves: Curves, sizes: Sequence[int], best: float, steps: int) -> str:
         count = count_parameters(load_config("debug", overrides(network(size))).model)
         muon = curves[Contender("muon", size, RATE)]
         for run in of_size(curves, size):
-            mark = " (best)" if run.optimizer == "adamw" and run.rate == best else ""
+            mark = " (best)" if run.rate == best[run.optimizer] else ""
             cells = [str(size), f"{count.total / 1e6:.2f} M ({count.active / 1e6:.2f} M)", run.optimizer]
             cells += [f"{run.rate:g}{mark}", *(f"{loss:.3f}" for loss in curves[run].losses)]
             cells.append("" if run.optimizer == "muon" else passes(muon, curves[run].final))
             lines.append(f"| {' | '.join(cells)} |")
     about = (
         f"Held-out loss, nats per token; {steps} steps of {SEQUENCE * SEQUENCES:,} tokens, one seed. Last column: the step at "
-        "which Muon passes the row's final loss (interpolated; its schedule is not at its end there)."
+        f"which Muon at {RATE:g} passes the row's final loss (interpolated; its schedule is not at its end there)."
     )
     return "\n".join(["", about, "", *lines])
 
@@ -356,7 +365,7 @@ def passes(curve: Curve, loss: float) -> str:
     return "never"
 
 
-def plot(curves: Curves, sizes: Sequence[int], best: float) -> bytes:
+def plot(curves: Curves, sizes: Sequence[int], best: dict[str, float]) -> bytes:
     """PNG of held-out loss over steps, one panel a size."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -380,23 +389,26 @@ def plot(curves: Curves, sizes: Sequence[int], best: float) -> bytes:
     return buffer.getvalue()
 
 
-def appearance(run: Contender, best: float) -> tuple[str, str, str]:
-    """Legend, colour and line style of a curve."""
-    if run.optimizer == "muon":
-        return f"Muon {run.rate:g}", MUON, "o-"
-    label = f"AdamW {run.rate:g}" + (" (its best)" if run.rate == best else "")
-    if run.rate == RATE:
-        return label, ADAMW, "o-"
-    return label, ADAMW if run.rate == best else MUTED, "o--" if run.rate == best else "o:"
+def appearance(run: Contender, best: dict[str, float]) -> tuple[str, str, str]:
+    """Legend, colour and line style of a curve: solid at the common rate, dashed at the optimizer's best, else dotted."""
+    name, colour = ("Muon", MUON) if run.optimizer == "muon" else ("AdamW", ADAMW)
+    tuned = run.rate == best[run.optimizer]
+    style = "o-" if run.rate == RATE else "s--" if tuned else ":"
+    return f"{name} {run.rate:g}{' (its best)' if tuned else ''}", colour, style
 
 
-def results(curves: Curves, sizes: Sequence[int], best: float) -> list[dict[str, Any]]:
-    """Two per size: at the same rate, and against AdamW at its best rate (equal if the preset's is the best)."""
+def results(curves: Curves, sizes: Sequence[int], best: dict[str, float]) -> list[dict[str, Any]]:
+    """Three per size: at the same rate, against AdamW at its best rate, and both at their best."""
+    kinds = {
+        "same_rate": (RATE, RATE),
+        "adamw_best_rate": (RATE, best["adamw"]),
+        "both_best_rate": (best["muon"], best["adamw"]),
+    }
     found = []
     for size in sizes:
-        ours = curves[Contender("muon", size, RATE)].final
-        for kind, rate in (("same_rate", RATE), ("adamw_best_rate", best)):
-            peer = curves[Contender("adamw", size, rate)].final
+        for kind, (rate_ours, rate_peer) in kinds.items():
+            ours = curves[Contender("muon", size, rate_ours)].final
+            peer = curves[Contender("adamw", size, rate_peer)].final
             found.append(
                 {
                     "benchmark": f"compare_optimizers/{size}/{kind}",
@@ -406,8 +418,8 @@ def results(curves: Curves, sizes: Sequence[int], best: float) -> list[dict[str,
                     "target": TARGET,
                     "met": ours / peer <= TARGET,
                     "unit": "held-out nats per token; lower is better",
-                    "rate_ours": RATE,
-                    "rate_peer": rate,
+                    "rate_ours": rate_ours,
+                    "rate_peer": rate_peer,
                 }
             )
     return found

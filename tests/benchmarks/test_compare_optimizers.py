@@ -12,6 +12,7 @@ from benchmarks.compare_optimizers import (
     Contender,
     Curve,
     best_rate,
+    called_for,
     check_pairs,
     configure,
     passes,
@@ -69,22 +70,52 @@ def test_a_run_is_named_by_everything_that_decides_its_loss() -> None:
     assert configure(muon, STEPS, "elsewhere", "0" * 64).run_id in names
 
 
-def test_only_adamw_is_swept_and_only_at_the_smallest_size() -> None:
+def test_both_are_swept_at_the_smallest_size_alone() -> None:
     runs = planned([96, 160])
-    assert [run.rate / RATE for run in runs if run.optimizer == "adamw" and run.hidden == 96] == [0.5, 1.0, 2.0]
-    assert {run.rate for run in runs if run.optimizer == "muon" or run.hidden == 160} == {RATE}
+    for name in ("muon", "adamw"):
+        assert [run.rate / RATE for run in runs if run.optimizer == name and run.hidden == 96] == [0.5, 1.0, 2.0]
+        assert [run.rate / RATE for run in runs if run.optimizer == name and run.hidden == 160] == [1.0]
 
 
-def test_the_peer_is_adamw_at_the_rate_with_the_lowest_final_loss() -> None:
+@pytest.mark.parametrize(
+    ("losses", "wanted"),  # final losses at 1/2, 1, 2 times the rate; what follows, as (size, multiple)
+    [
+        ((5.0, 4.0, 3.9), [(96, 4.0)]),
+        ((3.9, 4.0, 5.0), [(96, 0.25)]),
+        ((5.0, 4.0, 4.1), []),  # the preset's rate is the best: those runs are planned anyway
+        ((5.0, 4.0), []),  # not finished
+    ],
+)
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_a_sweep_goes_on_until_its_best_rate_is_inside(
+    name: str, losses: tuple[float, ...], wanted: list[tuple[int, float]]
+) -> None:
+    known = planned([96, 160])
+    curves = {Contender(name, 96, RATE * factor): curve(loss) for factor, loss in zip((0.5, 1.0, 2.0), losses)}
+    assert called_for(curves, known, [96, 160]) == [Contender(name, size, RATE * factor) for size, factor in wanted]
+
+
+def test_the_best_rate_is_run_at_every_size_once() -> None:
+    known = [*planned([96, 160]), Contender("adamw", 96, RATE * 4)]
+    curves = {Contender("adamw", 96, RATE * f): curve(loss) for f, loss in zip((0.5, 1.0, 2.0, 4.0), (5, 4.5, 4, 4.2))}
+    best = Contender("adamw", 160, RATE * 2)
+    assert called_for(curves, known, [96, 160]) == [best]
+    assert called_for(curves, [*known, best], [96, 160]) == []
+
+
+def test_best_rates_have_the_lowest_final_loss() -> None:
     curves = {
         Contender("muon", 96, RATE): curve(5.0, 4.0),
+        Contender("muon", 96, RATE * 2): curve(5.5, 3.8),
         Contender("adamw", 96, RATE): curve(5.0, 4.1),
-        Contender("adamw", 96, RATE * 2): curve(5.5, 3.9),
+        Contender("adamw", 96, RATE * 4): curve(5.5, 3.9),
     }
-    assert best_rate(curves, 96) == RATE * 2
-    same, best = results(curves, [96], RATE * 2)
+    best = {name: best_rate(curves, name, 96) for name in ("muon", "adamw")}
+    assert best == {"muon": RATE * 2, "adamw": RATE * 4}
+    same, adamw_best, both_best = results(curves, [96], best)
     assert (same["ours"], same["peer"], same["met"]) == (4.0, 4.1, True)
-    assert (best["peer"], best["ratio"], best["met"]) == (3.9, 1.0256, False)
+    assert (adamw_best["ours"], adamw_best["peer"], adamw_best["ratio"], adamw_best["met"]) == (4.0, 3.9, 1.0256, False)
+    assert (both_best["ours"], both_best["peer"], both_best["met"]) == (3.8, 3.9, True)
 
 
 def test_where_a_curve_passes_a_loss() -> None:
