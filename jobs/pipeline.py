@@ -11,6 +11,7 @@ run the same command again. The exit code is the truth: 0 only if the model is p
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import shlex
@@ -120,7 +121,10 @@ def _run_on_ray(todo: list[str], config: RunConfig, storage: Storage, given: arg
     from ray.job_submission import JobSubmissionClient
 
     _raise_on_signals()
-    with connect(config, dashboard=True, job_name=f"{config.run_id} pipeline") as dashboard:
+    address = os.environ.get("RAY_ADDRESS", "")
+    elsewhere = address.startswith("http")  # a job server is all we need
+    own = connect(config, dashboard=True, job_name=f"{config.run_id} pipeline")
+    with contextlib.nullcontext(address) if elsewhere else own as dashboard:
         print(f"Ray dashboard: {dashboard}", flush=True)
         client = JobSubmissionClient(dashboard or None)
         for stage in todo:
