@@ -389,10 +389,11 @@ def plot(curves: Curves, sizes: Sequence[int]) -> bytes:
 
 
 def appearance(run: Contender, best: bool) -> tuple[str, str, str]:
-    """Legend, colour and line style of a curve: solid at the common rate, dashed at the optimizer's best, else dotted."""
+    """Legend, colour and line style of a curve: solid at the common rate, dashed at its best, else dotted."""
     name, colour = ("Muon", MUON) if run.optimizer == "muon" else ("AdamW", ADAMW)
-    style = "o-" if run.rate == RATE else "s--" if best else ":"
-    return f"{name} {run.rate:g}{' (its best)' if best else ''}", colour, style
+    if run.rate != RATE and not best:
+        return f"_{name} {run.rate:g}", colour, ":"  # the underscore keeps it out of the legend
+    return f"{name} {run.rate:g}{' (its best)' if best else ''}", colour, "o-" if run.rate == RATE else "s--"
 
 
 def results(curves: Curves, sizes: Sequence[int]) -> list[dict[str, Any]]:
