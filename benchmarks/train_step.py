@@ -6,11 +6,11 @@ ours          this project's network, loss and optimizer (Muon for matrices, Ada
 transformers  `DeepseekV3ForCausalLM` at its defaults (fused attention, grouped expert matmuls), its own loss, and
               `torch.optim.Muon` for matrices with `torch.optim.AdamW` for the rest. torch's Muon takes matrices only, so
               each expert's gate, up and down matrix is handed to it as a view of the stacks: the same update as ours.
-torchtitan    its `kimi_k2` Moonlight with the same optimizers, where the package is installed and runs on a CPU
 
 Both start from the same weights and see the same tokens; the losses of the first step are compared before anything is
 measured. Each contender lives in a process of its own with one thread, so that peak memory (of the whole process, from
-the kernel) is its own; rounds alternate between them and one step runs at a time. Medians over rounds of wall-clock time.
+the kernel) is its own; rounds alternate between them and one step runs at a time. Medians over rounds of the CPU time of that
+thread.
 Balance loss off: transformers computes none in training.
 """
 

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from data_prep.records import UnitManifest
 from data_prep.tokenize_unit import INDEX_DTYPE, token_dtype
-from data_prep.writer import DOCUMENT_ZSTD_LEVEL, parquet_writer, put
+from data_prep.writer import parquet_writer, put
 from pipeline.config.schema import StorageConfig
 from pipeline.manifest import HeldoutFile, TokenizerManifest, digest_of
 from pipeline.storage import Storage, open_storage
@@ -154,7 +154,7 @@ def choose_heldout(
     with TemporaryDirectory(prefix="heldout-") as folder:
         local = Path(folder) / "heldout.parquet"
         columns = table.select(["tokens", "n_bytes", "doc_id"])
-        with parquet_writer(local, columns.schema, DOCUMENT_ZSTD_LEVEL) as writer:
+        with parquet_writer(local, columns.schema) as writer:
             writer.write_table(columns)
         entry = put(storage, local, f"datasets/heldout/{source}-{digest}.parquet")
     itemsize = token_dtype(tokenizer.vocab_size).itemsize

@@ -24,7 +24,7 @@ from data_prep.filters import rejected_by
 from data_prep.plan import Unit
 from data_prep.readers import ReaderSettings, Record, read_slice
 from data_prep.records import UnitManifest, shard_path
-from data_prep.writer import DOCUMENT_SCHEMA, DOCUMENT_ZSTD_LEVEL, document_table, parquet_writer, put
+from data_prep.writer import DOCUMENT_SCHEMA, document_table, parquet_writer, put
 from pipeline.config.schema import SourceConfig, StorageConfig
 from pipeline.manifest import DocumentCounts, TokenizerManifest
 from pipeline.storage import Storage, filesystem, open_storage
@@ -222,7 +222,7 @@ class _Documents:
     def __init__(self, path: Path, vocab_size: int) -> None:
         self.path = path
         self.dtype = token_dtype(vocab_size)
-        self._writer = parquet_writer(path, DOCUMENT_SCHEMA, DOCUMENT_ZSTD_LEVEL)
+        self._writer = parquet_writer(path, DOCUMENT_SCHEMA)
         self._tables: list[pa.Table] = []
         self._waiting = 0
 
@@ -240,7 +240,7 @@ class _Documents:
 
     def _flush(self) -> None:
         if self._tables:
-            table = pa.concat_tables(self._tables).combine_chunks()
+            table = pa.concat_tables(self._tables)
             self._writer.write_table(table, row_group_size=max(1, table.num_rows))
         self._tables, self._waiting = [], 0
 
@@ -302,5 +302,5 @@ def _write_candidates(path: Path, candidates: list[tuple[bytes, int, np.ndarray,
         "ordinal": pa.array([ordinal for _, ordinal, *_ in candidates], pa.int64()),
     }
     table = pa.table(columns)
-    with parquet_writer(path, table.schema, DOCUMENT_ZSTD_LEVEL) as writer:
+    with parquet_writer(path, table.schema) as writer:
         writer.write_table(table)

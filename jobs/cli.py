@@ -51,9 +51,11 @@ def stage_main(stage: str, arguments: Sequence[str] | None = None) -> int:
     try:
         config, storage = open_run(given.config, given.overrides)
         storage.check_writable()
-        if stages.find(config, storage).done(stage):
+        records = stages.find(config, storage)
+        if records.done(stage):
             print(f"{stage}: up to date")
             return 0
+        stages.require_inputs(stage, records)
         from jobs.cluster import connect
 
         with connect(config):

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import shutil
+import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -26,6 +31,7 @@ DEFAULTS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_DEDUP_LOGS": "0",
 }
+AGENT_PORT = 52365  # ray/_private/ray_constants.py; `ray.init` cannot choose another
 OBJECT_STORE_BYTES = 200_000_000  # rows are descriptions of work and records: kilobytes
 
 
@@ -38,24 +44,46 @@ def connect(config: RunConfig, *, dashboard: bool = False, job_name: str = "") -
     from ray.job_config import JobConfig
 
     options: dict[str, Any] = {"log_to_driver": True, "configure_logging": True, "logging_level": "WARNING"}
+    folder = None
     if os.environ.get("RAY_ADDRESS"):
         context = ray.init(**options)
     else:
+        _check_agent_port()
+        # A folder of its own, and the address in it as `ray start` writes it: a job's driver looks up its cluster there, and
+        # would otherwise join any other one that runs on this machine (ray/_private/services.py).
+        folder = tempfile.mkdtemp(prefix="moonlight-ray-")
         wanted = config.cluster.cpus_per_worker * config.parallelism.world_size
         context = ray.init(
             address="local",
-            num_cpus=max(int(wanted), os.cpu_count() or 1),
+            num_cpus=max(math.ceil(wanted), os.cpu_count() or 1),
             include_dashboard=dashboard,
             object_store_memory=OBJECT_STORE_BYTES,
             job_config=JobConfig(metadata={"job_name": job_name} if job_name else None),
             runtime_env=code_environment(),
+            _temp_dir=folder,
             **options,
         )
+        Path(folder, "ray_current_cluster").write_text(ray.get_runtime_context().gcs_address)
     try:
         url = getattr(context, "dashboard_url", "") or ""
         yield url if not url or "://" in url else f"http://{url}"
     finally:
         ray.shutdown()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_agent_port() -> None:
+    """Ray's job agents share one fixed port: a second cluster on this machine would take no jobs."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0", AGENT_PORT))
+        except OSError:
+            raise ConfigError(
+                f"port {AGENT_PORT} is taken, most likely by another Ray cluster on this machine; "
+                "use that one (RAY_ADDRESS=auto) or stop it (ray stop)"
+            ) from None
 
 
 def in_a_ray_job() -> bool:

@@ -11,6 +11,7 @@ run the same command again. The exit code is the truth: 0 only if the model is p
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import shlex
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run_on_kuberay(config, storage, given)
         todo = [stage for stage in _wanted(given) if not _report_done(stage, config, storage)]
         if todo:
+            stages.require_inputs(todo[0], stages.find(config, storage))
             _run_on_ray(todo, config, storage, given)
         if not given.only:
             print_summary(config, storage, stages.find(config, storage), given.config)
@@ -85,10 +87,10 @@ def _open(given: argparse.Namespace) -> tuple[RunConfig, Storage]:
         from data_prep.listing import list_source
 
         listings = {
-            source.name: sum(file.bytes for file in list_source(source, index, config.storage))
+            source.name: list_source(source, index, config.storage)
             for index, source in enumerate(config.corpus.sources)
         }
-        stages.check_supply(config, storage, listings)
+        stages.check_supply(config, listings)
     storage.write(f"runs/{config.run_id}/config.yaml", dump_yaml(config).encode())
     return config, storage
 
@@ -119,7 +121,10 @@ def _run_on_ray(todo: list[str], config: RunConfig, storage: Storage, given: arg
     from ray.job_submission import JobSubmissionClient
 
     _raise_on_signals()
-    with connect(config, dashboard=True, job_name=f"{config.run_id} pipeline") as dashboard:
+    address = os.environ.get("RAY_ADDRESS", "")
+    elsewhere = address.startswith("http")  # a job server is all we need
+    own = connect(config, dashboard=True, job_name=f"{config.run_id} pipeline")
+    with contextlib.nullcontext(address) if elsewhere else own as dashboard:
         print(f"Ray dashboard: {dashboard}", flush=True)
         client = JobSubmissionClient(dashboard or None)
         for stage in todo:

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from data_prep.listing import InputFile
+from data_prep.plan import format_of, is_compressed
 from data_prep.prepare import identity as dataset_identity
 from data_prep.prepare import prepare
 from data_prep.records import PrepareProgress, dataset_path
 from pipeline.config.load import ConfigError
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import MixtureStage, RunConfig
 from pipeline.dataset.order import check_demand
 from pipeline.evaluation import heldout
 from pipeline.evaluation.heldout import EvaluationProgress
@@ -31,6 +33,8 @@ from pipeline.training.checkpoint import train_folder
 from pipeline.training.identity import run_identity
 from pipeline.training.metrics import TrainProgress
 from pipeline.workflow.record import STAGES, ProgressFile, StageProgress, add_event
+
+SHORTEST_LINE = 12  # bytes of {"text":"x"}
 
 
 class MissingInput(ValueError):
@@ -81,18 +85,22 @@ def find(config: RunConfig, storage: Storage) -> Records:
     return records
 
 
+def require_inputs(stage: str, records: Records) -> None:
+    """Raises MissingInput for the first stage before this one that is not done."""
+    for earlier in STAGES[: STAGES.index(stage)]:
+        if not records.done(earlier):
+            raise MissingInput(
+                f"{stage} needs the result of {earlier}, which is not there; run python -m jobs.{earlier}"
+            )
+
+
 def run(stage: str, config: RunConfig, storage: Storage) -> None:
     """Do one stage on the connected Ray cluster; nothing if it is done. Raises MissingInput and what the stage raises."""
     records = find(config, storage)
     if records.done(stage):
         print(f"{stage}: up to date", flush=True)
         return
-    before = STAGES[: STAGES.index(stage)]
-    for earlier in before:
-        if not records.done(earlier):
-            raise MissingInput(
-                f"{stage} needs the result of {earlier}, which is not there; run python -m jobs.{earlier}"
-            )
+    require_inputs(stage, records)
     add_event(storage, config.run_id, "started", stage)
     start = time.monotonic()
     try:
@@ -106,15 +114,40 @@ def run(stage: str, config: RunConfig, storage: Storage) -> None:
     add_event(storage, config.run_id, "finished", stage, seconds=round(time.monotonic() - start, 3))
 
 
-def check_supply(config: RunConfig, storage: Storage, corpus_bytes: dict[str, int]) -> None:
-    """Refuse, before any work, a demand that no tokenizer could meet: a token is at least one byte (or one EOS)."""
-    total = config.schedule.total_tokens
-    supply = sum(corpus_bytes[source.name] * source.max_epochs for source in config.corpus.sources)
-    if total > supply:
-        raise ConfigError(
-            f"schedule.total_tokens {total:,} is more than the corpus can hold: {sum(corpus_bytes.values()):,} bytes give at most "
-            f"{int(supply):,} tokens over the epochs allowed (corpus.sources[].max_epochs); add text, allow more epochs or train on less"
-        )
+def check_supply(config: RunConfig, listings: dict[str, list[InputFile]]) -> None:
+    """Refuse, before any work, a demand that no tokenizer could meet. Raises ConfigError.
+
+    Generous, because only the tokenized corpus knows (`check_demand`, after prepare): a token is at least one byte or ends a
+    document, packing fills rows at least half, and a document is a file or a line of some bytes. Nothing bounds what a
+    compressed file holds, or how empty the rows of `data.packing=pad` are.
+    """
+    for index, source in enumerate(config.corpus.sources):
+        files = listings[source.name]
+        formats = {format_of(file.path, source.format) for file in files}
+        if config.data.packing == "pad" or "parquet" in formats or any(is_compressed(file.path) for file in files):
+            continue
+        size = sum(file.bytes for file in files)
+        documents = len(files) + (size // SHORTEST_LINE if "jsonl" in formats else 0)
+        padded = documents * config.data.sequence_length // config.data.max_documents_per_row
+        most = int(source.max_epochs * (2 * (size + documents) + padded))
+        demand = _demand(config, source.name)
+        if demand > most:
+            raise ConfigError(
+                f"schedule.total_tokens {config.schedule.total_tokens:,} asks for {demand:,.0f} tokens of source {source.name!r}, "
+                f"whose {size:,} bytes give less than {most:,} over the epochs allowed: add text, raise "
+                f"corpus.sources[{index}].max_epochs, lower its weight or train on less"
+            )
+
+
+def _demand(config: RunConfig, source: str) -> float:
+    """Tokens of the whole run that come from a source, by the mixture's weights."""
+    total, before, demand = config.schedule.total_tokens, 0, 0.0
+    weights = {each.name: each.weight for each in config.corpus.sources}
+    for stage in config.corpus.mixture or (MixtureStage(until_tokens=total, weights=weights),):
+        share = stage.weights.get(source, 0.0) / sum(stage.weights.values())
+        demand += share * (min(stage.until_tokens, total) - min(before, total))
+        before = stage.until_tokens
+    return demand
 
 
 def git_commit() -> str:

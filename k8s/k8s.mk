@@ -10,7 +10,7 @@ image: ## Build the one image of all stages
 	docker build --tag $(IMAGE) --build-arg BASE=$(IMAGE_BASE) --build-arg PIP_ARGS="$(PIP_ARGS)" \
 	  --build-arg GIT_COMMIT=$$(git rev-parse HEAD) .
 
-k8s-check: ## Everything about k8s/ and infra/ that can be checked without a cluster
+k8s-check: $(STAMP) ## Everything about k8s/ and infra/ that can be checked without a cluster
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/python -m pytest -m "long or not long" --override-ini addopts= -q \
 	  tests/k8s tests/infra tests/workflow/test_rayjobs_template.py
 

@@ -27,17 +27,33 @@ def digest_of(value: Any) -> str:
 
 
 class Record(BaseModel):
-    """A manifest. `VOLATILE` names the fields that describe the making, not the thing: they are left out of the digest."""
+    """A manifest. `VOLATILE` names the fields that describe the making, not the thing: they are left out of the digest,
+    also of the digest of a record that holds this one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     VOLATILE: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def digest(self) -> str:
-        return digest_of(self.model_dump(mode="json", exclude=set(self.VOLATILE)))
+        return digest_of(_without_volatile(self))
 
     def to_json(self) -> bytes:
-        return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+        """For storage and people. Raises ValueError for NaN and infinity."""
+        return (
+            json.dumps(
+                self.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False
+            ).encode()
+            + b"\n"
+        )
+
+
+def _without_volatile(value: Any) -> Any:
+    if isinstance(value, Record):
+        names = type(value).model_fields.keys() - value.VOLATILE
+        return {name: _without_volatile(getattr(value, name)) for name in names}
+    if isinstance(value, dict):
+        return {key: _without_volatile(inner) for key, inner in value.items()}
+    return [_without_volatile(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 class FileEntry(Record):

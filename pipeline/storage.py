@@ -89,7 +89,9 @@ class Storage:
             return []
         start = len(self._prefix) + 1
         entries = [
-            ObjectInfo(key[start:], int(info["size"]), _etag(info)) for key, info in found.items() if ".tmp-" not in key
+            ObjectInfo(key[start:], int(info["size"]), _etag(info))
+            for key, info in found.items()
+            if ".tmp-" not in key[start:]
         ]
         return sorted(entries, key=lambda entry: entry.path)
 
@@ -106,7 +108,10 @@ class Storage:
             os.replace(temporary, self.key(path))
 
     def create(self, path: str, data: bytes) -> bool:
-        """Put the object if there is none; False if there is. Of concurrent writers exactly one gets True."""
+        """Put the object if there is none; False if there is. Of concurrent writers exactly one gets True.
+
+        On S3 a writer whose answer was lost asks again and gets False for its own object: who is told False compares.
+        """
         if self.config.is_s3:
             return self._put_if(path, data, IfNoneMatch="*")
         with self._temporary(path) as temporary:
@@ -123,7 +128,10 @@ class Storage:
         if etag is None:
             return self.create(path, data)
         if self.config.is_s3:
-            return self._put_if(path, data, IfMatch=etag)
+            try:
+                return self._put_if(path, data, IfMatch=etag)
+            except FileNotFoundError:  # deleted meanwhile
+                return False
         import fcntl
 
         lock = Path(self.key(path) + ".tmp-lock")
@@ -218,7 +226,7 @@ def filesystem(uri: str, config: StorageConfig) -> fsspec.AbstractFileSystem:
     client: dict[str, Any] = {}
     if config.region:
         client["region_name"] = config.region
-    retries = {"retries": {"max_attempts": 10, "mode": "adaptive"}}
+    retries = {"retries": {"max_attempts": 10, "mode": "standard"}}
     return fsspec.filesystem(
         "s3", endpoint_url=config.endpoint_url, client_kwargs=client, config_kwargs=retries, use_listings_cache=False
     )

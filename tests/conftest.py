@@ -1,1 +1,48 @@
-"""Fixtures shared by all tests. Ray and S3 fixtures start real servers, once per session."""
+"""Fixtures shared by all tests: one S3 server a session, started when the first test asks for it."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+
+import pytest
+import torch
+from moto.server import ThreadedMotoServer
+
+from pipeline.config.schema import StorageConfig
+from pipeline.storage import filesystem
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Two threads spin for each other on a busy machine, at many times the cost of these tiny networks."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The endpoint of a real S3 server (moto, over HTTP), with credentials for it in the environment."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_server: str) -> tuple[str, str]:
+    """(endpoint, name) of an empty bucket."""
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    filesystem("s3://", StorageConfig(root="s3://any", endpoint_url=s3_server)).mkdir(name)
+    return s3_server, name
+
+
+@pytest.fixture
+def s3_root(bucket: tuple[str, str]) -> StorageConfig:
+    """A storage root in an empty bucket."""
+    endpoint, name = bucket
+    return StorageConfig(root=f"s3://{name}/root", endpoint_url=endpoint, region="us-east-1")

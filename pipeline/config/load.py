@@ -1,26 +1,54 @@
-"""From a preset name or a YAML path, with `section.key=value` overrides, to a `RunConfig`.
+"""From a preset name, a YAML file or an s3:// object, with `section.key=value` overrides, to a `RunConfig`.
 
 Every mistake is a `ConfigError`: one line with the key's path, what was given and what is allowed.
+
+The YAML is 1.1 with two repairs: `1e-4` is a number (1.1 reads text; quoted it stays text), and a key given twice is an
+error (the last one would win in silence). `dump_yaml` writes by the same rules, so what it writes reads back as it was.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
+import re
 import site
 import sysconfig
 from pathlib import Path
 from typing import Any
 
 import yaml
+from botocore.exceptions import BotoCoreError
 from pydantic import ValidationError
 
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import RunConfig, StorageConfig
+from pipeline.storage import open_storage
 
 PRESETS = Path(__file__).parent / "presets"
 
 
+SHOWN = 120  # characters of a wrong value that a message repeats
+
+
 class ConfigError(ValueError):
     """Wrong configuration; the message is the one line a user needs."""
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+_EXPONENT = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$")
+for _rules in (_Loader, _Dumper):
+    _rules.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("+-.0123456789"))
 
 
 def preset_names() -> list[str]:
@@ -29,7 +57,7 @@ def preset_names() -> list[str]:
 
 def load_config(preset_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """Load, override, validate. Raises ConfigError."""
-    values = _read(preset_or_path)
+    values = _read(preset_or_path, overrides)
     for override in overrides:
         _apply(values, override)
     return validate(values)
@@ -38,14 +66,17 @@ def load_config(preset_or_path: str, overrides: list[str] | tuple[str, ...] = ()
 def validate(values: dict[str, Any]) -> RunConfig:
     """Validate plain values (as read from YAML or JSON)."""
     try:
-        return RunConfig.model_validate_json(_json(values))
+        return RunConfig.model_validate_json(json.dumps(_with_text_keys(values), default=str))
     except ValidationError as error:
-        raise ConfigError("; ".join(_describe(problem) for problem in error.errors())) from None
+        raise ConfigError("; ".join(dict.fromkeys(_describe(problem) for problem in error.errors()))) from None
 
 
 def dump_yaml(config: RunConfig) -> str:
-    """The whole configuration, defaults included, as YAML that `load_config` reads back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The whole configuration, defaults included, as YAML that `load_config` reads back.
+
+    Text outside of ASCII is escaped: PyYAML reads some of it (U+0085, U+FEFF) as line ends or marks where it stands bare.
+    """
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
 def expand_path(path: str) -> str:
@@ -55,16 +86,20 @@ def expand_path(path: str) -> str:
     return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
-def _read(preset_or_path: str) -> dict[str, Any]:
-    path = PRESETS / f"{preset_or_path}.yaml"
-    if not path.exists():
-        path = Path(preset_or_path)
-        if not path.is_file():
+def _read(preset_or_path: str, overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    if preset_or_path.startswith("s3://"):
+        path, data = preset_or_path, _read_s3(preset_or_path, overrides)
+    else:
+        file = PRESETS / f"{preset_or_path}.yaml"
+        if not file.exists():
+            file = Path(preset_or_path)
+        if not file.is_file():
             raise ConfigError(
                 f"--config {preset_or_path}: no such preset or file; presets are {', '.join(preset_names())}"
             )
+        path, data = str(file), file.read_bytes()
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(data, _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -72,17 +107,30 @@ def _read(preset_or_path: str) -> dict[str, Any]:
     return values
 
 
+def _read_s3(uri: str, overrides: list[str] | tuple[str, ...]) -> bytes:
+    """A configuration in S3 cannot say where S3 is: the endpoint and region come from the overrides."""
+    given: dict[str, Any] = {}
+    for override in overrides:
+        if override.startswith(("storage.endpoint_url=", "storage.region=")):
+            _apply(given, override)
+    folder, _, name = uri.rpartition("/")
+    try:
+        return open_storage(StorageConfig(root=folder, **given.get("storage", {}))).read(name)
+    except (OSError, ValueError, BotoCoreError) as error:
+        raise ConfigError(
+            f"--config {uri}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())})"
+        ) from None
+
+
 def _apply(values: dict[str, Any], override: str) -> None:
     """Set one `a.b.0.c=value`; the value is YAML, so numbers, lists and null work."""
     key, equals, text = override.partition("=")
-    if not equals:
+    if not equals or not key:
         raise ConfigError(f"override {override!r}: expected section.key=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         value = text
-    if isinstance(value, str):
-        value = _number(value)
     parts = key.split(".")
     node: Any = values
     for depth, part in enumerate(parts):
@@ -103,29 +151,16 @@ def _apply(values: dict[str, Any], override: str) -> None:
             raise ConfigError(f"{key}: {'.'.join(parts[:depth])} is a value, not a section")
 
 
-def _number(text: str) -> Any:
-    """YAML 1.1 reads 1e-4 as text; users mean a number."""
-    try:
-        return float(text) if any(c in text for c in "eE.") and text[0] in "+-.0123456789" else text
-    except ValueError:
-        return text
-
-
-def _json(values: dict[str, Any]) -> str:
-    import json
-
-    def numbers(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {str(key): numbers(value) for key, value in node.items()}
-        if isinstance(node, list):
-            return [numbers(value) for value in node]
-        return _number(node) if isinstance(node, str) and node else node
-
-    return json.dumps(numbers(values), default=str)
+def _with_text_keys(node: Any) -> Any:
+    """YAML knows keys that are numbers and dates; JSON and the schema know text."""
+    if isinstance(node, dict):
+        return {str(key): _with_text_keys(value) for key, value in node.items()}
+    return [_with_text_keys(value) for value in node] if isinstance(node, list) else node
 
 
 def _describe(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
+    # pydantic puts the member of a union that did not fit into the path: `evaluation.checkpoint.int`
+    where = ".".join(str(part) for part in problem["loc"] if not _UNION_MEMBER.fullmatch(str(part)))
     kind, message, given = problem["type"], problem["msg"], problem["input"]
     if kind == "extra_forbidden":
         return f"{where}: unknown key{_suggestion(problem['loc'])}"
@@ -134,7 +169,12 @@ def _describe(problem: Any) -> str:
     if kind == "value_error":
         message = message.removeprefix("Value error, ")
         return f"{where}: {message}" if where else message
-    return f"{where}: {message[0].lower()}{message[1:]}, got {given!r}"
+    found = repr(given)
+    found = found if len(found) <= SHOWN else f"{found[:SHOWN]}..."
+    return f"{where}: {message[0].lower()}{message[1:]}, got {found}"
+
+
+_UNION_MEMBER = re.compile(r"int|literal\[.*\]")
 
 
 def _suggestion(location: tuple[Any, ...]) -> str:

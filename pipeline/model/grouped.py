@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.model.matmul import is_cpu_fp32, product
+from pipeline.model.matmul import is_cpu_fp32, outer, product
 
 ALIGNMENT = 8  # numbers: 16 bytes in bf16
 
@@ -52,7 +52,7 @@ def _outer(grad_MO: Tensor, x_MI: Tensor, offsets_e: Tensor) -> Tensor:
     if is_cpu_fp32(x_MI):
         out_eOI = x_MI.new_zeros(offsets_e.shape[0], grad_MO.shape[1], x_MI.shape[1])
         for expert, rows in _groups(offsets_e):
-            out_eOI[expert] = product(grad_MO[rows].T, x_MI[rows].T)
+            out_eOI[expert] = outer(grad_MO[rows], x_MI[rows])
         return out_eOI
     grad_eOI = F.grouped_mm(grad_MO.transpose(0, 1), x_MI, offs=offsets_e)
     empty_e = offsets_e == F.pad(offsets_e, (1, 0))[:-1]

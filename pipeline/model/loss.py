@@ -20,11 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.model.matmul import is_cpu_fp32, linear, product
+from pipeline.model.matmul import is_cpu_fp32, linear, outer, product
 
 IGNORE = -100  # label of a token that has no loss
 CUDA_CHUNK = 1024  # tokens
-CPU_CHUNK_NUMBERS = 1 << 22  # logits: 16 MiB
+CPU_CHUNK_NUMBERS = 1 << 22  # logits: 16 MiB, in
+CPU_CHUNK_TOKENS = 128  # multiples of this many tokens
 
 
 class LossOutput(NamedTuple):
@@ -65,7 +66,7 @@ class _CrossEntropySum(torch.autograd.Function):
         loss = x_ND.new_zeros(())
         grad_x_ND = torch.empty_like(x_ND) if wanted else None
         grad_weight_VD = torch.zeros_like(weight_VD) if wanted else None
-        chunk = max(CPU_CHUNK_NUMBERS // V, 1)
+        chunk = max(CPU_CHUNK_NUMBERS // V // CPU_CHUNK_TOKENS, 1) * CPU_CHUNK_TOKENS
         for start in range(0, N, chunk):
             x_CD, labels_C = x_ND[start : start + chunk], labels_N[start : start + chunk, None]
             counted_C = labels_C != IGNORE
@@ -79,7 +80,7 @@ class _CrossEntropySum(torch.autograd.Function):
                 grad_CV = logits_CV.mul_(counted_C / total_C)
                 grad_CV.scatter_add_(1, index_C, -counted_C.to(grad_CV))
                 grad_x_ND[start : start + chunk] = product(grad_CV, weight_VD.T)
-                grad_weight_VD += product(grad_CV.T, x_CD.T)
+                grad_weight_VD += outer(grad_CV, x_CD)
         ctx.save_for_backward(grad_x_ND, grad_weight_VD)
         return loss
 

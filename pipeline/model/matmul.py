@@ -5,6 +5,10 @@ every x86 build of PyTorch, uses the whole vector width: 2.3 times as fast on an
 GFLOP/s on one thread), equal elsewhere, same fp32 precision. So fp32 products on a CPU go to oneDNN here unless they
 are too small to pay its call (26 microseconds). Everything else is plain PyTorch: CUDA, bf16, builds without oneDNN.
 
+oneDNN compiles and keeps a kernel for every shape it meets: about a millisecond and a megabyte each. Token counts of
+experts, and prompts that grow, would meet new shapes for ever. So rows are cut into tiles of three sizes, and the rest,
+fewer than 128, goes to MKL.
+
 The linear layer is an operator of its own, so that torch.compile and activation checkpointing see one node.
 
 Legend: M rows, I in, O out.
@@ -18,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+TILES = (4096, 512, 128)  # rows
 SMALLEST = 1 << 20  # multiply-adds: below, oneDNN's call costs more than it gains
 
 
@@ -43,8 +48,40 @@ def is_cpu_fp32(x: Tensor) -> bool:
 
 def product(x_MI: Tensor, weight_OI: Tensor) -> Tensor:
     """x times the transposed weight, [M, O], without autograd. Either may be a transposed view."""
+    M, O = x_MI.shape[0], weight_OI.shape[0]  # noqa: E741
+    tiles = _tiles(M, weight_OI.numel())
+    if len(tiles) == 1:
+        return _multiply(x_MI, weight_OI, tiles[0])
+    out_MO = x_MI.new_empty(M, O)
+    for rows in tiles:
+        out_MO[rows] = _multiply(x_MI[rows], weight_OI, rows)
+    return out_MO
+
+
+def outer(grad_MO: Tensor, x_MI: Tensor) -> Tensor:
+    """grad transposed times x, [O, I], without autograd: the gradient of a weight."""
+    first, *others = _tiles(grad_MO.shape[0], grad_MO.shape[1] * x_MI.shape[1])
+    out_OI = _multiply(grad_MO[first].T, x_MI[first].T, first)
+    for rows in others:
+        out_OI += _multiply(grad_MO[rows].T, x_MI[rows].T, rows)
+    return out_OI
+
+
+def _tiles(M: int, per_row: int) -> list[slice]:
+    """All rows, cut into tiles of a few sizes and one rest."""
+    tiles, start = [], 0
+    for size in TILES:
+        while M - start >= size and size * per_row >= SMALLEST:
+            tiles.append(slice(start, start + size))
+            start += size
+    return tiles if start == M and tiles else [*tiles, slice(start, M)]
+
+
+def _multiply(x_MI: Tensor, weight_OI: Tensor, tile: slice) -> Tensor:
+    """oneDNN for a whole tile of rows, MKL for a rest."""
     (M, I), O = x_MI.shape, weight_OI.shape[0]  # noqa: E741
-    if M * I * O < SMALLEST or not torch.backends.mkldnn.is_available():
+    whole = tile.stop - tile.start in TILES and M * I * O >= SMALLEST
+    if not whole or not torch.backends.mkldnn.is_available():
         return x_MI @ weight_OI.T
     return torch.ops.mkldnn._linear_pointwise(x_MI, weight_OI, None, "none", [], "")
 
@@ -58,7 +95,7 @@ def _linear(x: Tensor, weight_OI: Tensor) -> Tensor:
 @torch.library.custom_op("moonlight::linear_backward", mutates_args=())
 def _linear_backward(grad: Tensor, x: Tensor, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     grad_MO, x_MI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    return product(grad_MO, weight_OI.T).view(x.shape), product(grad_MO.T, x_MI.T)
+    return product(grad_MO, weight_OI.T).view(x.shape), outer(grad_MO, x_MI)
 
 
 @_linear.register_fake

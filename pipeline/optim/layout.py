@@ -32,8 +32,10 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
 
+from pipeline.config.schema import ParallelismConfig
 from pipeline.optim.boxes import Box, Layout, block_boxes, intersect, numel
 from pipeline.optim.newton_schulz import flops
+from pipeline.optim.rules import Rule, match_rules
 
 
 class Plan(Enum):
@@ -239,8 +241,8 @@ def _buckets(
         for _, worker, block in keyed:
             layout = parameters[block.parameter].layout
             size = numel(block.box) * wire_bytes
-            # Received by the worker; sent in equal pieces by its group.
-            sent = size / layout.axes[layout.axis(axis)][1] if axis else 0.0
+            # Received by the worker; sent in equal pieces by its group, whose replicas may then exchange them all.
+            sent = size / layout.axes[layout.axis(axis)][1] if axis else size
             sender = ("send", *layout.group(axis, block.home))
             if filled.get(worker, 0.0) + size > cap or filled.get(sender, 0.0) + sent > cap:
                 buckets.append(Bucket(axis, tuple(current)))
@@ -288,6 +290,31 @@ def bytes_sent(plan: MuonPlan, rank: int, wire_bytes: int) -> int:
             if share.block.replica is not None:
                 elements += stored[bucket.me] * (len(ranks) - 1)
     return elements * wire_bytes
+
+
+def sharded_parameters(
+    shapes: Sequence[tuple[str, tuple[int, ...]]], rules: Sequence[Rule], parallelism: ParallelismConfig
+) -> list[MuonParameter]:
+    """The Muon parameters of a network as `pipeline.parallel.shard` would cut them, without any ranks: for planning.
+
+    `shapes` are all parameters by name. Matrices are cut by dim 0 over `shard`; stacks by dim 0 over `ep`, then over
+    `efsdp` by dim 0 while every rank gets an expert, else by dim 1.
+    """
+    replicate = (("replicate", parallelism.replicate),) if parallelism.replicate > 1 else ()
+    copied = (None,) * len(replicate)
+    dense = (*replicate, ("shard", parallelism.shard))
+    found = []
+    for (fqn, shape), rule in zip(shapes, match_rules(shapes, rules)):
+        if rule.treatment != "muon":
+            continue
+        dim = 0 if len(shape) == 2 or shape[0] >= parallelism.shard else 1
+        layout = Layout(shape, dense, (*copied, dim))
+        if len(shape) == 3 and parallelism.ep > 1:
+            axes = (*replicate, ("efsdp", parallelism.efsdp), ("ep", parallelism.ep))
+            outer, last = tuple(range(len(replicate))), len(axes) - 1
+            layout = Layout(shape, axes, (*copied, dim, 0), (*outer, last, last - 1))
+        found.append(MuonParameter(fqn, layout, rule.block_rows))
+    return found
 
 
 def splitting_pays(repeated: MuonPlan, split: MuonPlan, stored: int) -> bool:

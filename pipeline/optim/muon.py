@@ -19,8 +19,8 @@ Two exchanges are in flight at a time and local blocks (experts: 94 % of the wor
 Communication is launched first: Newton-Schulz fills a GPU, and a collective launched after it would only start when it
 ends. The host never waits for the device.
 
-Memory: 4 bytes per Muon element of state; in a step about 2 x 3 buckets in the wire dtype, the fp32 direction of a
-bucket, and Newton-Schulz's workspace of up to four copies of a bucket.
+Memory: 4 bytes per Muon element of state; in a step about 2 x 3 buckets in the wire dtype, fp32 copies of one bucket's
+direction, momentum and weights (the last two only with `ok`), and Newton-Schulz's workspace of four copies of a bucket.
 
 Legend: B matrices of one shape, M rows, N columns.
 """

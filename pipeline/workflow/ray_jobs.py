@@ -7,6 +7,7 @@ follows. A job's status is asked of the job server again and again; its log stre
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 POLL_S = 1.0
 PATIENCE_S = 120.0  # how long the job server may stay away
-ATTEMPTS = 1000
 
 
 class StageJobFailed(Exception):
@@ -38,26 +38,37 @@ class StageJob:
 
 
 def submit_or_attach(client: JobSubmissionClient, job: StageJob) -> str:
-    """The submission id of the job's unfinished attempt, or of a new one after every earlier attempt has ended."""
-    attempts = {info.submission_id: info.status for info in client.list_jobs() if info.submission_id}
-    for attempt in range(1, ATTEMPTS):
-        submission_id = f"{job.name}-{attempt}"
-        status = attempts.get(submission_id)
-        if status is not None and not status.is_terminal():
-            return submission_id
-        if status is None:
-            try:
+    """The submission id of the job's unfinished attempt, or of a new one after every earlier attempt has ended.
+
+    A job server that is just starting, or gone for a moment, is asked again for `PATIENCE_S`.
+    """
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            attempts = {info.submission_id: info.status for info in client.list_jobs() if info.submission_id}
+            submission_id, status = _newest_attempt(job.name, attempts)
+            if status is None:
                 client.submit_job(
                     entrypoint=job.entrypoint,
                     submission_id=submission_id,
                     metadata=dict(job.metadata),
                     runtime_env=dict(job.runtime_env),
                 )
-            except RuntimeError as error:  # somebody submitted the same id a moment ago
-                if "already exists" not in str(error):
-                    raise
             return submission_id
-    raise StageJobFailed(f"{job.name}: {ATTEMPTS} attempts on this cluster; look at their logs", 1)
+        except (RuntimeError, OSError) as error:  # also: somebody submitted the same id a moment ago
+            if time.monotonic() > deadline:
+                raise StageJobFailed(f"{job.name} could not be submitted: {error}", 1) from error
+            time.sleep(POLL_S)
+
+
+def _newest_attempt(name: str, attempts: Mapping[str, JobStatus]) -> tuple[str, JobStatus | None]:
+    """The attempt that is unfinished, or the first unused id (with None)."""
+    for attempt in itertools.count(1):
+        submission_id = f"{name}-{attempt}"
+        status = attempts.get(submission_id)
+        if status is None or not status.is_terminal():
+            return submission_id, status
+    raise AssertionError
 
 
 def follow(client: JobSubmissionClient, submission_id: str, on_poll: Callable[[], None]) -> None:

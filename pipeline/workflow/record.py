@@ -10,11 +10,14 @@ so failures to write them are reported on stderr and the work goes on.
 from __future__ import annotations
 
 import json
+import random
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from botocore.exceptions import BotoCoreError
 
 from pipeline.config.schema import StorageConfig
 from pipeline.storage import Storage, open_storage
@@ -83,11 +86,12 @@ def add_event(storage: Storage, run_id: str, event: str, stage: str, **facts: An
     path = events_path(run_id)
 
     def append() -> None:
-        for _ in range(20):
+        for attempt in range(20):
             etag = storage.etag(path)
             before = (storage.read_or_none(path) or b"") if etag else b""
             if storage.swap(path, before + line.encode() + b"\n", etag):
                 return
+            time.sleep(random.uniform(0, 0.01 * 2 ** min(attempt, 7)))  # so that somebody gets through
         raise OSError("lost twenty races in a row")
 
     _keep(append)
@@ -127,5 +131,5 @@ def duration(seconds: float) -> str:
 def _keep(write: Callable[[], None]) -> None:
     try:
         write()
-    except OSError as error:  # includes what S3 clients raise for a lost connection
+    except (OSError, BotoCoreError) as error:  # S3 answered with an error, or not at all
         print(f"progress not recorded ({type(error).__name__}: {error})", file=sys.stderr, flush=True)

@@ -1,10 +1,9 @@
-"""Small corpora of real text, run configurations over them, and a moto S3 server."""
+"""Small corpora of real text and run configurations over them."""
 
 from __future__ import annotations
 
 import json
 import sysconfig
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import pytest
 
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
-from pipeline.storage import filesystem
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
@@ -59,29 +57,6 @@ def run_config(tmp_path: Path) -> Callable[..., RunConfig]:
         return load_config("debug", [f"{key}={value}" for key, value in overrides.items()])
 
     return make
-
-
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
-    """(endpoint, bucket name) of an empty bucket."""
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    name = f"bucket-{uuid.uuid4().hex[:12]}"
-    storage = load_config("debug", ["storage.root=s3://x/y", f"storage.endpoint_url={s3_server}"]).storage
-    filesystem("s3://", storage).mkdir(name)
-    return s3_server, name
 
 
 @pytest.fixture(scope="session")

@@ -28,11 +28,11 @@ def test_documents_of_a_step_contain_its_text(prepared: Prepared) -> None:
     first, count = step_sequences(prepared.config.schedule, order.sequence_length, 2)
     assert (first, count) == (16, 16)
     pieces = whole = 0
-    for found in sequences(order, prepared.storage, range(first, first + 3 * count)):
+    for found in sequences(order, prepared.storage, range(first, first + 8 * count)):
         doc_lens, ended = check_provenance(prepared, order, encoder, found)
         pieces += len(doc_lens)
         whole += ended
-    assert pieces > 48
+    assert pieces > 128
     assert whole > 3
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pipeline.model.matmul import SMALLEST, Linear, linear, product
+from pipeline.model.matmul import SMALLEST, Linear, linear, outer, product
 
 
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(3, 8, 5), (130, 96, 100), (0, 8, 5)])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(3, 8, 5), (130, 96, 100), (333, 96, 100), (0, 8, 5)])
 def test_layer_and_gradients_equal_pytorch(rows, inputs, outputs):
     assert rows < 100 or rows * inputs * outputs > SMALLEST  # the second case is large enough for the fast product
     generator = torch.Generator().manual_seed(0)
@@ -23,10 +23,30 @@ def test_layer_and_gradients_equal_pytorch(rows, inputs, outputs):
 
 def test_the_product_is_a_true_fp32_product():
     """Not a faster one in bf16 or tf32, whose errors would be a thousand times larger."""
-    x, weight = (torch.randn(256, 256, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    x, weight = (torch.randn(512, 512, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     exact = x.double() @ weight.double().T
     assert (product(x, weight) - exact).norm() / exact.norm() < 1e-6
     assert (product(x.T, weight.T) - x.double().T @ weight.double()).norm() / exact.norm() < 1e-6
+
+
+def test_any_number_of_rows_makes_few_shapes(monkeypatch):
+    """oneDNN keeps a kernel for every shape: growing prompts and experts' loads must not make new ones for ever."""
+    shapes = set()
+    real = torch.ops.mkldnn._linear_pointwise
+
+    def spy(x, weight, *rest):
+        shapes.add((tuple(x.shape), tuple(weight.shape)))
+        return real(x, weight, *rest)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", spy)
+    weight = torch.randn(100, 128)  # a width that is a tile's size, too
+    for rows in (*range(0, 700, 23), 4096, 5000):
+        x, grad = torch.randn(rows, 128), torch.randn(rows, 100)
+        torch.testing.assert_close(product(x, weight), x @ weight.T, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(outer(grad, x), grad.T @ x, rtol=1e-4, atol=1e-3)
+    assert shapes == {((m, 128), (100, 128)) for m in (128, 512, 4096)} | {
+        ((100, m), (128, m)) for m in (128, 512, 4096)
+    }
 
 
 def test_the_operator_passes_torchs_own_checks_and_other_dtypes_are_plain():

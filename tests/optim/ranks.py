@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from pipeline.config.schema import ModelConfig, MuonConfig, OptimizerConfig, ParallelismConfig, TrainingConfig
 from pipeline.model.moonlight import Moonlight
+from pipeline.optim.layout import sharded_parameters
 from pipeline.optim.muon import MoonlightOptimizer, build_optimizer
 from pipeline.optim.rules import Rule, moonlight_rules
 from pipeline.parallel.mesh import Meshes, build_meshes
@@ -171,6 +172,11 @@ def whole_model(
     rules = list(moonlight_rules(model_config, cfg))
     oracle = Oracle(named, cfg, rules, LR)
     optimizer = build_optimizer(named, cfg, rules)
+    predicted = sharded_parameters([(n, tuple(p.shape)) for n, p in named], rules, parallelism)
+    for fake, real in zip(predicted, optimizer.muon.plan.parameters, strict=True):
+        coordinates = real.layout.coordinates(dist.get_rank())
+        assert (fake.fqn, fake.block_rows, fake.layout.axes) == (real.fqn, real.block_rows, real.layout.axes), case
+        assert fake.layout.box(coordinates) == real.layout.box(coordinates), (case, fake.fqn)
     for step in range(steps):
         backward(model, step)
         oracle.step({n: full(p.grad) for n, p in named})

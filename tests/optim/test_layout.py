@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.load import load_config
+from pipeline.config.schema import ParallelismConfig
 from pipeline.model.moonlight import Moonlight
 from pipeline.optim.boxes import Layout, numel
-from pipeline.optim.layout import MuonParameter, Plan, bytes_sent, plan_muon, splitting_pays, view
+from pipeline.optim.layout import MuonParameter, Plan, bytes_sent, plan_muon, sharded_parameters, splitting_pays, view
 from pipeline.optim.newton_schulz import flops
-from pipeline.optim.rules import match_rules, moonlight_rules
+from pipeline.optim.rules import moonlight_rules
 
 
 @st.composite
@@ -81,26 +82,15 @@ def test_every_element_once_and_both_ends_agree(model, split, bucket_bytes):
 
 @pytest.fixture(scope="module")
 def moonlight():
-    """(names, shapes, rules) of the real network, from the meta device."""
+    """(name, shape) of every parameter of the real network, from the meta device, and Moonlight's rules."""
     run = load_config("moonlight-16b-a3b", [])
     with torch.device("meta"):
-        named = [(fqn, tuple(p.shape)) for fqn, p in Moonlight(run.model).named_parameters()]
-    return list(zip(named, match_rules(named, moonlight_rules(run.model, run.optimizer))))
+        shapes = [(fqn, tuple(p.shape)) for fqn, p in Moonlight(run.model).named_parameters()]
+    return shapes, moonlight_rules(run.model, run.optimizer)
 
 
-def real_model(moonlight, shard, ep=8, replicate=1):
-    """The real network as `pipeline.parallel.shard` cuts it."""
-    efsdp = shard // ep
-    dense = (("replicate", replicate), ("shard", shard))
-    sparse = (("replicate", replicate), ("efsdp", efsdp), ("ep", ep))
-    found = []
-    for (fqn, shape), rule in moonlight:
-        if rule.treatment == "muon" and len(shape) == 3:
-            dim = 0 if shard <= shape[0] else 1
-            found.append(MuonParameter(fqn, Layout(shape, sparse, (None, dim, 0), (0, 2, 1))))
-        elif rule.treatment == "muon":
-            found.append(MuonParameter(fqn, Layout(shape, dense, (None, 0))))
-    return found
+def real_model(moonlight, shard, replicate=1):
+    return sharded_parameters(*moonlight, ParallelismConfig(replicate=replicate, shard=shard, ep=8))
 
 
 @pytest.mark.parametrize("shard", [8, 16, 32, 64, 128, 256, 512])

@@ -1,5 +1,8 @@
 """Sharding: who holds what, that initial weights do not depend on it, and refusals."""
 
+from types import SimpleNamespace
+from typing import cast
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from pipeline.config.schema import ModelConfig, ParallelismConfig, TrainingConfig
 from pipeline.model.moonlight import Moonlight
 from pipeline.parallel.local import local_part, local_tensor
-from pipeline.parallel.mesh import build_meshes
-from pipeline.parallel.shard import compute_dtype, shard_model
+from pipeline.parallel.mesh import Meshes, build_meshes
+from pipeline.parallel.shard import _expert_dim, compute_dtype, shard_model
 from tests.distributed import run_distributed
 
 CPU = torch.device("cpu")
@@ -17,17 +20,17 @@ TRAINING = TrainingConfig(sequence_length=16)
 GATE = "layers.1.mlp.experts.gate_proj"
 
 
-def network(experts: int, width: int = 8) -> ModelConfig:
+def network(experts: int) -> ModelConfig:
     return ModelConfig(
         vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, kv_lora_rank=8, qk_nope_head_dim=8,
-        qk_rope_head_dim=4, v_head_dim=8, intermediate_size=24, moe_intermediate_size=width, n_routed_experts=experts,
+        qk_rope_head_dim=4, v_head_dim=8, intermediate_size=24, moe_intermediate_size=8, n_routed_experts=experts,
         n_shared_experts=1, num_experts_per_tok=2, max_position_embeddings=16,
     )  # fmt: skip
 
 
-def sharded(experts: int, width: int = 8, **parallelism: int) -> Moonlight:
+def sharded(experts: int, **parallelism: int) -> Moonlight:
     with torch.device("meta"):
-        model = Moonlight(network(experts, width))
+        model = Moonlight(network(experts))
     shard_model(model, build_meshes(ParallelismConfig(**parallelism), "cpu"), TRAINING, CPU)
     model.to_empty(device=CPU)
     model.reset_parameters(3)
@@ -36,10 +39,6 @@ def sharded(experts: int, width: int = 8, **parallelism: int) -> Moonlight:
 
 def parts(cases: list[tuple[int, dict]]) -> list[tuple[dict, str]]:
     """Per case: every parameter's box and values on this rank, and the placement of the experts."""
-    with pytest.raises(
-        ValueError, match=r"gate_proj \(2, 6, 16\): 2 experts are fewer than efsdp \* ep = 4 ranks, and dim 1"
-    ):
-        sharded(2, width=6, shard=4)  # 6 rows do not go into 4 parts
     found = []
     for experts, parallelism in cases:
         model = sharded(experts, **parallelism)
@@ -56,6 +55,18 @@ CASES = [
     (4, {"replicate": 2, "shard": 2, "ep": 2}),
     (3, {"shard": 4}),
 ]
+
+
+def test_experts_that_cannot_be_cut_are_refused():
+    """Two experts on three ranks of 8 rows each: 8 does not go into 3 parts."""
+    meshes = SimpleNamespace(sparse={"efsdp": SimpleNamespace(size=lambda: 3), "ep": SimpleNamespace(size=lambda: 1)})
+    with torch.device("meta"):
+        model = Moonlight(network(2))
+    experts = model.get_submodule(GATE.rpartition(".")[0])
+    with pytest.raises(
+        ValueError, match=r"gate_proj \(2, 8, 16\): 2 experts are fewer than efsdp \* ep = 3 ranks, and dim 1"
+    ):
+        _expert_dim("experts", experts, cast(Meshes, meshes))
 
 
 def test_shards_are_slices_of_the_whole():

@@ -1,17 +1,13 @@
-"""One made and published run, and a real S3 server, for the tests of this folder."""
+"""One made and published run for the tests of this folder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import boto3
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 
-from pipeline.config.schema import StorageConfig
 from pipeline.evaluation.heldout import evaluate
 from pipeline.manifest import EvaluationManifest, ModelManifest
 from pipeline.publishing.export import publish
@@ -47,19 +43,3 @@ def published(root: str) -> PublishedRun:
 def run(tmp_path_factory: pytest.TempPathFactory) -> PublishedRun:
     torch.set_num_threads(1)
     return published(str(tmp_path_factory.mktemp("published")))
-
-
-@pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StorageConfig]:
-    """The root of a bucket on a server of its own."""
-    patch = pytest.MonkeyPatch()
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        patch.setenv(name, "test")
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="models")
-    yield StorageConfig(root="s3://models/root", endpoint_url=endpoint, region="us-east-1")
-    server.stop()
-    patch.undo()

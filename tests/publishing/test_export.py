@@ -176,13 +176,13 @@ def test_verify_names_what_is_wrong(tmp_path: Path):
     assert second.endswith("loss.png: missing")
 
 
-def test_another_folder_and_s3_get_the_same_bytes(run: PublishedRun, tmp_path: Path, s3):
+def test_another_folder_and_s3_get_the_same_bytes(run: PublishedRun, tmp_path: Path, s3_root):
     digests = folder_digests(run.folder)
     other = published(str(tmp_path))
     assert other.manifest == run.manifest
     assert folder_digests(other.folder) == digests
 
-    config = run_config(s3.root, sample_prompts=PROMPTS).model_copy(update={"storage": s3})
+    config = run_config(s3_root.root, sample_prompts=PROMPTS).model_copy(update={"storage": s3_root})
     made = make_run(config)
     evaluation = evaluate(config, made.dataset, made.checkpoint, made.storage, report=lambda _: None)
     manifest = publish(config, made.train, evaluation, made.dataset, made.storage, report=lambda _: None)

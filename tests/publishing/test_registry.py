@@ -26,8 +26,7 @@ def model(step: int, run: str = "a", version: str | None = None, **changes: obje
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     if request.param == "folder":
         return Storage(StorageConfig(root=str(tmp_path)))
-    s3: StorageConfig = request.getfixturevalue("s3")
-    return Storage(s3.model_copy(update={"root": f"s3://models/{tmp_path.name}"}))
+    return Storage(request.getfixturevalue("s3_root"))
 
 
 def test_later_steps_and_other_runs_move_it_forward(storage: Storage):

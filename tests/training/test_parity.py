@@ -16,9 +16,9 @@ Outcome = tuple[list[StepRecord], dict[str, list[float]]]
 
 def gentle(steps: int) -> dict:
     """A learning rate like Moonlight's. Newton-Schulz runs in bf16: a gradient that differs by 1e-7 may round the other way
-    there, which at ten times this rate shows as 1e-4 in the loss."""
+    there, which at twenty times this rate shows as 1e-4 in the loss."""
     tokens = steps * BATCH * SEQUENCE
-    return {"schedule__learning_rate": [{"until_tokens": tokens, "shape": "linear", "start": 1e-3, "end": 1e-4}]}
+    return {"schedule__learning_rate": [{"until_tokens": tokens, "shape": "linear", "start": 5e-4, "end": 5e-5}]}
 
 
 def trained(root: str, dataset: DatasetManifest, overrides: dict) -> Outcome:
@@ -53,7 +53,7 @@ def compare(root: str, world: int, cases: list[dict]) -> None:
             assert [r.load_imbalance for r in other] == [r.load_imbalance for r in records], case
             assert other_biases == biases, case
             assert other == by_rank[0][index][0], case  # every rank sees the same bits
-        assert records[-1].loss < records[0].loss - 0.05
+        assert records[-1].loss < records[0].loss - 0.03
         assert any(imbalance > 1 for record in records for imbalance in record.load_imbalance)
 
 
@@ -95,7 +95,6 @@ def test_four_ranks_every_way(tmp_path, mesh):
 def compiled(root: str, dataset: DatasetManifest) -> list[float]:
     case = {
         "training__compile": True,
-        "training__activation_checkpointing": "selective",
         "parallelism": {"shard": 2, "ep": 2},
     }
     return [record.loss for record in trained(root, dataset, case)[0]]

@@ -1,8 +1,5 @@
 """The same run on an S3 server as in a folder: same contents, same manifests, and it resumes there."""
 
-import pytest
-from moto.server import ThreadedMotoServer
-
 from pipeline.storage import Storage
 from pipeline.training.checkpoint import committed
 from pipeline.training.trainer import TrainingStopped
@@ -10,20 +7,6 @@ from tests.distributed import run_distributed
 from tests.training.make import Watched, tiny
 
 PARALLELISM = {"shard": 2, "ep": 2}
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        Storage(tiny("s3://runs/x", storage__endpoint_url=endpoint).storage).fs.mkdir("runs")
-        yield {"storage__root": "s3://runs/prefix", "storage__endpoint_url": endpoint}
-    server.stop()
 
 
 def started(storage: dict, stop: bool):
@@ -34,7 +17,8 @@ def started(storage: dict, stop: bool):
         return stopped.checkpoint
 
 
-def test_as_in_a_folder(tmp_path, bucket):
+def test_as_in_a_folder(tmp_path, s3_root):
+    bucket = {"storage__root": s3_root.root, "storage__endpoint_url": s3_root.endpoint_url}
     folder = {"storage__root": str(tmp_path)}
     stopped = run_distributed(started, 2, bucket, True)[0]
     assert stopped.step < 4

@@ -67,7 +67,7 @@ class Driver:
         if self.dies_after is not None and len(self.reports) > self.dies_after:
             raise InterruptedError("the driver's pod was evicted")
 
-    def wait(self, seconds: float = 15.0) -> Any:
+    def wait(self, seconds: float = 60.0) -> Any:
         self.thread.join(seconds)
         assert not self.thread.is_alive(), "the driver hangs"
         return self.result
@@ -78,7 +78,9 @@ class Driver:
 
 
 def until(condition: Any, what: str = "condition") -> None:
-    for _ in range(1000):
+    """Wait for it, long enough for a busy machine."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
         if condition():
             return
         time.sleep(0.005)

@@ -54,7 +54,7 @@ class FakeKubernetes:
         configuration = client.Configuration()
         configuration.host = f"http://127.0.0.1:{self.server.server_port}"
         configuration.retries = False
-        settings = {"patience_s": 20.0, "watch_s": 1, "pause_s": 0.002, "longest_pause_s": 0.01} | options
+        settings = {"patience_s": 60.0, "watch_s": 1, "pause_s": 0.002, "longest_pause_s": 0.01} | options
         return RayJobApi(client.ApiClient(configuration), NAMESPACE, **settings)
 
     # -- what kubectl and KubeRay do -----------------------------------------------------------------------------

@@ -1,0 +1,219 @@
+"""What is done is what the records say: over the life of a run, and after its settings change."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from data_prep.listing import InputFile
+from data_prep.prepare import identity
+from data_prep.records import dataset_path
+from jobs import stages
+from jobs.stages import MissingInput, Records, check_supply, find, run
+from pipeline.config.load import ConfigError, load_config
+from pipeline.config.schema import RunConfig
+from pipeline.evaluation.heldout import evaluate, manifest_path
+from pipeline.manifest import DatasetManifest, PackedFile, TrainManifest
+from pipeline.publishing.export import publish
+from pipeline.storage import Storage, open_storage
+from pipeline.training.checkpoint import train_folder
+from pipeline.training.identity import run_identity
+from pipeline.workflow.record import STAGES, read_events
+from tests.evaluation.make import TEXTS, MadeRun, make_run, run_config
+
+
+class Living(NamedTuple):
+    """A run whose stages are done one by one by the library, without Ray."""
+
+    config: RunConfig
+    storage: Storage
+    made: MadeRun
+    dataset: DatasetManifest
+    train: TrainManifest
+
+
+@pytest.fixture
+def living(tmp_path: Path) -> Living:
+    """The corpus is there, and what the stages will make of it; nothing of it is committed for this run."""
+    plain = run_config(str(tmp_path / "root"))
+    sources = []
+    for source in plain.corpus.sources:
+        folder = tmp_path / source.name
+        folder.mkdir()
+        for number, text in enumerate(TEXTS[source.name]):
+            (folder / f"{number}.txt").write_text(text)
+        sources.append(source.model_copy(update={"path": str(folder), "max_epochs": 1e6}))
+    corpus = plain.corpus.model_copy(update={"sources": tuple(sources)})
+    data = plain.data.model_copy(update={"lanes": 2, "mixture_block": 8, "rows_per_group": 1})
+    config = plain.model_copy(update={"corpus": corpus, "data": data})
+    made = make_run(config)
+    packed = PackedFile(path="p", bytes=1, sha256="0" * 64, rows=10, tokens=600, group_crc32="0" * 88)
+    dataset = made.dataset.model_copy(
+        update={
+            "identity": identity(config, made.storage),
+            "sources": tuple(source.model_copy(update={"packed": (packed,)}) for source in made.dataset.sources),
+        }
+    )
+    train = made.train.model_copy(update={"identity": run_identity(config, dataset)})
+    return Living(config, made.storage, made, dataset, train)
+
+
+def done(config: RunConfig, storage: Storage) -> list[str]:
+    records = find(config, storage)
+    return [stage for stage in STAGES if records.done(stage)]
+
+
+def change(config: RunConfig, section: str, **changes: object) -> RunConfig:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
+
+
+def finish(living: Living) -> None:
+    config, storage = living.config, living.storage
+    storage.create(dataset_path(living.dataset.identity), living.dataset.to_json())
+    storage.write(f"{train_folder(config.run_id)}/manifest.json", living.train.to_json())
+    evaluation = evaluate(config, living.dataset, living.made.checkpoint, storage, report=lambda _: None)
+    publish(config, living.train, evaluation, living.dataset, storage, report=lambda _: None)
+
+
+def test_over_the_life_of_a_run(living: Living) -> None:
+    config, storage = living.config, living.storage
+    assert find(config, storage) == Records()
+    storage.create(dataset_path(living.dataset.identity), living.dataset.to_json())
+    assert done(config, storage) == ["prepare"]
+    storage.write(f"{train_folder(config.run_id)}/manifest.json", living.train.to_json())
+    assert done(config, storage) == ["prepare", "train"]
+    assert find(config, storage).checkpoint == living.train.checkpoint
+    evaluation = evaluate(config, living.dataset, living.made.checkpoint, storage, report=lambda _: None)
+    assert done(config, storage) == ["prepare", "train", "evaluate"]
+    model = publish(config, living.train, evaluation, living.dataset, storage, report=lambda _: None)
+    records = find(config, storage)
+    assert (records.dataset, records.train, records.evaluation) == (living.dataset, living.train, evaluation)
+    assert records.model == model
+
+    for stage in STAGES:  # done: nothing is run, nothing is written, Ray is not asked for
+        run(stage, config, storage)
+    assert read_events(storage, config.run_id) == []
+
+
+def test_other_settings_under_the_same_run_id_are_not_done(living: Living, tmp_path: Path) -> None:
+    finish(living)
+    config, storage = living.config, living.storage
+    assert done(config, storage) == list(STAGES)
+    assert done(change(config, "publishing", dtype="bf16"), storage) == ["prepare", "train", "evaluate"]
+    assert done(change(config, "evaluation", sequence_length=32), storage) == ["prepare", "train"]
+    assert done(change(config, "optimizer", weight_decay=0.3), storage) == ["prepare"]
+    assert done(config.model_copy(update={"seed": 1}), storage) == ["prepare"]
+    assert done(change(config, "corpus", heldout_fraction=0.2), storage) == []
+    # not another result, but the published folder tells its configuration
+    assert done(change(config, "checkpoint", every_steps=7), storage) == ["prepare", "train", "evaluate"]
+    assert done(change(config, "cluster", cpus_per_worker=3.0), storage) == list(STAGES)
+    (tmp_path / "prose" / "0.txt").write_text("The corpus changed.")
+    assert done(config, storage) == []
+
+
+def test_a_lost_record_is_a_stage_to_do_again(living: Living) -> None:
+    finish(living)
+    storage = living.storage
+    storage.delete(manifest_path(living.config, living.made.checkpoint))
+    assert done(living.config, storage) == ["prepare", "train"]
+
+
+def test_a_stage_without_its_input_says_which_command_makes_it(living: Living) -> None:
+    config, storage = living.config, living.storage
+    for stage, earlier in (("train", "prepare"), ("evaluate", "prepare"), ("publish", "prepare")):
+        with pytest.raises(MissingInput, match=rf"{stage} needs the result of {earlier}.*python -m jobs.{earlier}"):
+            run(stage, config, storage)
+    storage.create(dataset_path(living.dataset.identity), living.dataset.to_json())
+    with pytest.raises(MissingInput, match=r"evaluate needs the result of train"):
+        run("evaluate", config, storage)
+    assert read_events(storage, config.run_id) == []
+
+
+def test_a_checkpoint_that_is_not_there(living: Living) -> None:
+    finish(living)
+    with pytest.raises(ConfigError, match=r"evaluation.checkpoint 7: no such checkpoint; there are \[50\]"):
+        find(change(living.config, "evaluation", checkpoint=7), living.storage)
+    named = find(change(living.config, "evaluation", checkpoint=50), living.storage)
+    assert (named.checkpoint, named.done("evaluate")) == (living.made.checkpoint, True)
+
+
+def test_a_demand_that_the_prepared_data_cannot_meet(living: Living) -> None:
+    living.storage.create(dataset_path(living.dataset.identity), living.dataset.to_json())
+    sources = tuple(source.model_copy(update={"max_epochs": 1.0}) for source in living.config.corpus.sources)
+    with pytest.raises(ConfigError, match=r"source 'code' would be seen up to"):
+        find(change(living.config, "corpus", sources=sources), living.storage)
+
+
+def test_a_failed_stage_leaves_its_reason(living: Living, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("worker died\nof something")
+
+    monkeypatch.setattr(stages, "_do", broken)
+    with pytest.raises(RuntimeError, match="worker died"):
+        run("prepare", living.config, living.storage)
+    started, failed = read_events(living.storage, living.config.run_id)
+    assert (started["event"], started["stage"]) == ("started", "prepare")
+    assert (failed["event"], failed["error"]) == ("failed", "RuntimeError: worker died\nof something")
+    assert failed["seconds"] >= 0
+
+
+def supply(files: list[InputFile], tokens: int, *more: str) -> None:
+    """One source with `files`, two epochs of it allowed, `tokens` wanted."""
+    source = {"name": "web", "path": "/x", "max_epochs": 2}
+    schedule = {
+        "total_tokens": tokens,
+        "learning_rate": [{"until_tokens": tokens, "shape": "constant", "start": 1e-3, "end": 1e-3}],
+        "global_batch": [{"until_tokens": tokens, "sequences": 16}],
+        "bias_rate": [{"until_tokens": tokens, "rate": 0.0}],
+    }
+    overrides = [f"corpus={json.dumps({'sources': [source]})}", f"schedule={json.dumps(schedule)}", *more]
+    check_supply(load_config("debug", overrides), {"web": files})
+
+
+def test_a_demand_that_no_tokenizer_could_meet() -> None:
+    texts = [InputFile("a.txt", 1_000_000, ""), InputFile("b.txt", 500_000, "")]
+    supply(texts, 5_000_000)
+    with pytest.raises(ConfigError) as error:
+        supply(texts, 50_000_000)
+    message = str(error.value)
+    assert message.startswith("schedule.total_tokens 50,000,000 asks for 50,000,000 tokens of source 'web', whose 1,5")
+    assert "raise corpus.sources[0].max_epochs" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz", "a.txt.zst"])
+def test_nothing_bounds_a_compressed_corpus(name: str) -> None:
+    supply([InputFile(name, 1000, "")], 50_000_000)
+
+
+def test_a_source_too_small_for_its_weight() -> None:
+    """Enough text in all, but not of the source that half of the tokens should come from."""
+    config = load_config(
+        "debug",
+        ["corpus.sources=[{name: big, path: /b, max_epochs: 9}, {name: small, path: /s}]"],
+    )
+    listings = {"big": [InputFile("x.txt", 10**9, "")], "small": [InputFile("y.txt", 10**4, "")]}
+    with pytest.raises(ConfigError, match=r"asks for 491,520 tokens of source 'small'.*corpus.sources\[1\].max_epochs"):
+        check_supply(config, listings)
+    mixture = "corpus.mixture=[{until_tokens: 983040, weights: {big: 0.999, small: 0.001}}]"
+    check_supply(load_config("debug", [f"corpus.sources={_plain(config)}", mixture]), listings)
+
+
+def _plain(config: RunConfig) -> str:
+    return json.dumps([source.model_dump(mode="json") for source in config.corpus.sources])
+
+
+def test_the_commit_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOONLIGHT_GIT_COMMIT", "abc")
+    assert stages.git_commit() == "abc"
+    monkeypatch.setenv("MOONLIGHT_GIT_COMMIT", "unknown")  # what an image without the build argument has
+    assert stages.git_commit() != "abc"
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert stages.git_commit() == "unknown"
+
+
+def test_the_real_dataset_of_a_run(prepared) -> None:  # type: ignore[no-untyped-def]
+    assert find(prepared.config, open_storage(prepared.config.storage)).dataset == prepared.dataset
