@@ -7,8 +7,8 @@ decay, clipping. That is asserted, not assumed: the loss of the first step, befo
 data order must agree. Moonlight's claim is about equal rates (section 2.2: an update RMS of 0.2 lets Muon take AdamW's
 rate), so the first comparison is at one rate, the `debug` preset's. That rate was chosen for Muon and a longer run, so
 both optimizers also get a sweep of their own at the smallest size, by factors of two and continued until the best rate
-has a worse one on either side. Two more comparisons, at every size, use it: Muon as it is against AdamW at its best
-rate, and both at their best. One seed.
+has a worse one on either side. Every size is then run at that rate, too, and two more comparisons use the better of an
+optimizer's runs at the size: Muon as it is against AdamW at its best rate, and both at their best. One seed.
 
 Network: the preset's with `hidden_size` d, d / 32 heads of 24 + 8, feed-forward widths 3 d (dense) and 3 d / 4 (expert).
 Corpus and tokenizer: the preset's, prepared in this process unless they are below --root already (`--root runs` after
@@ -107,11 +107,10 @@ def main() -> None:
     storage = open_storage(PREPARED.storage.model_copy(update={"root": given.root}))
     dataset = prepare(PREPARED, storage, report=show_prepare)
     curves = run_all(sizes, given.steps, storage, dataset)
-    best = {name: best_rate(curves, name, sizes[0]) for name in OPTIMIZERS}
-    print(table(curves, sizes, best, given.steps))
-    storage.write("optimizers.png", plot(curves, sizes, best))
+    print(table(curves, sizes, given.steps))
+    storage.write("optimizers.png", plot(curves, sizes))
     print(f"\nplot: {storage.uri('optimizers.png')}")
-    print(json.dumps(results(curves, sizes, best)))
+    print(json.dumps(results(curves, sizes)))
 
 
 # -- the runs --------------------------------------------------------------------------------------------------------
@@ -140,7 +139,7 @@ def called_for(curves: Curves, known: Collection[Contender], sizes: Sequence[int
 
 
 def best_rate(curves: Curves, optimizer: str, size: int) -> float:
-    """The rate with the lowest final loss at this size."""
+    """The rate with the lowest final loss among this size's runs."""
     swept = {run: curve for run, curve in curves.items() if run.optimizer == optimizer and run.hidden == size}
     return min(swept, key=lambda run: swept[run].final).rate
 
@@ -333,7 +332,7 @@ def of_size(curves: Curves, size: int) -> list[Contender]:
     return sorted(runs, key=lambda run: (OPTIMIZERS.index(run.optimizer), run.rate))
 
 
-def table(curves: Curves, sizes: Sequence[int], best: dict[str, float], steps: int) -> str:
+def table(curves: Curves, sizes: Sequence[int], steps: int) -> str:
     """Markdown: held-out loss of every run at every scored step."""
     points = next(iter(curves.values())).steps
     head = ["d", "parameters (active)", "optimizer", "rate", *(f"step {step:,}" for step in points), "Muon is there at"]
@@ -342,7 +341,7 @@ def table(curves: Curves, sizes: Sequence[int], best: dict[str, float], steps: i
         count = count_parameters(load_config("debug", overrides(network(size))).model)
         muon = curves[Contender("muon", size, RATE)]
         for run in of_size(curves, size):
-            mark = " (best)" if run.rate == best[run.optimizer] else ""
+            mark = " (best)" if run.rate == best_rate(curves, run.optimizer, size) else ""
             cells = [str(size), f"{count.total / 1e6:.2f} M ({count.active / 1e6:.2f} M)", run.optimizer]
             cells += [f"{run.rate:g}{mark}", *(f"{loss:.3f}" for loss in curves[run].losses)]
             cells.append("" if run.optimizer == "muon" else passes(muon, curves[run].final))
@@ -365,7 +364,7 @@ def passes(curve: Curve, loss: float) -> str:
     return "never"
 
 
-def plot(curves: Curves, sizes: Sequence[int], best: dict[str, float]) -> bytes:
+def plot(curves: Curves, sizes: Sequence[int]) -> bytes:
     """PNG of held-out loss over steps, one panel a size."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -374,7 +373,7 @@ def plot(curves: Curves, sizes: Sequence[int], best: dict[str, float]) -> bytes:
         panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
         for axes, size in zip(panels, sizes):
             for run in of_size(curves, size):
-                label, colour, style = appearance(run, best)
+                label, colour, style = appearance(run, run.rate == best_rate(curves, run.optimizer, size))
                 axes.plot(curves[run].steps, curves[run].losses, style, color=colour, label=label, markersize=4)
             axes.set_title(f"hidden size {size}", loc="left", color=INK, weight="bold")
             axes.set_xlabel("step", color=INK)
@@ -389,23 +388,24 @@ def plot(curves: Curves, sizes: Sequence[int], best: dict[str, float]) -> bytes:
     return buffer.getvalue()
 
 
-def appearance(run: Contender, best: dict[str, float]) -> tuple[str, str, str]:
-    """Legend, colour and line style of a curve: solid at the common rate, dashed at the optimizer's best, else dotted."""
+def appearance(run: Contender, best: bool) -> tuple[str, str, str]:
+    """Legend, colour and line style of a curve: solid at the common rate, dashed at its best, else dotted."""
     name, colour = ("Muon", MUON) if run.optimizer == "muon" else ("AdamW", ADAMW)
-    tuned = run.rate == best[run.optimizer]
-    style = "o-" if run.rate == RATE else "s--" if tuned else ":"
-    return f"{name} {run.rate:g}{' (its best)' if tuned else ''}", colour, style
+    if run.rate != RATE and not best:
+        return f"_{name} {run.rate:g}", colour, ":"  # the underscore keeps it out of the legend
+    return f"{name} {run.rate:g}{' (its best)' if best else ''}", colour, "o-" if run.rate == RATE else "s--"
 
 
-def results(curves: Curves, sizes: Sequence[int], best: dict[str, float]) -> list[dict[str, Any]]:
+def results(curves: Curves, sizes: Sequence[int]) -> list[dict[str, Any]]:
     """Three per size: at the same rate, against AdamW at its best rate, and both at their best."""
-    kinds = {
-        "same_rate": (RATE, RATE),
-        "adamw_best_rate": (RATE, best["adamw"]),
-        "both_best_rate": (best["muon"], best["adamw"]),
-    }
     found = []
     for size in sizes:
+        muon_best, adamw_best = (best_rate(curves, name, size) for name in OPTIMIZERS)
+        kinds = {
+            "same_rate": (RATE, RATE),
+            "adamw_best_rate": (RATE, adamw_best),
+            "both_best_rate": (muon_best, adamw_best),
+        }
         for kind, (rate_ours, rate_peer) in kinds.items():
             ours = curves[Contender("muon", size, rate_ours)].final
             peer = curves[Contender("adamw", size, rate_peer)].final
