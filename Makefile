@@ -28,10 +28,10 @@ demo: $(STAMP) ## The whole pipeline on real text on this machine: raw text to p
 test: $(STAMP) ## All tests but the long ones
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest
 
-test-long: $(STAMP) ## Fault and scale tests (an hour or more)
+test-long: $(STAMP) ## Fault and scale tests
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m long
 
-test-demo: $(STAMP) ## The demo in every way it can be run: killed, submitted, on S3 (half an hour)
+test-demo: $(STAMP) ## The demo in every way it can be run: killed, submitted, on S3 (about ten minutes)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m demo
 
 lint: $(STAMP) ## ruff, mypy, import-linter
