@@ -7,10 +7,10 @@ answer, not a failure. Publishing checks the same limit again.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from jobs.cli import parser
 from pipeline.config.load import ConfigError, load_config
 from pipeline.config.schema import RunConfig
 from pipeline.manifest import EvaluationManifest
@@ -32,11 +32,9 @@ def decide(config: RunConfig, storage: Storage) -> tuple[str, str]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m jobs.gate")
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--output", required=True, type=Path, help="folder for the files gate and reason")
-    parser.add_argument("overrides", nargs="*", help="section.key=value")
-    given = parser.parse_args(arguments)
+    made = parser("gate", "May this run be published? Compares the newest evaluation with publishing.max_loss.")
+    made.add_argument("--output", required=True, type=Path, help="folder for the files gate and reason")
+    given = made.parse_args(arguments)
     try:
         config = load_config(given.config, given.overrides)
     except ConfigError as error:

@@ -8,12 +8,12 @@ a stage down, so this ends only on SIGTERM.
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 import threading
 from pathlib import Path
 
+from jobs.cli import parser
 from pipeline.config.load import ConfigError, load_config
 from pipeline.storage import Storage, open_storage
 
@@ -38,13 +38,11 @@ def copy_changed(source: Path, storage: Storage, folder: str, seen: dict[str, tu
 
 
 def main(arguments: list[str], stopped: threading.Event | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m jobs.logs")
-    parser.add_argument("--name", required=True, help="the RayJob's name")
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--source", type=Path, default=Path("/tmp/ray/session_latest/logs"))
-    parser.add_argument("--every", type=float, default=60.0, help="seconds")
-    parser.add_argument("overrides", nargs="*", help="section.key=value")
-    given = parser.parse_args(arguments)
+    made = parser("logs", "Keep a cluster's logs in the run's folder.")
+    made.add_argument("--name", required=True, help="the RayJob's name")
+    made.add_argument("--source", type=Path, default=Path("/tmp/ray/session_latest/logs"))
+    made.add_argument("--every", type=float, default=60.0, help="seconds")
+    given = made.parse_args(arguments)
     try:
         config = load_config(given.config, given.overrides)
     except ConfigError as error:

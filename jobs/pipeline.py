@@ -50,12 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from jobs.kuberay import run_on_kuberay
 
             return run_on_kuberay(config, storage, given)
-        todo = [stage for stage in _wanted(given) if not _report_done(stage, config, storage)]
+        records = stages.find(config, storage)
+        todo = [stage for stage in _wanted(given) if not _report_done(stage, records)]
         if todo:
-            stages.require_inputs(todo[0], stages.find(config, storage))
-            _run_on_ray(todo, config, storage, given)
+            stages.require_inputs(todo[0], records)
+            _run_on_ray(todo, config, storage)
+            records = stages.find(config, storage)
         if not given.only:
-            print_summary(config, storage, stages.find(config, storage), given.config)
+            print_summary(config, storage, records, given.config)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -110,14 +112,14 @@ def _wanted(given: argparse.Namespace) -> list[str]:
     return [given.only] if given.only else list(STAGES)
 
 
-def _report_done(stage: str, config: RunConfig, storage: Storage) -> bool:
-    done = stages.find(config, storage).done(stage)
+def _report_done(stage: str, records: stages.Records) -> bool:
+    done = records.done(stage)
     if done:
         print(f"{stage:<9} up to date", flush=True)
     return done
 
 
-def _run_on_ray(todo: list[str], config: RunConfig, storage: Storage, given: argparse.Namespace) -> None:
+def _run_on_ray(todo: list[str], config: RunConfig, storage: Storage) -> None:
     from ray.job_submission import JobSubmissionClient
 
     _raise_on_signals()
@@ -128,25 +130,25 @@ def _run_on_ray(todo: list[str], config: RunConfig, storage: Storage, given: arg
         print(f"Ray dashboard: {dashboard}", flush=True)
         client = JobSubmissionClient(dashboard or None)
         for stage in todo:
-            _run_stage_job(client, stage, config, storage, given)
+            _run_stage_job(client, stage, config, storage)
 
 
-def _run_stage_job(client: Any, stage: str, config: RunConfig, storage: Storage, given: argparse.Namespace) -> None:
+def _run_stage_job(client: Any, stage: str, config: RunConfig, storage: Storage) -> None:
     """Submit or follow the stage's job, show its progress, and check that its record is there at the end."""
     from pipeline.workflow.ray_jobs import StageJob, StageJobFailed, follow, submit_or_attach
 
     # The stage reads the run's own copy of the configuration: what it works on cannot change between the stages.
-    settings = digest_of(config)[:6]
+    settings = digest_of(config)
     command = f"{python()} -m jobs.{stage} --config {_quoted(storage, config)} {_overrides(config)}".strip()
     job = StageJob(
-        name=f"{config.run_id}-{stage}-{settings}{hashlib.sha256(storage.root.encode()).hexdigest()[:4]}",
+        name=f"{config.run_id}-{stage}-{settings[:6]}{hashlib.sha256(storage.root.encode()).hexdigest()[:4]}",
         entrypoint=command,
         metadata={
             "job_name": f"{config.run_id} {stage}",
             "run_id": config.run_id,
             "stage": stage,
             "storage_root": storage.root,
-            "config_digest": digest_of(config)[:16],
+            "config_digest": settings[:16],
             "git_commit": stages.git_commit(),
         },
         runtime_env=code_environment(),
@@ -178,7 +180,7 @@ def _overrides(config: RunConfig) -> str:
 
 
 class Shower:
-    """Prints the stage's `progress.json` when it moved, at most every few seconds; a line in place on a terminal."""
+    """Prints the stage's `progress.json` when it moved, at most every few seconds."""
 
     def __init__(self, stage: str, run_id: str, storage: Storage) -> None:
         self._stage, self._run_id, self._storage = stage, run_id, storage

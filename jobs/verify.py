@@ -8,7 +8,6 @@ manifest says; 1: something is not; 2: wrong configuration, or no such dataset.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import ray
 
+from jobs.cli import parser
 from jobs.dataset import open_dataset
 from pipeline.config.load import load_config
 from pipeline.config.schema import StorageConfig
@@ -29,11 +29,9 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m jobs.verify", description="Prove a dataset.")
-    parser.add_argument("--config", required=True, help="preset or path")
-    parser.add_argument("--dataset", help="identity; default: the dataset of this configuration")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parsed = parser.parse_args(arguments)
+    made = parser("verify", "Prove a dataset.")
+    made.add_argument("--dataset", help="identity; default: the dataset of this configuration")
+    parsed = made.parse_args(arguments)
     try:
         config = load_config(parsed.config, parsed.overrides)
         storage = open_storage(config.storage)
