@@ -9,7 +9,7 @@ from ray.train import PreemptionInfo
 
 from jobs.train import PreemptionNotice, train_with_ray
 from pipeline.storage import Storage
-from pipeline.training.checkpoint import ForeignCheckpoint
+from pipeline.training.commits import ForeignCheckpoint
 from pipeline.training.metrics import TrainProgress
 from tests.distributed import run_distributed
 from tests.training.make import Watched, tiny, tiny_dataset
