@@ -32,8 +32,8 @@ COPY data_prep /opt/moonlight/data_prep
 COPY jobs /opt/moonlight/jobs
 RUN python -m compileall -q /opt/moonlight
 
-# With a read-only root only /tmp is writable (an emptyDir in the cluster, --tmpfs /tmp with docker): caches go there, and so does
-# the token that a local Ray writes into its home.
+# With a read-only root only /tmp is writable (an emptyDir in the cluster, --tmpfs /tmp:exec with docker): caches go there, and so does
+# the token that a local Ray writes into its home. `exec`, because Triton and Inductor load what they compiled from their caches.
 ENV HOME=/tmp/home \
     PYTHONPATH=/opt/moonlight \
     PYTHONDONTWRITEBYTECODE=1 \
