@@ -14,7 +14,7 @@ FROM ${BASE}
 USER root
 
 # Dependencies first and alone: this layer changes only with the lock file. The base already holds ray; pip leaves what fits.
-# What wheels bring for their own tests goes (170 MB); compiled bytecode stays, since nobody could write it later.
+# What wheels bring for their own tests goes (220 MB); compiled bytecode stays, since nobody could write it later.
 ARG PIP_ARGS=""
 COPY pyproject.toml constraints.txt /tmp/build/
 RUN python -c "import tomllib; print(*tomllib.load(open('/tmp/build/pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
