@@ -15,25 +15,20 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch.nn.attention import varlen  # noqa: F401  registers its operator
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from pipeline.model import cpu_attention, grouped, matmul  # noqa: F401  register theirs
-
-aten = torch.ops.aten
-KEPT = {
-    aten.mm.default,
-    aten.addmm.default,
-    aten.bmm.default,
-    torch.ops.moonlight.linear.default,
-    torch.ops.moonlight.grouped_rows.default,
-    torch.ops.moonlight.causal_attention.default,
-    torch.ops.torch_attn._varlen_attn.default,
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_cudnn_attention.default,
+KEPT = {  # by name: the module that registers an operator may not have been loaded
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "moonlight::linear",
+    "moonlight::grouped_rows",
+    "moonlight::causal_attention",
+    "torch_attn::_varlen_attn",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
 }
 
 
@@ -44,4 +39,4 @@ def keeping_matmuls(function: Callable[..., Any], *inputs: Any) -> Any:
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op.name() in KEPT else CheckpointPolicy.PREFER_RECOMPUTE

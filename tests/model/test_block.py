@@ -8,6 +8,7 @@ from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
+from pipeline.model.recomputation import KEPT
 from tests.model.oracle import random_model, small_config
 
 DOCUMENTS = [[10, 14], [3, 8, 9]]
@@ -118,6 +119,14 @@ def test_compiled_pieces_give_the_same_step(mode, doc_lens):
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_inductor_gives_the_same_step(mode):
     assert_compiled_is_eager(mode, "inductor", DOCUMENTS)
+
+
+def test_kept_operators_exist():
+    from torch.nn.attention import varlen  # noqa: F401
+
+    for name in KEPT:
+        namespace, _, operator = name.partition("::")
+        assert getattr(getattr(torch.ops, namespace), operator).default.name() == name
 
 
 def test_selective_checkpointing_obeys_its_list_in_a_compiled_graph():
