@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="the debug preset's sizes")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    if device.type == "cuda":
+    if device.index is not None:
         torch.cuda.set_device(device)
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     peak = peak_flops(chip)
