@@ -42,7 +42,7 @@ def _rows(x_MI: Tensor, weight_eOI: Tensor, offsets_e: Tensor, transpose: bool) 
     if is_cpu_fp32(x_MI):
         out_MO = x_MI.new_empty(x_MI.shape[0], weight_eOI.shape[-2 if transpose else -1])
         for expert, rows in _groups(offsets_e):
-            out_MO[rows] = product(x_MI[rows], weight_eOI[expert] if transpose else weight_eOI[expert].T)
+            product(x_MI[rows], weight_eOI[expert] if transpose else weight_eOI[expert].T, out_MO[rows])
         return out_MO
     if x_MI.shape[0] == 0:
         return x_MI.new_empty(0, weight_eOI.shape[-2 if transpose else -1])

@@ -20,12 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.model.matmul import is_cpu_fp32, linear, outer, product
+from pipeline.model.matmul import TILES, is_cpu_fp32, linear, outer, product
 
 IGNORE = -100  # label of a token that has no loss
 CUDA_CHUNK = 1024  # tokens
-CPU_CHUNK_NUMBERS = 1 << 22  # logits: 16 MiB, in
-CPU_CHUNK_TOKENS = 128  # multiples of this many tokens
+CPU_CHUNK_NUMBERS = 1 << 22  # logits: 16 MiB at most, in whole tiles, which the product needs not put together
 
 
 class LossOutput(NamedTuple):
@@ -66,7 +65,7 @@ class _CrossEntropySum(torch.autograd.Function):
         loss = x_ND.new_zeros(())
         grad_x_ND = torch.empty_like(x_ND) if wanted else None
         grad_weight_VD = torch.zeros_like(weight_VD) if wanted else None
-        chunk = max(CPU_CHUNK_NUMBERS // V // CPU_CHUNK_TOKENS, 1) * CPU_CHUNK_TOKENS
+        chunk = next((tile for tile in TILES if tile * V <= CPU_CHUNK_NUMBERS), TILES[-1])
         for start in range(0, N, chunk):
             x_CD, labels_C = x_ND[start : start + chunk], labels_N[start : start + chunk, None]
             counted_C = labels_C != IGNORE
