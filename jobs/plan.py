@@ -74,8 +74,8 @@ def lines(config: RunConfig, found: Estimate, hardware: Hardware, price: float |
     )
     yield (
         f"traffic    {traffic.total / GB:.1f} GB a GPU and step: weights {traffic.weights / GB:.1f}, gradients "
-        f"{traffic.gradients / GB:.1f}, tokens {traffic.tokens / GB:.1f}, Muon {traffic.muon / GB:.3f}; "
-        f"{step.wire:.2f} s if nothing else ran"
+        f"{traffic.gradients / GB:.1f}, between copies {traffic.copies / GB:.1f}, tokens {traffic.tokens / GB:.1f}, "
+        f"Muon {traffic.muon / GB:.3f}; {step.wire:.2f} s, to be hidden behind the computation"
     )
     yield (
         f"step       {step.total:.2f} s at {hardware.mfu:.0%} MFU: forward and backward {step.model:.2f} s, "

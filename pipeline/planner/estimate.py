@@ -44,7 +44,7 @@ class StepTime:
 
     model: float
     newton_schulz: float
-    wire: float  # of all traffic alone: tokens inside the node if an ep group fits into one, the rest between nodes
+    wire: float  # of all traffic alone; a group that fits into a node talks at the speed inside it
 
     @property
     def total(self) -> float:
@@ -79,8 +79,10 @@ def estimate(config: RunConfig, hardware: Hardware) -> Estimate:
     per_token = flops_per_token(config.model, length)
     found = segments(config.schedule, length)
     sent = traffic(config, sizes, plan, found[-1].sequences, itemsize)
-    inside = config.parallelism.ep <= hardware.gpus_per_node
-    token_gb_s = hardware.node_gb_s if inside else hardware.network_gb_s
+
+    def speed(ranks: int) -> float:
+        """Bytes a second in a group of neighbouring ranks."""
+        return 1e9 * (hardware.node_gb_s if ranks <= hardware.gpus_per_node else hardware.network_gb_s)
 
     def step_time(sequences: int) -> StepTime:
         peak = hardware.peak_tflops * 1e12
@@ -88,7 +90,9 @@ def estimate(config: RunConfig, hardware: Hardware) -> Estimate:
         return StepTime(
             model=per_token * sequences * length / world / (peak * hardware.mfu),
             newton_schulz=busiest / (peak * NEWTON_SCHULZ_EFFICIENCY),
-            wire=(sent.total - sent.tokens) / (hardware.network_gb_s * 1e9) + sent.tokens / (token_gb_s * 1e9),
+            wire=(sent.weights + sent.gradients + sent.muon) / speed(config.parallelism.shard)
+            + sent.copies / speed(world)
+            + sent.tokens / speed(config.parallelism.ep),
         )
 
     seconds = sum(segment.steps * step_time(segment.sequences).total for segment in found)

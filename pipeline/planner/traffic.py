@@ -3,7 +3,8 @@
 With A micro-batches a step, n ranks in a group and weights of P elements in it, ring algorithms send (n - 1) / n of:
 
     weights      all-gather of P in the compute dtype, A times: forward, and backward again if they were freed
-    gradients    reduce-scatter of P in fp32, A times; then, for copies (`replicate`), one all-reduce of the shard: twice it
+    gradients    reduce-scatter of P in fp32, A times
+    copies       all-reduce of the shard's fp32 gradients over `replicate`: twice it
     tokens       rows to their experts and back, in forward, backward and what checkpointing computes again: A times
                  tokens * K * D for each direction, of which (ep - 1) / ep leave the rank
     muon         pieces to owners and results back (pipeline/optim/layout.py, `bytes_sent`), the fullest rank
@@ -26,12 +27,13 @@ class Traffic:
 
     weights: int
     gradients: int
+    copies: int
     tokens: int
     muon: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.tokens + self.muon
+        return self.weights + self.gradients + self.copies + self.tokens + self.muon
 
 
 def traffic(config: RunConfig, sizes: Sizes, plan: MuonPlan | None, sequences: int, itemsize: int) -> Traffic:
@@ -41,8 +43,6 @@ def traffic(config: RunConfig, sizes: Sizes, plan: MuonPlan | None, sequences: i
     gathered = _leaving(sizes.dense, parallelism.shard) + _leaving(sizes.experts // parallelism.ep, parallelism.efsdp)
     kept = _leaving(sizes.embedding + model.hidden_size, parallelism.shard)  # head and last norm are gathered once
     passes = 2 * gathered - kept if training.reshard_after_forward else gathered
-    shard = sizes.total // parallelism.shard
-    copies = 2 * _leaving(shard, parallelism.replicate)
     rows = training.micro_batch * training.sequence_length * model.num_experts_per_tok * model.hidden_size
     layers = model.num_hidden_layers - model.first_k_dense_replace
     ways = 4 if training.activation_checkpointing == "none" else 6
@@ -56,7 +56,8 @@ def traffic(config: RunConfig, sizes: Sizes, plan: MuonPlan | None, sequences: i
         muon = max(bytes_sent(plan, rank, wire) for rank in range(ranks))
     return Traffic(
         weights=micro_batches * passes * itemsize,
-        gradients=(micro_batches * gathered + copies) * FP32,
+        gradients=micro_batches * gathered * FP32,
+        copies=2 * _leaving(sizes.total // parallelism.shard, parallelism.replicate) * FP32,
         tokens=micro_batches * layers * ways * _leaving(rows, parallelism.ep) * itemsize,
         muon=muon,
     )
