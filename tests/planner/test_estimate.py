@@ -43,7 +43,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     ("overrides", "remedy"),
     [
         (["training.micro_batch=4"], "Lower training.micro_batch (now 4)."),
-        (["--gpu-memory", "24"], "Set training.activation_checkpointing to full."),
+        (["training.micro_batch=1", "--gpu-memory", "24"], "Set training.activation_checkpointing to full."),
         (["parallelism.shard=1", "parallelism.ep=1"], "Raise parallelism.shard (now 1)."),
     ],
 )
