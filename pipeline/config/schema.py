@@ -205,6 +205,11 @@ class MuonConfig(Section):
     bucket_bytes: PositiveInt = 128 * 1024 * 1024  # cap of one exchange buffer
     hsdp_split: Literal["auto", "on", "off"] = "off"  # replicas share the Newton-Schulz work
 
+    @field_validator("hsdp_split", mode="before")
+    @classmethod
+    def _yaml_reads_on_as_true(cls, value: object) -> object:
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
 
 class AdamWConfig(Section):
     beta1: Fraction = 0.9
