@@ -19,6 +19,7 @@ from data_prep.plan import format_of, is_compressed
 from data_prep.prepare import identity as dataset_identity
 from data_prep.prepare import prepare
 from data_prep.records import PrepareProgress, dataset_path
+from jobs.gauges import PrepareGauges
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import MixtureStage, RunConfig
 from pipeline.dataset.order import check_demand
@@ -178,7 +179,8 @@ def _do(stage: str, config: RunConfig, storage: Storage, records: Records) -> No
     if stage == "prepare":
         from data_prep.mapping import map_on_ray
 
-        dataset = prepare(config, storage, map_units=map_on_ray(config.cluster), report=partial(_prepare, show))
+        report = partial(_prepare, show, PrepareGauges(config.run_id))
+        dataset = prepare(config, storage, map_units=map_on_ray(config.cluster), report=report)
         try:
             check_demand(config, dataset)
         except ValueError as error:
@@ -211,7 +213,8 @@ def _do(stage: str, config: RunConfig, storage: Storage, records: Records) -> No
     )
 
 
-def _prepare(show: ProgressFile, at: PrepareProgress) -> None:
+def _prepare(show: ProgressFile, gauges: PrepareGauges, at: PrepareProgress) -> None:
+    gauges(at)
     note = (
         f"{at.phase}  {at.documents:,} documents  {at.text_bytes / 1e6:,.1f} MB ({at.megabytes_per_second:,.1f} MB/s)"
     )

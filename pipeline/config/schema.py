@@ -390,12 +390,6 @@ def _disagreements(run: RunConfig) -> list[str]:
         found.append(f"parallelism.ep {parallelism.ep} must divide model.n_routed_experts {model.n_routed_experts}")
     if run.tokenizer.path is None and run.tokenizer.vocab_size != model.vocab_size:
         found.append(f"tokenizer.vocab_size {run.tokenizer.vocab_size} must equal model.vocab_size {model.vocab_size}")
-    if training.compile and training.activation_checkpointing == "selective":
-        # Measured with torch 2.13: the loss is right, the gradients are not (their norm is 2.65 times too large).
-        found.append(
-            "training.compile true with training.activation_checkpointing selective gives wrong gradients; "
-            "choose compile false, or activation_checkpointing none"
-        )
     per_step = parallelism.world_size * training.micro_batch
     for index, stage in enumerate(run.schedule.global_batch):
         if stage.sequences % per_step:

@@ -146,7 +146,7 @@ class Run:
             check_skipped(seen.skipped_in_a_row, config.training.max_skipped_steps, seen.step)
             if self.rank == 0 and (seen.step % config.training.log_every == 0 or seen.step in (1, self.steps)):
                 files.add(seen)
-                report(pace.progress(seen, record.clock))
+                report(pace.progress(seen, record.clock, self.checkpoints.committed_step))
             return seen
 
         def settle() -> None:

@@ -201,6 +201,13 @@ MUTATIONS: dict[str, Mutation] = {
         put(RUN, "spec.templates.-", {"name": "wait", "resource": {"action": "get", "failureCondition": "status.jobStatus == FAILED"}}), "fact 6"
     ),
     "PromQL that does not parse": Mutation(put("PrometheusRule/moonlight", "spec.groups.0.rules.0.expr", "max by (a (x)"), "MoonlightTrainingStalled"),
+    "panel on a metric that nobody exports": Mutation(
+        lambda objects: find(objects, "ConfigMap", "grafana-moonlight")["data"].update(
+            {"moonlight.json": find(objects, "ConfigMap", "grafana-moonlight")["data"]["moonlight.json"].replace("moonlight_loss", "moonlight_los")}
+        ),
+        "Loss: no exporter has a metric ray_moonlight_los",
+    ),
+    "alert on a metric that we renamed": Mutation(put("PrometheusRule/moonlight", "spec.groups.0.rules.0.expr", "ray_moonlight_skipped_steps_total > 0"), "no exporter"),
     "alert on a metric that nobody exports": Mutation(put("PrometheusRule/moonlight", "spec.groups.0.rules.0.expr", "ray_moonlight_stepp > 0"), "no exporter"),
     "monitor of a port that nobody has": Mutation(put("PodMonitor/moonlight/ray-nodes", "spec.podMetricsEndpoints.0.port", "metrix"), "no container has a port"),
     "monitor that Prometheus does not see": Mutation(drop("PodMonitor/moonlight/ray-nodes", "metadata.labels.release"), "does not see it"),

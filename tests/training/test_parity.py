@@ -154,20 +154,20 @@ def test_every_way(tmp_path, mesh):
     compare(str(tmp_path), world, [{**mesh, **way} for way in ways] + [{**mesh, **ways[0], **EXACT}])
 
 
-def compiled(root: str, dataset: DatasetManifest) -> list[float]:
-    case = {
-        "training__compile": True,
-        "parallelism": {"shard": 2, "ep": 2},
-    }
-    return [record.loss for record in trained(root, dataset, case)[0]]
+def compiled(root: str, dataset: DatasetManifest, modes: list[str]) -> list[list[float]]:
+    case = {"training__compile": True, "training__document_mask": True, "parallelism": {"shard": 2, "ep": 2}}
+    return [
+        [record.loss for record in trained(root, dataset, {**case, "training__activation_checkpointing": mode})[0]]
+        for mode in modes
+    ]
 
 
 @pytest.mark.long
 def test_compiled_blocks(tmp_path):
     dataset = tiny_dataset(Storage(tiny(str(tmp_path)).storage))
-    expected = [record.loss for record in trained(str(tmp_path), dataset, {})[0]]
-    losses = run_distributed(compiled, 2, str(tmp_path), dataset, timeout=280)[0]
-    assert losses == pytest.approx(expected, abs=TOLERANCE)
+    expected = [record.loss for record in trained(str(tmp_path), dataset, {"training__document_mask": True})[0]]
+    for losses in run_distributed(compiled, 2, str(tmp_path), dataset, ["none", "selective", "full"], timeout=280)[0]:
+        assert losses == pytest.approx(expected, abs=TOLERANCE)
 
 
 def reduced(root: str, dataset: DatasetManifest) -> list[float]:
