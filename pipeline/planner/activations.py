@@ -3,7 +3,7 @@
 Counted is what autograd saves, tensor by tensor, each storage once, as the blocks in `pipeline/model` compute it:
 
 - "none": every input of a matmul, of attention, of a norm, of an activation or a permutation;
-- "selective": the block's input and the outputs of matmuls and attention (`pipeline.model.block.KEPT`);
+- "selective": the inputs of a block's pieces and the outputs of matmuls and attention (pipeline/model/recomputation.py);
 - "full": the block's input.
 
 A checkpointed block needs, besides, what "none" keeps, while its own backward runs: `block_bytes(..., "none")` once.
@@ -37,8 +37,8 @@ def block_bytes(model: ModelConfig, *, moe: bool, checkpointing: Checkpointing, 
     if checkpointing == "selective":
         attention = H * Q + latent + keys_values + H * V + D
         feed_forward = 2 * width + D
-        routed = K * (2 * F + D) if moe else 0
-        router = E * FP32 if moe else 0
+        routed = K * (2 * F + 2 * D) if moe else 0  # rows, gate, up, result
+        router = (E + K) * FP32 + 2 * K * INDEX if moe else 0  # scores; weights, order, where rows went
         return (D + attention + feed_forward + routed) * itemsize + router + log_sum_exp
     # x and its norm, twice; the latent and its norm; query, key, value, output
     attention = 4 * D + latent + C + 2 * H * Q + keys_values + H * V

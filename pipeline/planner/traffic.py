@@ -5,8 +5,8 @@ With A micro-batches a step, n ranks in a group and weights of P elements in it,
     weights      all-gather of P in the compute dtype, A times: forward, and backward again if they were freed
     gradients    reduce-scatter of P in fp32, A times
     copies       all-reduce of the shard's fp32 gradients over `replicate`: twice it
-    tokens       rows to their experts and back, in forward, backward and what checkpointing computes again: A times
-                 tokens * K * D for each direction, of which (ep - 1) / ep leave the rank
+    tokens       rows to their experts and back, in forward, in backward, and once more with full checkpointing: A times
+                 tokens * K * D for each way, of which (ep - 1) / ep leave the rank
     muon         pieces to owners and results back (pipeline/optim/layout.py, `bytes_sent`), the fullest rank
 
 Dense weights are gathered over `shard`, experts over `efsdp` (each rank gathers the E / ep that it computes with).
@@ -45,7 +45,7 @@ def traffic(config: RunConfig, sizes: Sizes, plan: MuonPlan | None, sequences: i
     passes = 2 * gathered - kept if training.reshard_after_forward else gathered
     rows = training.micro_batch * training.sequence_length * model.num_experts_per_tok * model.hidden_size
     layers = model.num_hidden_layers - model.first_k_dense_replace
-    ways = 4 if training.activation_checkpointing == "none" else 6
+    ways = 6 if training.activation_checkpointing == "full" else 4
     muon = 0
     if plan is not None:
         wire = 2 if config.optimizer.muon.wire_dtype == "bf16" else FP32
