@@ -133,6 +133,7 @@ def plan_muon(
     steps: int = 5,
     wire_bytes: int = 2,
     bucket_bytes: int = 128 * 2**20,
+    local_bytes: int | None = None,
     split_replicas: bool = False,
 ) -> MuonPlan:
     """Plans the step.
@@ -142,6 +143,7 @@ def plan_muon(
         steps: Newton-Schulz steps, for costs.
         wire_bytes: bytes of an element on the wire.
         bucket_bytes: cap of what a rank sends or receives in one exchange of a bucket (at least one block, though).
+        local_bytes: cap of a bucket of LOCAL blocks, if another one.
         split_replicas: replicas (HSDP) share the blocks instead of repeating them.
 
     Raises:
@@ -167,7 +169,7 @@ def plan_muon(
             cost = flops(box[-2][1] - box[-2][0], box[-1][1] - box[-1][0], steps)
             work.append((names[0] if names else None, Block(index, box, cost, home)))
     loads, assigned = _assign(parameters, work, max(sizes, default=1), split_replicas)
-    buckets = _buckets(parameters, assigned, wire_bytes, bucket_bytes)
+    buckets = _buckets(parameters, assigned, wire_bytes, bucket_bytes, local_bytes or bucket_bytes)
     return MuonPlan(tuple(parameters), tuple(plans), buckets, tuple(loads), split_replicas)
 
 
@@ -211,7 +213,11 @@ def _assign(
 
 
 def _buckets(
-    parameters: Sequence[MuonParameter], assigned: list[tuple[str | None, Block]], wire_bytes: int, bucket_bytes: int
+    parameters: Sequence[MuonParameter],
+    assigned: list[tuple[str | None, Block]],
+    wire_bytes: int,
+    bucket_bytes: int,
+    local_bytes: int,
 ) -> tuple[Bucket, ...]:
     """Packs blocks into capped buckets. Every rank of a mesh gets the same number of buckets, even where one is empty
     for its group, so that all ranks enter the same collectives in the same order."""
@@ -219,7 +225,7 @@ def _buckets(
     axes = list(dict.fromkeys(axis for axis, _ in assigned))
     for axis in sorted(axes, key=lambda name: (name is None, axes.index(name))):
         blocks = [block for name, block in assigned if name == axis]
-        cap = max([bucket_bytes, *(numel(block.box) * wire_bytes for block in blocks)])
+        cap = max([bucket_bytes if axis else local_bytes, *(numel(block.box) * wire_bytes for block in blocks)])
         # The n-th blocks of all owners stand together, so that a bucket gives every owner its share; costly shapes first.
         queue: dict[tuple[object, ...], int] = {}
         keyed = []
