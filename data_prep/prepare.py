@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from data_prep.attempts import tokenize_guarded
+from data_prep.attempts import forget_attempts, tokenize_guarded
 from data_prep.listing import InputFile, list_source, source_root
 from data_prep.mapping import MapUnits, map_in_process
 from data_prep.pack_unit import PackSettings, PackTask, layout, pack_unit
@@ -70,6 +70,7 @@ def prepare(
     heldout, packed = _resolve_and_pack(config, storage, plan, units, tokenized, map_units, report)
     tails = _tails(config, plan, units, packed, map_units, report)
     dataset = _dataset(config, plan, units, tokenized, heldout, packed, tails)
+    forget_attempts(storage, units)
     storage.create(dataset_path(dataset_identity), dataset.to_json())
     storage.sweep("datasets")
     return DatasetManifest.model_validate_json(storage.read(dataset_path(dataset_identity)))
