@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import pytest
 import yaml
 
+from pipeline.config.load import load_config
 from tests.k8s import crds
 from tests.k8s.manifests import REPOSITORY, find, needs_kubectl, render
 from tests.k8s.rules.gitops import PINNED
@@ -35,6 +36,31 @@ def test_the_workflow_is_valid_and_admitted() -> None:
     assert set(given) <= known
     service = find(objects, "Service", "s3", "moonlight-storage")
     assert f"http://s3.moonlight-storage.svc:{service['spec']['ports'][0]['port']}" in given["overrides"]
+
+
+@needs_kubectl
+@pytest.mark.parametrize(("weights", "passed"), [("", []), ("promoted", ["training.initial_weights=promoted"])])
+def test_a_step_passes_on_what_the_schedule_says(weights: str, passed: list[str]) -> None:
+    """The step's own shell, as Argo would start it, with a python that only shows its arguments."""
+    objects = render("k8s/overlays/prod")
+    parameters = find(objects, "CronWorkflow", "moonlight-weekly")["spec"]["workflowSpec"]["arguments"]["parameters"]
+    overrides = next(entry["value"] for entry in parameters if entry["name"] == "overrides")
+    templates = find(objects, "WorkflowTemplate", "moonlight-run")["spec"]["templates"]
+    stage = next(template["container"] for template in templates if template["name"] == "stage")
+    shell, option = stage["command"]
+    values = {"CONFIG": "a preset", "STAGE": "train", "RUN_ID": "r", "OVERRIDES": overrides, "INITIAL_WEIGHTS": weights}
+    assert {entry["name"] for entry in stage["env"]} >= values.keys()
+    script = stage["args"][0].replace("exec python", "show") + "\n"
+    done = subprocess.run(
+        [shell, option, 'show() { printf "%s\\n" "$@"; };' + script],
+        env=values,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    fixed = ["-m", "jobs.pipeline", "--config", "a preset", "--backend", "kuberay", "--only", "train", "run_id=r"]
+    assert done.stdout.splitlines() == [*fixed, *passed, *overrides.split()]
+    assert load_config("moonlight-16b-a3b", overrides.split()).schedule.total_tokens == 50331648000
 
 
 def test_the_script_is_bash_and_names_real_files_and_versions() -> None:
