@@ -52,6 +52,11 @@ def identity(config: RunConfig, storage: Storage) -> str:
     return _identity(config, _list(config))
 
 
+def settings_digest(config: RunConfig) -> str:
+    """Digest of every setting that decides the dataset, whatever files are in the corpus."""
+    return _identity(config, {source.name: [] for source in config.corpus.sources})
+
+
 def prepare(
     config: RunConfig,
     storage: Storage,

@@ -311,7 +311,7 @@ class TrainingConfig(Section):
     reshard_after_forward: bool = True
     document_mask: bool = False  # attention stays inside a document of a packed row
     aux_loss_weight: NonNegativeFloat = 1e-4  # sequence-wise balance loss
-    initial_weights: str | None = None  # Hugging Face folder to start from
+    initial_weights: str | None = None  # a Hugging Face folder, promoted or promoted-or-fresh (training/initial.py)
     skip_sequences: tuple[tuple[int, int], ...] = ()  # ranges [from, to) of global positions left out
     max_skipped_steps: PositiveInt = 10  # non-finite steps in a row before the run stops
     step_timeout_s: PositiveFloat = 1800.0  # heartbeat watchdog
