@@ -19,21 +19,19 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import ray.train
-import torch
 from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from jobs.cli import stage_main
+from jobs.gauges import TrainingGauges
 from pipeline.config import schema
 from pipeline.config.load import validate
 from pipeline.dataset.order import Order, check_demand
 from pipeline.manifest import CheckpointManifest, DatasetManifest, TrainManifest
 from pipeline.storage import Storage, open_storage
-from pipeline.training.checkpoint import RunFacts, continue_from, train_folder
-from pipeline.training.guard import TooManySkippedSteps
+from pipeline.training.commits import RunFacts, continue_from, train_folder
 from pipeline.training.metrics import TrainProgress
-from pipeline.training.trainer import TrainingStopped, train
 
 Report = Callable[[TrainProgress], None]
 
@@ -95,18 +93,26 @@ def train_with_ray(
 
 def _worker(arguments: dict[str, Any]) -> str | None:
     """One rank. Returns why the run cannot go on, or None."""
+    import torch
+
+    from pipeline.training.guard import TooManySkippedSteps
+    from pipeline.training.trainer import TrainingStopped, train
+
     config = validate(arguments["config"])
     if config.cluster.use_gpu:
         torch.cuda.set_device(get_device())  # Ray shows every worker all GPUs of its node
     else:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     notice = PreemptionNotice(every=config.training.log_every)
+    report = arguments["report"]
+    if ray.train.get_context().get_world_rank() == 0:
+        report = _both(TrainingGauges(config.run_id), report)
     try:
         train(
             config,
             DatasetManifest.model_validate_json(arguments["dataset"]),
             open_storage(config.storage),
-            report=arguments["report"],
+            report=report,
             on_checkpoint=_report_checkpoint,
             should_stop=notice,
         )
@@ -116,6 +122,14 @@ def _worker(arguments: dict[str, Any]) -> str | None:
         notice.wait_for_the_end()
         raise
     return None
+
+
+def _both(first: Report, second: Report) -> Report:
+    def report(progress: TrainProgress) -> None:
+        first(progress)
+        second(progress)
+
+    return report
 
 
 def _report_checkpoint(manifest: CheckpointManifest) -> None:
