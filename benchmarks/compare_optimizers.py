@@ -42,7 +42,7 @@ from pipeline.evaluation.heldout import evaluate
 from pipeline.evaluation.weights import count_parameters
 from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, TrainManifest, digest_of
 from pipeline.storage import Storage, open_storage
-from pipeline.training.checkpoint import committed, train_folder
+from pipeline.training.commits import committed, train_folder
 from pipeline.training.metrics import TrainProgress
 from pipeline.training.trainer import train
 

@@ -18,6 +18,7 @@ say() { printf '\n== %s\n' "$*"; }
 cluster() {
   say "kind cluster"
   kind get clusters | grep -qx moonlight || kind create cluster --config k8s/e2e/kind.yaml --wait 5m
+  kind export kubeconfig --name moonlight # one that was there already may not be the current context
 }
 
 image() {
@@ -29,7 +30,7 @@ image() {
 }
 
 operators() {
-  say "operators"
+  say "operators on $(kubectl config current-context)"
   kubectl apply --filename k8s/base/namespaces.yaml
   if [ "${INSTALL_OPERATORS}" != yes ]; then
     echo "as they are"
@@ -42,7 +43,7 @@ operators() {
     --set-file managerConfig.controllerManagerConfigYaml=k8s/queues/manager-config.yaml
   helm upgrade --install argo-workflows argo-workflows --repo https://argoproj.github.io/argo-helm --version 1.0.18 \
     --namespace argo --create-namespace --wait --timeout 10m \
-    --values k8s/workflows/argo-values.yaml --set server.enabled=false
+    --values k8s/workflows/argo-values.yaml --set server.enabled=false --set crds.full=false # full ones come from GitHub by a job
 }
 
 pipeline() {
@@ -55,17 +56,18 @@ pipeline() {
     sleep 20
   done
   kubectl --namespace moonlight-storage rollout status deployment/s3 --timeout 5m
-  kubectl --namespace moonlight-storage exec deployment/s3 -- python -c \
-    'import urllib.request as u; u.urlopen(u.Request("http://localhost:5000/moonlight", method="PUT"), timeout=30)'
+  kubectl wait clusterqueues --all --for condition=Active --timeout 5m
 }
 
 run() {
   say "run"
   kubectl --namespace moonlight delete workflow e2e --ignore-not-found
+  kubectl --namespace moonlight delete rayjobs --selector moonlight.ai/run-id=e2e --timeout 5m
+  kubectl --namespace moonlight-storage exec --stdin deployment/s3 -- python - http://localhost:5000 moonlight < k8s/e2e/bucket.py
   kubectl create --filename k8s/e2e/workflow.yaml
   local phase="" deadline=$((SECONDS + TIMEOUT))
   while [ "${SECONDS}" -lt "${deadline}" ]; do
-    phase=$(kubectl --namespace moonlight get workflow e2e --output jsonpath='{.status.phase}')
+    phase=$(kubectl --namespace moonlight get workflow e2e --output jsonpath='{.status.phase}' || true)
     case "${phase}" in
       Succeeded) break ;;
       Failed | Error) diagnose; return 1 ;;

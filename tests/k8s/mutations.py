@@ -182,6 +182,8 @@ MUTATIONS: dict[str, Mutation] = {
     "schedule switched on in Git": Mutation(put(CRON, "spec.suspend", False), "must be suspended"),
     "schedule without a starting deadline": Mutation(drop(CRON, "spec.startingDeadlineSeconds"), "startingDeadlineSeconds"),
     "parameter that the template lacks": Mutation(put(CRON, "spec.workflowSpec.arguments.parameters.0.name", "conf"), "does not exist"),
+    "weights that are no answer": Mutation(put(CRON, "spec.workflowSpec.arguments.parameters.3.value", "latest"), "neither promoted nor"),
+    "override that no configuration has": Mutation(put(CRON, "spec.workflowSpec.arguments.parameters.1.value", "schedule.total_token=1"), "schedule.total_token: unknown key"),
     "priority that does not exist": Mutation(put(CRON, "spec.workflowSpec.arguments.parameters.2.value", "moonlight-urgent"), "no WorkloadPriorityClass"),
     "task that depends on nothing known": Mutation(put(RUN, "spec.templates.0.dag.tasks.1.depends", "prepared"), "does not exist"),
     "tag that refers to nothing": Mutation(put(RUN, "spec.templates.1.container.env.1.value", "{{workflow.parameters.confg}}"), "refers to nothing"),

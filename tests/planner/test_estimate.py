@@ -20,7 +20,7 @@ def test_the_published_card() -> None:
 
 
 def test_the_published_run() -> None:
-    found = estimate(load_config("moonlight-16b-a3b", []), Hardware())
+    found = estimate(load_config("moonlight-16b-a3b", ["parallelism.shard=64", "parallelism.replicate=4"]), Hardware())
     assert found.parameters.total == 15_960_108_544
     assert found.steps == 175_874
     gpu_hours = found.seconds * 256 / 3600
@@ -34,7 +34,7 @@ def test_the_published_run() -> None:
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main(["--config", "moonlight-16b-a3b", "--price", "2"]) == 0
     shown = capsys.readouterr().out
-    assert "256 GPUs, replicate 4 x shard 64 (experts: efsdp 8 x ep 8)" in shown
+    assert "256 GPUs, replicate 32 x shard 8 (experts: efsdp 1 x ep 8)" in shown
     assert "15,960,108,544 parameters" in shown
     assert "dollars" in shown
 
@@ -43,7 +43,10 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     ("overrides", "remedy"),
     [
         (["training.micro_batch=4"], "Lower training.micro_batch (now 4)."),
-        (["training.micro_batch=1", "--gpu-memory", "24"], "Set training.activation_checkpointing to full."),
+        (
+            ["parallelism.shard=64", "parallelism.replicate=4", "--gpu-memory", "24"],
+            "Set training.activation_checkpointing to full.",
+        ),
         (["parallelism.shard=1", "parallelism.ep=1"], "Raise parallelism.shard (now 1)."),
     ],
 )

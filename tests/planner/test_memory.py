@@ -17,6 +17,7 @@ def _real_sizes() -> Sizes:
 
 
 SIZES = _real_sizes()
+MESH = ["parallelism.shard=64", "parallelism.replicate=4"]
 
 
 def test_what_is_stored_is_what_a_network_and_its_optimizer_hold() -> None:
@@ -35,7 +36,7 @@ def test_what_is_stored_is_what_a_network_and_its_optimizer_hold() -> None:
 
 def test_settings_move_what_they_should() -> None:
     def plan(*overrides: str) -> dict[str, int]:
-        config = load_config("moonlight-16b-a3b", ["training.micro_batch=1", *overrides])
+        config = load_config("moonlight-16b-a3b", [*MESH, *overrides])
         return vars(memory(config, SIZES, itemsize=2))
 
     usual = plan()

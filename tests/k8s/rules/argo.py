@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.config.load import ConfigError, load_config
+from pipeline.training.initial import QUESTIONS
 from tests.k8s.manifests import Manifest, canonical, label, select
 
 TAG = re.compile(r"\{\{(=?)(.*?)\}\}", re.S)
@@ -158,7 +160,15 @@ def _cron(objects: list[Manifest], item: Manifest) -> Iterator[str]:
     if template is None:
         yield f"no WorkflowTemplate {reference}"
         return
-    known = {entry["name"] for entry in template["spec"]["arguments"]["parameters"]}
+    values = {entry["name"]: entry["value"] for entry in template["spec"]["arguments"]["parameters"]}
     for entry in spec["workflowSpec"].get("arguments", {}).get("parameters", []):
-        if entry["name"] not in known:
+        if entry["name"] not in values:
             yield f"parameter {entry['name']} does not exist in {reference}"
+        values[entry["name"]] = entry["value"]
+    weights = values.get("initial-weights", "")
+    if weights not in ("", *QUESTIONS) and "/" not in weights:
+        yield f"initial-weights {weights!r} is neither {' nor '.join(QUESTIONS)} nor a folder"
+    try:
+        load_config(values["config"], [*values["overrides"].split(), f"run_id={item['metadata']['name']}-1767225600"])
+    except ConfigError as error:
+        yield f"config and overrides: {error}"
