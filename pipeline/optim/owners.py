@@ -11,9 +11,9 @@ own O_r of them. It sends the S - O_r / W that others own to their owners, and O
 So the average is fixed, and a rank stays at it exactly if it owns its share P / W. Whole matrices cannot always be
 shared out like that: who owns a matrix of n > P / W elements sends at least S + n (1 - 2 / W), as n (1 - 1 / W) results
 exist on no other rank and its own pieces of everybody else's matrices have to leave it. No choice of owners gets below
-that. Cutting the matrix would: but the first product of every Newton-Schulz step sums over the whole long side, and in
-parts it rounds differently (and costs short^2 elements of traffic a step); orthogonalising it twice, each time for half of the
-holders, would send its n elements to two owners instead of one. The update here stays that of the whole matrix, sent once.
+that. Cutting the matrix would, but the first product of every Newton-Schulz step sums over the whole long side, and in
+parts it rounds differently (and costs short^2 elements of traffic a step). Two owners that both orthogonalise it, each
+for half of the holders, would receive its n elements twice. Here the update stays that of the whole matrix, sent once.
 
 Two criteria, one order: cost is a limit (a rank may exceed the average by `COST_SLACK`), bytes are minimised within it.
 First greedily, largest matrix first, each to the candidate that owns the fewest elements; then by moves and swaps that

@@ -111,12 +111,15 @@ def test_the_real_model_is_balanced(moonlight, shard):
 def test_every_rank_sends_its_share(moonlight, shard):
     """2 bytes of each element to its owner and 2 back, less what stays: 4 (P / W) (W - 1) / W, or what one matrix forces.
 
-    Whole matrices cannot be shared out to the last element, hence 1 %. At 64 ranks the dense layer's three matrices are
+    Whole matrices cannot be shared out to the last element, hence 1 %: all sizes are multiples of 2^17 and P / W is not, so
+    with any owners some rank is above the average. At 64 ranks the dense layer's three matrices are
     larger than P / W; whoever owns one sends its results and its own pieces of all others, and nobody sends more.
     """
     plan = plan_muon(real_model(moonlight, shard))
     blocks = [(block, numel(block.box)) for bucket in plan.buckets if bucket.axis for block in bucket.blocks]
     elements = sum(n for _, n in blocks)
+    assert all(n % 2**17 == 0 for _, n in blocks)
+    assert elements % (shard * 2**17)
     sent = [bytes_sent(plan, rank, 2) for rank in range(shard)]
     assert sum(sent) * shard == 4 * elements * (shard - 1)
     bound = 4 * elements / shard * (shard - 1) / shard
