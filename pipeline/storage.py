@@ -63,8 +63,10 @@ class Storage:
     # -- read ----------------------------------------------------------------------------------------------------
 
     def read(self, path: str) -> bytes:
-        """The whole object. Raises FileNotFoundError."""
-        data: bytes = self.fs.cat_file(self.key(path))
+        """The whole object, on S3 in one request: of an object that is replaced meanwhile, one or the other. Raises
+        FileNotFoundError."""
+        alone = {"max_concurrency": 1} if self.config.is_s3 else {}
+        data: bytes = self.fs.cat_file(self.key(path), **alone)
         return data
 
     def read_or_none(self, path: str) -> bytes | None:
