@@ -2,29 +2,38 @@
 #
 #   docker build --build-arg GIT_COMMIT=$(git rev-parse HEAD) -t moonlight-pipeline .
 #
-# For a cluster without GPUs: BASE=rayproject/ray:2.60.0-py311 and
-# PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" (the default torch brings CUDA with it).
-# Everything installs from wheels, so nothing here needs a compiler and none is added.
+# torch comes from PyPI with the CUDA it was built for (2.13: CUDA 13.0, Triton 3.7), whatever CUDA the base has; the nodes' driver
+# must know it. For another one: PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cu126" (of one version pip takes the
+# build with a tag). For a cluster without GPUs: BASE=rayproject/ray:2.60.0-py311 and the index .../whl/cpu.
+#
+# Everything installs from wheels, so nothing here needs a compiler and none is added. `training.compile` needs one when it runs:
+# Triton builds its driver module with gcc at the first kernel (ptxas is in its wheel). Ray's GPU bases keep g++ and Python's
+# headers, its CPU bases do not; without one, training says so before the first step.
 ARG BASE=rayproject/ray:2.60.0-py311-gpu
 FROM ${BASE}
 USER root
 
 # Dependencies first and alone: this layer changes only with the lock file. The base already holds ray; pip leaves what fits.
+# What wheels bring for their own tests goes (170 MB); compiled bytecode stays, since nobody could write it later.
 ARG PIP_ARGS=""
 COPY pyproject.toml constraints.txt /tmp/build/
 RUN python -c "import tomllib; print(*tomllib.load(open('/tmp/build/pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
       > /tmp/requirements.txt \
     && python -m pip install --no-cache-dir --only-binary :all: ${PIP_ARGS} \
       --requirement /tmp/requirements.txt --constraint /tmp/build/constraints.txt \
+    && cd "$(python -c "import sysconfig; print(sysconfig.get_path('purelib'))")" \
+    && rm -rf torch/test torch/bin/test_* torch/bin/protoc* pandas/tests pyarrow/tests matplotlib/tests \
+    && find sympy -type d -name tests -prune -exec rm -r {} + \
     && rm -r /tmp/requirements.txt /tmp/build
 
 # Code and dependencies belong to root and the process is uid 1000: it cannot change what it runs.
 COPY pipeline /opt/moonlight/pipeline
 COPY data_prep /opt/moonlight/data_prep
 COPY jobs /opt/moonlight/jobs
+RUN python -m compileall -q /opt/moonlight
 
-# With a read-only root only /tmp is writable (an emptyDir in the cluster, --tmpfs /tmp with docker): caches go there, and so does
-# the token that a local Ray writes into its home.
+# With a read-only root only /tmp is writable (an emptyDir in the cluster, --tmpfs /tmp:exec with docker): caches go there, and so does
+# the token that a local Ray writes into its home. `exec`, because Triton and Inductor load what they compiled from their caches.
 ENV HOME=/tmp/home \
     PYTHONPATH=/opt/moonlight \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -34,8 +43,7 @@ ENV HOME=/tmp/home \
     TRITON_CACHE_DIR=/tmp/cache/triton \
     TORCHINDUCTOR_CACHE_DIR=/tmp/cache/inductor \
     HF_HUB_OFFLINE=1 \
-    RAY_USAGE_STATS_ENABLED=0 \
-    RAY_TRAIN_ENABLE_STATE_TRACKING=1
+    RAY_USAGE_STATS_ENABLED=0
 
 ARG VERSION=0.1.0
 ARG GIT_COMMIT=unknown

@@ -27,6 +27,7 @@ reduction. Sources: PyTorch FSDP2; torchtitan's measurements of explicit prefetc
 
 from __future__ import annotations
 
+import shutil
 from typing import Any, cast
 
 import torch
@@ -57,9 +58,12 @@ def compute_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype
 def shard_model(model: Moonlight, meshes: Meshes, training: TrainingConfig, device: torch.device) -> None:
     """Shard `model` (on the meta device) in place. Without meshes only checkpointing and compilation are applied.
 
-    Raises ValueError where an expert stack cannot be cut evenly, or reduced precision is asked of an unsharded model.
+    Raises ValueError where an expert stack cannot be cut evenly, reduced precision is asked of an unsharded model, or
+    compilation of a machine without a C compiler.
     """
     dtype = compute_dtype(training, device)
+    if training.compile:
+        _require_compiler()
     layers = [cast(Block, block) for block in model.layers]
     if meshes.ep is not None:
         for block in layers:
@@ -103,6 +107,15 @@ def shard_model(model: Moonlight, meshes: Meshes, training: TrainingConfig, devi
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     _set_prefetch_order(model)
+
+
+def _require_compiler() -> None:
+    """Triton builds its driver module, and Inductor its CPU kernels, when they first run; their own message comes from deep inside."""
+    if not any(shutil.which(name) for name in ("gcc", "clang", "cc")):
+        raise ValueError(
+            "training.compile true: torch.compile needs a C compiler where training runs, and there is no gcc, clang or cc on the "
+            "PATH; use an image that has one (rayproject/ray's GPU images do), or training.compile=false"
+        )
 
 
 def _spread_experts(experts: Experts, ep: DeviceMesh) -> None:

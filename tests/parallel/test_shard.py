@@ -69,6 +69,15 @@ def test_experts_that_cannot_be_cut_are_refused():
         _expert_dim("experts", experts, cast(Meshes, meshes))
 
 
+def test_compilation_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with torch.device("meta"):
+        model = Moonlight(network(4))
+    compiled = TRAINING.model_copy(update={"compile": True, "activation_checkpointing": "none"})
+    with pytest.raises(ValueError, match=r"training\.compile true: .* no gcc, clang or cc on the PATH"):
+        shard_model(model, build_meshes(ParallelismConfig(), "cpu"), compiled, CPU)
+
+
 def test_shards_are_slices_of_the_whole():
     """On 4 ranks, each case: the values are those of one process, every element is held once per replica."""
     by_rank = run_distributed(parts, 4, CASES)
