@@ -176,6 +176,17 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_starts(
     assert (shown.err.count("\n"), shown.out) == (1, "")
 
 
+def test_the_first_run_of_a_schedule_says_that_it_starts_afresh(
+    promoted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.pipeline._run_on_ray", lambda *_: None)
+    monkeypatch.setattr("jobs.pipeline.print_summary", lambda *_: None)
+    for name, expected in (("new", "drawn weights: nothing was promoted"), ("m", "models/m/step-00000002-")):
+        given = [f"run_id=first-{name}", f"publishing.name={name}", "training.initial_weights=promoted-or-fresh"]
+        assert pipeline.main(["--config", "debug", *arguments(promoted, *given)]) == 0
+        assert capsys.readouterr().out.startswith(f"first-{name} starts from {expected}")
+
+
 def test_the_remedy_for_another_tokenizer_works(promoted: Path) -> None:
     """`tokenizer.path` may be the published folder itself."""
     storage = open_storage(load_config("debug", arguments(promoted)).storage)
