@@ -9,16 +9,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
-from ray.train import FailureConfig, ScalingConfig
-from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-
 from jobs.cli import stage_main
 from jobs.remote import run_in_task, wants_gpu
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
-from pipeline.evaluation.heldout import EvaluationProgress, committed, evaluate
+from pipeline.evaluation.result import EvaluationProgress, committed
 from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest
 from pipeline.storage import Storage, open_storage
 
@@ -59,6 +54,11 @@ def evaluate_with_ray(
 def _evaluate_in_workers(
     config: RunConfig, dataset: DatasetManifest, checkpoint: CheckpointManifest, storage: Storage, report: Report
 ) -> None:
+    from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
+    from ray.train import FailureConfig, ScalingConfig
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
     cluster = config.cluster
     TorchTrainer(
         _worker,
@@ -87,6 +87,8 @@ def _plain(config: RunConfig, dataset: DatasetManifest, checkpoint: CheckpointMa
 
 
 def _evaluate(config_values: dict[str, Any], dataset: str, checkpoint: str, report: Report) -> None:
+    from pipeline.evaluation.heldout import evaluate
+
     config = validate(config_values)
     evaluate(
         config,

@@ -11,7 +11,7 @@ from jobs.remote import run_in_task, wants_gpu
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, ModelManifest, TrainManifest
-from pipeline.publishing.export import PublishProgress, publish
+from pipeline.publishing.version import PublishProgress
 from pipeline.storage import open_storage
 
 Report = Callable[[PublishProgress], None]
@@ -49,6 +49,8 @@ def publish_with_ray(
 
 
 def _publish(config_values: dict[str, Any], records: list[str], git_commit: str, report: Report) -> str:
+    from pipeline.publishing.export import publish
+
     config = validate(config_values)
     train, evaluation, dataset, checkpoint = records
     return publish(

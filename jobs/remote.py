@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-import torch
 from ray.exceptions import RayTaskError
 
 from pipeline.config.schema import ClusterConfig, RunConfig
@@ -32,6 +31,8 @@ def wants_gpu(cluster: ClusterConfig) -> int:
 
 
 def _call(function: Callable[..., Any], args: tuple[Any, ...], threads: int) -> Any:
+    import torch  # where the work is done, not where it is asked for
+
     torch.set_num_threads(threads)
     return function(*args)
 

@@ -24,8 +24,8 @@ from jobs.gauges import PrepareGauges
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import MixtureStage, RunConfig
 from pipeline.dataset.order import check_demand
-from pipeline.evaluation import heldout
-from pipeline.evaluation.heldout import EvaluationProgress
+from pipeline.evaluation import result
+from pipeline.evaluation.result import EvaluationProgress
 from pipeline.manifest import (
     CheckpointManifest,
     DatasetManifest,
@@ -34,12 +34,12 @@ from pipeline.manifest import (
     Record,
     TrainManifest,
 )
-from pipeline.publishing import export, registry
-from pipeline.publishing.export import PublishProgress
+from pipeline.publishing import registry
+from pipeline.publishing.version import PublishProgress, version_name
 from pipeline.storage import Storage
 from pipeline.training import initial
-from pipeline.training.checkpoint import committed as committed_checkpoints
-from pipeline.training.checkpoint import train_folder
+from pipeline.training.commits import committed as committed_checkpoints
+from pipeline.training.commits import train_folder
 from pipeline.training.identity import run_identity
 from pipeline.training.metrics import TrainProgress
 from pipeline.workflow.record import STAGES, ProgressFile, StageProgress, add_event
@@ -96,9 +96,9 @@ def find(config: RunConfig, storage: Storage, stage: str = "prepare") -> Records
         return records
     records.train = train
     records.checkpoint = _chosen_checkpoint(config, train, storage)
-    records.evaluation = heldout.committed(config, records.dataset, records.checkpoint, storage)
+    records.evaluation = result.committed(config, records.dataset, records.checkpoint, storage)
     if records.evaluation is not None:
-        version = export.version_name(config, records.checkpoint, records.evaluation, records.dataset)
+        version = version_name(config, records.checkpoint, records.evaluation, records.dataset)
         records.model = registry.find(storage, config.publishing.name, version)
     return records
 
@@ -246,7 +246,7 @@ def _chosen_checkpoint(config: RunConfig, train: TrainManifest, storage: Storage
 
 
 def _do(stage: str, config: RunConfig, storage: Storage, records: Records) -> None:
-    # Each stage brings its own heavy imports: looking at what is done needs none of them.
+    # Each stage brings its own heavy imports (torch: 150 MB a process): looking at what is done needs none of them.
     show = ProgressFile(config.storage, config.run_id)
     if stage == "prepare":
         from data_prep.mapping import map_on_ray

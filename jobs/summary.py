@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from jobs.stages import Records
 from pipeline.config.schema import RunConfig
-from pipeline.evaluation.report import write_report
 from pipeline.publishing import registry
 from pipeline.storage import Storage
 from pipeline.workflow.record import duration, read_events, stage_seconds
@@ -12,6 +11,8 @@ from pipeline.workflow.record import duration, read_events, stage_seconds
 
 def print_summary(config: RunConfig, storage: Storage, records: Records, config_name: str) -> None:
     """Write the run's report and print the summary. All stages must be done."""
+    from pipeline.evaluation.report import write_report  # counts the network's parameters, hence torch
+
     dataset, train, evaluation, model = records.dataset, records.train, records.evaluation, records.model
     assert dataset is not None
     assert train is not None

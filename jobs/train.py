@@ -19,7 +19,6 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import ray.train
-import torch
 from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
@@ -31,10 +30,8 @@ from pipeline.config.load import validate
 from pipeline.dataset.order import Order, check_demand
 from pipeline.manifest import CheckpointManifest, DatasetManifest, TrainManifest
 from pipeline.storage import Storage, open_storage
-from pipeline.training.checkpoint import RunFacts, continue_from, train_folder
-from pipeline.training.guard import TooManySkippedSteps
+from pipeline.training.commits import RunFacts, continue_from, train_folder
 from pipeline.training.metrics import TrainProgress
-from pipeline.training.trainer import TrainingStopped, train
 
 Report = Callable[[TrainProgress], None]
 
@@ -96,6 +93,11 @@ def train_with_ray(
 
 def _worker(arguments: dict[str, Any]) -> str | None:
     """One rank. Returns why the run cannot go on, or None."""
+    import torch
+
+    from pipeline.training.guard import TooManySkippedSteps
+    from pipeline.training.trainer import TrainingStopped, train
+
     config = validate(arguments["config"])
     if config.cluster.use_gpu:
         torch.cuda.set_device(get_device())  # Ray shows every worker all GPUs of its node

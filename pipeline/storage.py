@@ -153,13 +153,16 @@ class Storage:
             return None
 
     def upload(self, local: Path, path: str) -> None:
-        """Put a local file (multipart on S3 where large), replacing any. Atomic."""
+        """Put a local file (multipart on S3 where large), replacing any. Atomic. The file must not change afterwards."""
         if self.config.is_s3:
             # 64 MiB in flight; s3fs aborts a multipart upload that fails
             self.fs.put_file(str(local), self.key(path), chunksize=UPLOAD_PART, max_concurrency=4)
             return
         with self._temporary(path) as temporary:
-            shutil.copyfile(local, temporary)
+            try:
+                os.link(local, temporary)
+            except OSError:  # another file system
+                shutil.copyfile(local, temporary)
             _sync(temporary)
             os.replace(temporary, self.key(path))
 

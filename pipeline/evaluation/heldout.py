@@ -29,19 +29,12 @@ import torch.distributed as dist
 
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation.baselines import bits_per_byte, compressed_bits_per_byte, unigram_nats
+from pipeline.evaluation.result import EvaluationProgress, committed, identity, manifest_path, window_length
 from pipeline.evaluation.weights import load_model
-from pipeline.manifest import (
-    CheckpointManifest,
-    DatasetManifest,
-    EvaluationManifest,
-    SourceManifest,
-    SourceScore,
-    digest_of,
-)
+from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, SourceManifest, SourceScore
 from pipeline.storage import Storage
 from pipeline.tokenizer import Encoder
 
-FORMAT = 1  # enters the identity: raise it when the same inputs would score differently
 IGNORED = -100
 DECIMALS = 6  # published precision: below it, floating-point sums depend on batch shapes
 
@@ -59,47 +52,6 @@ class HeldoutText:
     @property
     def scored_tokens(self) -> int:
         return sum(len(tokens) + 1 for tokens in self.documents)
-
-
-@dataclass(frozen=True)
-class EvaluationProgress:
-    """Windows of all sources are scored in one go; `loss` is the mean over this process's tokens so far (nats)."""
-
-    new_tokens: int  # since the last report
-    done_tokens: int
-    total_tokens: int
-    loss: float
-
-
-def identity(config: RunConfig, dataset: DatasetManifest, checkpoint: CheckpointManifest) -> str:
-    """Digest of everything that decides the scores."""
-    return digest_of(
-        {
-            "format": FORMAT,
-            "checkpoint": checkpoint.digest,
-            "dataset": dataset.digest,
-            "model": config.model.model_dump(mode="json"),
-            "sequence_length": window_length(config),
-            "max_tokens_per_source": config.evaluation.max_tokens_per_source,
-        }
-    )
-
-
-def manifest_path(config: RunConfig, checkpoint: CheckpointManifest) -> str:
-    return f"runs/{config.run_id}/evaluate/step-{checkpoint.step:08d}.json"
-
-
-def committed(
-    config: RunConfig, dataset: DatasetManifest, checkpoint: CheckpointManifest, storage: Storage
-) -> EvaluationManifest | None:
-    """The result of these inputs, if there is one."""
-    data = storage.read_or_none(manifest_path(config, checkpoint))
-    found = None if data is None else EvaluationManifest.model_validate_json(data)
-    return found if found and found.identity == identity(config, dataset, checkpoint) else None
-
-
-def window_length(config: RunConfig) -> int:
-    return config.evaluation.sequence_length or config.training.sequence_length
 
 
 def evaluate(

@@ -25,7 +25,7 @@ from pipeline.model.moonlight import Moonlight
 from pipeline.parallel.mesh import build_meshes
 from pipeline.parallel.shard import shard_model
 from pipeline.storage import Storage
-from pipeline.training.checkpoint import step_folder
+from pipeline.training.commits import step_folder
 from pipeline.training.files import CheckpointReader
 
 

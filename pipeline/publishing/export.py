@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from math import isfinite, prod
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,6 @@ from pipeline.manifest import (
     ModelManifest,
     TokenizerManifest,
     TrainManifest,
-    digest_of,
 )
 from pipeline.model.hf import hf_config, hf_shapes, hf_split
 from pipeline.model.moonlight import Moonlight
@@ -49,56 +47,17 @@ from pipeline.publishing import registry
 from pipeline.publishing.model_card import Sample, model_card
 from pipeline.publishing.plots import loss_plot
 from pipeline.publishing.sample import generate
+from pipeline.publishing.version import PublishProgress, published_config, version_name
 from pipeline.storage import Storage, sha256_of
 from pipeline.tokenizer import Encoder
 
-FORMAT = 1  # enters the version's name: raise it when the same inputs would publish other bytes
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROUTER_BIAS = "e_score_correction_bias"  # stays fp32: it decides near-ties between experts
 SAMPLE_TEMPERATURE = 0.8
 
 
-@dataclass(frozen=True)
-class PublishProgress:
-    """What has been written, in bytes of weights; `doing` names the file or step at hand."""
-
-    doing: str
-    done_bytes: int
-    total_bytes: int
-
-
 class GateError(ValueError):
     """The model is not good enough to be published; the message has the loss and the limit."""
-
-
-def identity(
-    config: RunConfig, checkpoint: CheckpointManifest, evaluation: EvaluationManifest, dataset: DatasetManifest
-) -> str:
-    """Digest of everything that decides the published bytes."""
-    return digest_of(
-        {
-            "format": FORMAT,
-            "checkpoint": checkpoint.digest,
-            "evaluation": evaluation.digest,
-            "dataset": dataset.digest,
-            "config": published_config(config),
-        }
-    )
-
-
-def version_name(
-    config: RunConfig, checkpoint: CheckpointManifest, evaluation: EvaluationManifest, dataset: DatasetManifest
-) -> str:
-    """`step-00000120-1a2b3c4d`: sorts by step, differs with any input."""
-    return f"step-{checkpoint.step:08d}-{identity(config, checkpoint, evaluation, dataset)[:8]}"
-
-
-def published_config(config: RunConfig) -> dict[str, Any]:
-    """The run's configuration without what only says where and when it runs, and whether it is promoted."""
-    found = config.model_dump(
-        mode="json", exclude={"storage": True, "cluster": True, "publishing": {"promote", "max_loss"}}
-    )
-    return found
 
 
 def publish(

@@ -17,9 +17,6 @@ import math
 import time
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from pipeline.manifest import FileEntry, canonical_json
 from pipeline.storage import Storage, sha256_of
 
@@ -77,50 +74,6 @@ class StepRecord:
             )
             + b"\n"
         )
-
-
-FIXED = 6  # loss, aux_loss, gradient_norm, skipped_steps, skipped_in_a_row, stop; then the imbalance of each layer
-
-
-class Fetch:
-    """A small device tensor on its way to the host. The copy is queued now, so waiting for it never waits for later work."""
-
-    def __init__(self, values: Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        self._values = values
-        if values.is_cuda:
-            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(
-                values, non_blocking=True
-            )
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def result(self) -> list[float]:
-        if self._event is not None:
-            self._event.synchronize()
-        found: list[float] = self._values.tolist()
-        return found
-
-
-@dataclass(frozen=True)
-class PendingRecord:
-    """A step whose figures are still on the way: `values` is the float64 vector described at `FIXED`."""
-
-    step: int
-    tokens: int
-    learning_rate: float
-    bias_rate: float
-    sequences: int
-    values: Fetch
-    clock: float  # time.monotonic() when the step had been handed to the device
-
-    def fetch(self) -> StepRecord:
-        """Waits for the device to have finished the step."""
-        loss, aux_loss, gradient_norm, skipped, in_a_row, stop, *imbalance = self.values.result()
-        return StepRecord(
-            self.step, self.tokens, self.learning_rate, self.bias_rate, self.sequences,
-            loss, aux_loss, gradient_norm, round(skipped), round(in_a_row), stop > 0, tuple(imbalance),
-        )  # fmt: skip
 
 
 class MetricsFiles:

@@ -38,10 +38,12 @@ from pipeline.parallel.shard import shard_model
 from pipeline.storage import Storage
 from pipeline.training import initial
 from pipeline.training.batches import read_step
-from pipeline.training.checkpoint import Checkpointer, RunFacts, train_folder
+from pipeline.training.checkpoint import Checkpointer
+from pipeline.training.commits import RunFacts, train_folder
+from pipeline.training.figures import Fetch, PendingRecord
 from pipeline.training.guard import Guard, check_skipped
 from pipeline.training.identity import identity_digest
-from pipeline.training.metrics import Fetch, MetricsFiles, Pace, PendingRecord, StepRecord, TrainProgress
+from pipeline.training.metrics import MetricsFiles, Pace, StepRecord, TrainProgress
 from pipeline.training.step import Step
 from pipeline.training.watchdog import Watchdog
 

@@ -31,7 +31,8 @@ from pipeline.manifest import (
 from pipeline.model.moonlight import Moonlight
 from pipeline.storage import Storage
 from pipeline.tokenizer import Encoder, train_tokenizer
-from pipeline.training.checkpoint import Checkpointer, RunFacts
+from pipeline.training.checkpoint import Checkpointer
+from pipeline.training.commits import RunFacts
 from tests.model.oracle import random_model
 
 VOCABULARY = 400

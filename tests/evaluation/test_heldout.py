@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.schema import ParallelismConfig
-from pipeline.evaluation.heldout import HeldoutText, evaluate, identity, manifest_path, read_heldout, score, windows
+from pipeline.evaluation.heldout import HeldoutText, evaluate, read_heldout, score, windows
+from pipeline.evaluation.result import identity, manifest_path
 from pipeline.manifest import EvaluationManifest
 from pipeline.model.loss import LossOutput
 from tests.distributed import run_distributed

@@ -8,7 +8,8 @@ import ray
 
 from jobs.evaluate import evaluate_with_ray
 from jobs.publish import publish_with_ray
-from pipeline.evaluation.heldout import evaluate, manifest_path
+from pipeline.evaluation.heldout import evaluate
+from pipeline.evaluation.result import manifest_path
 from pipeline.publishing.export import GateError
 from tests.evaluation.make import make_run, run_config
 

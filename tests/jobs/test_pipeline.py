@@ -24,7 +24,7 @@ from pipeline.config.schema import StorageConfig
 from pipeline.manifest import ModelManifest
 from pipeline.publishing import registry
 from pipeline.storage import open_storage
-from pipeline.training.checkpoint import committed
+from pipeline.training.commits import committed
 
 pytestmark = [pytest.mark.demo, pytest.mark.timeout(1500)]
 REPOSITORY = Path(__file__).parents[2]

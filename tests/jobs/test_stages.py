@@ -15,11 +15,12 @@ from jobs import stages
 from jobs.stages import MissingInput, Records, check_supply, find, run
 from pipeline.config.load import ConfigError, load_config
 from pipeline.config.schema import RunConfig
-from pipeline.evaluation.heldout import evaluate, manifest_path
+from pipeline.evaluation.heldout import evaluate
+from pipeline.evaluation.result import manifest_path
 from pipeline.manifest import DatasetManifest, PackedFile, TrainManifest
 from pipeline.publishing.export import publish
 from pipeline.storage import Storage, open_storage
-from pipeline.training.checkpoint import train_folder
+from pipeline.training.commits import train_folder
 from pipeline.training.identity import run_identity
 from pipeline.workflow.record import STAGES, read_events
 from tests.evaluation.make import TEXTS, MadeRun, make_run, run_config

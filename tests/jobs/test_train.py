@@ -15,7 +15,7 @@ from data_prep.records import PrepareProgress
 from jobs.gauges import TRAINING, PrepareGauges
 from jobs.train import PreemptionNotice, train_with_ray
 from pipeline.storage import Storage
-from pipeline.training.checkpoint import ForeignCheckpoint
+from pipeline.training.commits import ForeignCheckpoint
 from pipeline.training.metrics import TrainProgress
 from tests.distributed import run_distributed
 from tests.training.make import Watched, tiny, tiny_dataset

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pipeline.storage import Storage
-from pipeline.training.checkpoint import ForeignCheckpoint, committed, load_state, step_folder
+from pipeline.training.checkpoint import load_state
+from pipeline.training.commits import ForeignCheckpoint, committed, step_folder
 from pipeline.training.trainer import Run
 from tests.training.make import Watched, tiny, tiny_dataset
 

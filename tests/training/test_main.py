@@ -12,7 +12,7 @@ from pipeline.config.load import dump_yaml
 from pipeline.manifest import TrainManifest
 from pipeline.storage import Storage
 from pipeline.training.__main__ import main
-from pipeline.training.checkpoint import committed
+from pipeline.training.commits import committed
 from tests.training.make import tiny, tiny_dataset
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,8 @@ import torch
 
 from pipeline.config.schema import StorageConfig
 from pipeline.storage import Storage
-from pipeline.training.metrics import Fetch, MetricsFiles, Pace, PendingRecord, StepRecord
+from pipeline.training.figures import Fetch, PendingRecord
+from pipeline.training.metrics import MetricsFiles, Pace, StepRecord
 
 
 def record(step: int, loss: float = 2.0) -> StepRecord:

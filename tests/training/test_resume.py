@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from pipeline.storage import Storage
-from pipeline.training.checkpoint import committed, train_folder
+from pipeline.training.commits import committed, train_folder
 from pipeline.training.content import combine, local_sums
 from pipeline.training.trainer import Run, TrainingStopped
 from tests.distributed import run_distributed

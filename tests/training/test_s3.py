@@ -1,7 +1,7 @@
 """The same run on an S3 server as in a folder: same contents, same manifests, and it resumes there."""
 
 from pipeline.storage import Storage
-from pipeline.training.checkpoint import committed
+from pipeline.training.commits import committed
 from pipeline.training.trainer import TrainingStopped
 from tests.distributed import run_distributed
 from tests.training.make import Watched, tiny

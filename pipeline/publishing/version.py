@@ -1,0 +1,53 @@
+"""The name of a published version, which follows from its inputs, and how far its making is.
+
+No torch in here: asking whether a version is published costs the reading of one small file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config.schema import RunConfig
+from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, digest_of
+
+FORMAT = 1  # enters the version's name: raise it when the same inputs would publish other bytes
+
+
+@dataclass(frozen=True)
+class PublishProgress:
+    """What has been written, in bytes of weights; `doing` names the file or step at hand."""
+
+    doing: str
+    done_bytes: int
+    total_bytes: int
+
+
+def identity(
+    config: RunConfig, checkpoint: CheckpointManifest, evaluation: EvaluationManifest, dataset: DatasetManifest
+) -> str:
+    """Digest of everything that decides the published bytes."""
+    return digest_of(
+        {
+            "format": FORMAT,
+            "checkpoint": checkpoint.digest,
+            "evaluation": evaluation.digest,
+            "dataset": dataset.digest,
+            "config": published_config(config),
+        }
+    )
+
+
+def version_name(
+    config: RunConfig, checkpoint: CheckpointManifest, evaluation: EvaluationManifest, dataset: DatasetManifest
+) -> str:
+    """`step-00000120-1a2b3c4d`: sorts by step, differs with any input."""
+    return f"step-{checkpoint.step:08d}-{identity(config, checkpoint, evaluation, dataset)[:8]}"
+
+
+def published_config(config: RunConfig) -> dict[str, Any]:
+    """The run's configuration without what only says where and when it runs, and whether it is promoted."""
+    found = config.model_dump(
+        mode="json", exclude={"storage": True, "cluster": True, "publishing": {"promote", "max_loss"}}
+    )
+    return found
