@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from data_prep.prepare import prepare
 from jobs import pipeline, stages
 from jobs.cli import open_run
+from jobs.dataset import open_dataset
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation.heldout import evaluate
@@ -135,6 +136,7 @@ def test_a_corpus_that_grows_while_the_run_waits_or_trains(tmp_path: Path) -> No
     grow(tmp_path, 70, 80)  # while it trains
     for stage in ("prepare", "train", "evaluate", "publish"):
         assert stages.find(config, storage, stage).dataset == tuesday
+    assert open_dataset(config, storage) == tuesday  # what jobs.verify and jobs.inspect look at
     (tmp_path / "corpus").rename(tmp_path / "archive")
     assert stages.find(config, storage).dataset == tuesday
 
