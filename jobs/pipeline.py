@@ -98,6 +98,10 @@ def _open(given: argparse.Namespace) -> tuple[RunConfig, Storage]:
         }
         stages.check_supply(config, listings)
         stages.check_tokenizer(config, storage, listings)
+    answer = initial.answer_of(config.run_id, storage)
+    if answer is not None and answer.initial_weights == config.training.initial_weights:
+        weights = answer.initial_weights or "drawn weights: nothing was promoted when it began"
+        print(f"{config.run_id} starts from {weights}", flush=True)
     storage.write(f"runs/{config.run_id}/config.yaml", dump_yaml(config).encode())
     return config, storage
 

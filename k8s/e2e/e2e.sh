@@ -4,6 +4,7 @@
 #   make e2e-kind                     makes a kind cluster, builds and loads the image, then all below
 #   make e2e                          uses the cluster of KUBECONFIG; IMAGE must be one that its nodes can pull
 #   INSTALL_OPERATORS=no make e2e     leaves KubeRay, Kueue and Argo Workflows as they are
+#   k8s/e2e/e2e.sh retrain            after it: a second run, from the model that the first one published
 #
 # Each step is a function and can be run alone: k8s/e2e/e2e.sh verify
 set -euo pipefail
@@ -61,21 +62,38 @@ pipeline() {
 
 run() {
   say "run"
-  kubectl --namespace moonlight delete workflow e2e --ignore-not-found
-  kubectl --namespace moonlight delete rayjobs --selector moonlight.ai/run-id=e2e --timeout 5m
+  forget e2e
   kubectl --namespace moonlight-storage exec --stdin deployment/s3 -- python - http://localhost:5000 moonlight < k8s/e2e/bucket.py
   kubectl create --filename k8s/e2e/workflow.yaml
-  local phase="" deadline=$((SECONDS + TIMEOUT))
+  follow e2e
+}
+
+retrain() {
+  say "run again, from the published model"
+  forget e2e-retrain
+  kubectl create --filename k8s/e2e/retrain.yaml
+  follow e2e-retrain
+  verify | tee /dev/stderr | grep "started from models/" > /dev/null
+}
+
+forget() { # what an earlier run of this script left in the cluster
+  kubectl --namespace moonlight delete workflow "$1" --ignore-not-found
+  kubectl --namespace moonlight delete rayjobs --selector "moonlight.ai/run-id=$1" --timeout 5m
+}
+
+follow() {
+  local name=$1 phase="" deadline=$((SECONDS + TIMEOUT))
   while [ "${SECONDS}" -lt "${deadline}" ]; do
-    phase=$(kubectl --namespace moonlight get workflow e2e --output jsonpath='{.status.phase}' || true)
+    phase=$(kubectl --namespace moonlight get workflow "${name}" --output jsonpath='{.status.phase}' || true)
     case "${phase}" in
-      Succeeded) break ;;
-      Failed | Error) diagnose; return 1 ;;
+      Succeeded) return 0 ;;
+      Failed | Error) break ;;
     esac
-    kubectl --namespace moonlight get rayjobs --selector moonlight.ai/run-id=e2e --no-headers 2>/dev/null || true
+    kubectl --namespace moonlight get rayjobs --selector "moonlight.ai/run-id=${name}" --no-headers 2>/dev/null || true
     sleep 20
   done
-  [ "${phase}" = Succeeded ] || { diagnose; return 1; }
+  diagnose "${name}"
+  return 1
 }
 
 verify() {
@@ -86,8 +104,8 @@ verify() {
 diagnose() {
   say "what went wrong"
   kubectl --namespace moonlight get workflows,rayjobs,workloads,pods --output wide || true
-  kubectl --namespace moonlight describe rayjobs --selector moonlight.ai/run-id=e2e | tail -60 || true
-  kubectl --namespace moonlight logs --selector workflows.argoproj.io/workflow=e2e --container main --tail 40 --prefix || true
+  kubectl --namespace moonlight describe rayjobs --selector "moonlight.ai/run-id=${1:-e2e}" | tail -60 || true
+  kubectl --namespace moonlight logs --selector "workflows.argoproj.io/workflow=${1:-e2e}" --container main --tail 40 --prefix || true
   kubectl --namespace moonlight get events --sort-by .lastTimestamp | tail -40 || true
 }
 

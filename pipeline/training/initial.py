@@ -43,12 +43,17 @@ def answer_path(run_id: str) -> str:
     return f"runs/{run_id}/initial_weights.json"
 
 
+def answer_of(run_id: str, storage: Storage) -> Answer | None:
+    data = storage.read_or_none(answer_path(run_id))
+    return None if data is None else Answer.model_validate_json(data)
+
+
 def pinned(config: RunConfig, storage: Storage) -> RunConfig:
     """The configuration with the question answered, if this run has answered it; writes nothing."""
     if config.training.initial_weights not in QUESTIONS:
         return config
-    data = storage.read_or_none(answer_path(config.run_id))
-    return config if data is None else _with(config, Answer.model_validate_json(data))
+    answer = answer_of(config.run_id, storage)
+    return config if answer is None else _with(config, answer)
 
 
 def pin(config: RunConfig, storage: Storage) -> RunConfig:

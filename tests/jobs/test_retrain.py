@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from data_prep.prepare import prepare
 from jobs import pipeline, stages
 from jobs.cli import open_run
+from jobs.dataset import open_dataset
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation.heldout import evaluate
@@ -135,6 +136,7 @@ def test_a_corpus_that_grows_while_the_run_waits_or_trains(tmp_path: Path) -> No
     grow(tmp_path, 70, 80)  # while it trains
     for stage in ("prepare", "train", "evaluate", "publish"):
         assert stages.find(config, storage, stage).dataset == tuesday
+    assert open_dataset(config, storage) == tuesday  # what jobs.verify and jobs.inspect look at
     (tmp_path / "corpus").rename(tmp_path / "archive")
     assert stages.find(config, storage).dataset == tuesday
 
@@ -174,6 +176,17 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_starts(
     shown = capsys.readouterr()
     assert message in shown.err
     assert (shown.err.count("\n"), shown.out) == (1, "")
+
+
+def test_the_first_run_of_a_schedule_says_that_it_starts_afresh(
+    promoted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.pipeline._run_on_ray", lambda *_: None)
+    monkeypatch.setattr("jobs.pipeline.print_summary", lambda *_: None)
+    for name, expected in (("new", "drawn weights: nothing was promoted"), ("m", "models/m/step-00000002-")):
+        given = [f"run_id=first-{name}", f"publishing.name={name}", "training.initial_weights=promoted-or-fresh"]
+        assert pipeline.main(["--config", "debug", *arguments(promoted, *given)]) == 0
+        assert capsys.readouterr().out.startswith(f"first-{name} starts from {expected}")
 
 
 def test_the_remedy_for_another_tokenizer_works(promoted: Path) -> None:

@@ -182,6 +182,7 @@ MUTATIONS: dict[str, Mutation] = {
     "schedule switched on in Git": Mutation(put(CRON, "spec.suspend", False), "must be suspended"),
     "schedule without a starting deadline": Mutation(drop(CRON, "spec.startingDeadlineSeconds"), "startingDeadlineSeconds"),
     "parameter that the template lacks": Mutation(put(CRON, "spec.workflowSpec.arguments.parameters.0.name", "conf"), "does not exist"),
+    "retries that wait for hours": Mutation(drop(RUN, "spec.templates.1.retryStrategy.backoff.cap"), "backoff without cap"),
     "weights that are no answer": Mutation(put(CRON, "spec.workflowSpec.arguments.parameters.3.value", "latest"), "neither promoted nor"),
     "override that no configuration has": Mutation(put(CRON, "spec.workflowSpec.arguments.parameters.1.value", "schedule.total_token=1"), "schedule.total_token: unknown key"),
     "priority that does not exist": Mutation(put(CRON, "spec.workflowSpec.arguments.parameters.2.value", "moonlight-urgent"), "no WorkloadPriorityClass"),

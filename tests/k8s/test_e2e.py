@@ -26,8 +26,9 @@ SCRIPT = (E2E / "e2e.sh").read_text()
 
 
 @needs_kubectl
-def test_the_workflow_is_valid_and_admitted() -> None:
-    workflow = yaml.safe_load((E2E / "workflow.yaml").read_text())
+@pytest.mark.parametrize("name", ["workflow.yaml", "retrain.yaml"])
+def test_the_workflow_is_valid_and_admitted(name: str) -> None:
+    workflow = yaml.safe_load((E2E / name).read_text())
     objects = render("k8s/overlays/kind")
     assert denials(objects, workflow) == []
     if crds.FOLDER:
@@ -115,15 +116,19 @@ def test_verify_wants_every_file_whole(server: str) -> None:
     emptied(server)
     assert "0 promoted models" in verify(server, "e2e").stderr
     model = f"{server}/moonlight/e2e/models/moonlight-debug"
+    config = {"training": {"initial_weights": "models/moonlight-debug/v0@sha256:12"}}
     files = [{"path": "config.json", "bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}]
     put(f"{model}/v1/config.json", b"{}")
     put(
         f"{model}/v1/manifest.json",
-        json.dumps({"name": "moonlight-debug", "files": files, "loss": 3.0, "bits_per_byte": 1.5}).encode(),
+        json.dumps(
+            {"name": "moonlight-debug", "files": files, "loss": 3.0, "bits_per_byte": 1.5, "config": config}
+        ).encode(),
     )
     put(f"{model}/latest.json", json.dumps({"version": "v1"}).encode())
     done = verify(server, "e2e")
     assert (done.returncode, done.stdout.split(",")[0], done.stderr) == (0, "published: moonlight-debug v1", "")
+    assert "started from models/" in done.stdout  # what the step retrain looks for
     put(f"{model}/v1/config.json", b"[]")
     done = verify(server, "e2e")
     assert done.returncode == 1

@@ -77,6 +77,8 @@ def _one(template: dict[str, Any], templates: dict[str, Any], parameters: set[st
     if retry := template.get("retryStrategy"):
         if "maxDuration" in retry.get("backoff", {}):
             yield "backoff.maxDuration becomes a deadline of the waiting pod"
+        if "backoff" in retry and "cap" not in retry["backoff"]:
+            yield "backoff without cap: the tenth try would wait for hours"
         expression = retry.get("expression", "")
         if retry.get("retryPolicy") != "Always" or "lastRetry" not in expression:
             yield "retryStrategy must be Always with an expression over lastRetry: a verdict on the stage is final, an evicted pod is not"
