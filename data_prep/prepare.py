@@ -64,7 +64,8 @@ def prepare(
     map_units: MapUnits = map_in_process,
     report: Report = lambda _progress: None,
 ) -> DatasetManifest:
-    """The committed dataset of this configuration and corpus; returns at once if it exists."""
+    """The committed dataset of this configuration and corpus, in `storage`; returns at once if it exists."""
+    config = config.model_copy(update={"storage": storage.config})  # workers open it by their settings
     listings = _list(config)
     dataset_identity = _identity(config, listings)
     done = storage.read_or_none(dataset_path(dataset_identity))

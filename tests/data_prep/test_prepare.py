@@ -175,6 +175,13 @@ def test_the_same_files_elsewhere_are_the_same_dataset(jsonl: Path, tmp_path: Pa
     assert prepare(second, open_storage(second.storage)).digest == dataset.digest
 
 
+def test_all_goes_into_the_storage_that_is_given(jsonl: Path, tmp_path: Path, run_config: Make) -> None:
+    config = run_config(jsonl)
+    elsewhere = open_storage(config.storage.model_copy(update={"root": str(tmp_path / "elsewhere")}))
+    assert prepare(config, elsewhere) == prepare(config, open_storage(config.storage))
+    assert objects(elsewhere) == objects(open_storage(config.storage))
+
+
 def test_folder_and_s3_give_the_same_objects(jsonl: Path, bucket: tuple[str, str], run_config: Make) -> None:
     endpoint, name = bucket
     local = run_config(jsonl)
