@@ -1,17 +1,21 @@
 """A training step of one small Moonlight on a CPU, side by side with the same network in other libraries.
 
-    python -m benchmarks.train_step [--rounds 7] [--sizes demo,wide]
+    python -m benchmarks.train_step [--rounds 7] [--sizes demo,wide] [--torchtitan FOLDER]
 
-ours          this project's network, loss and optimizer (Muon for matrices, AdamW for the rest)
-transformers  `DeepseekV3ForCausalLM` at its defaults (fused attention, grouped expert matmuls), its own loss, and
-              `torch.optim.Muon` for matrices with `torch.optim.AdamW` for the rest. torch's Muon takes matrices only, so
-              each expert's gate, up and down matrix is handed to it as a view of the stacks: the same update as ours.
+ours             this project's network, loss and optimizer (Muon for matrices, AdamW for the rest)
+transformers     `DeepseekV3ForCausalLM` at its defaults (fused attention, grouped expert matmuls), its own loss
+torchtitan       its DeepSeek-V3 model with the same sizes and its chunked loss (`train_step_torchtitan.py`), experts in
+                 fp32; imported from FOLDER where given (`pip install --target`), skipped where it cannot be
+torchtitan-bf16  the same as it ships: experts cast to bf16, all else in fp32
 
-Both start from the same weights and see the same tokens; the losses of the first step are compared before anything is
-measured. Each contender lives in a process of its own with one thread, so that peak memory (of the whole process, from
-the kernel) is its own; rounds alternate between them and one step runs at a time. Medians over rounds of the CPU time of that
-thread.
-Balance loss off: transformers computes none in training.
+The peers' matrices are trained by `torch.optim.Muon` and the rest by its fused AdamW. torch's Muon takes matrices only,
+so each expert's gate, up and down matrix is handed to it as a view of the stacks: the same update as ours.
+
+All start from the same weights and see the same tokens. No figure is printed before the numbers of parameters and the
+losses of the first two steps (hence gradients and updates) were found equal: the same work is measured. Each contender
+lives in a process of its own with one thread, so that peak memory (of the whole process, from the kernel) is its own;
+rounds alternate between them and one step runs at a time. Medians over rounds of the CPU time of that thread. Balance
+loss off: no peer computes one in training.
 """
 
 from __future__ import annotations
@@ -21,23 +25,29 @@ import json
 import multiprocessing
 import resource
 import statistics
+import sys
 import time
+import warnings
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.train_step_torchtitan import build, torchtitan_name
 from pipeline.config.load import load_config
 from pipeline.config.schema import ModelConfig, OptimizerConfig
 from pipeline.model.hf import hf_config, hf_name
 from pipeline.model.moonlight import Moonlight
 from pipeline.optim.muon import build_optimizer
 from pipeline.optim.rules import moonlight_rules
+from pipeline.training.flops import flops_per_token
 
 TARGET = 1.5  # times transformers
 LEARNING_RATE = 1e-3
+LOSS_TOLERANCE = {"torchtitan-bf16": 1e-3}  # relative; 8 bits in the experts' products
 Step = Callable[[], float]  # one training step -> mean loss in nats
 
 
@@ -69,53 +79,60 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--sizes", default="demo,wide")
+    parser.add_argument("--torchtitan", help="folder that contains the package torchtitan")
     arguments = parser.parse_args()
     results = []
     for name in arguments.sizes.split(","):
-        results += compare(name, sizes()[name], arguments.rounds)
+        results += compare(name, sizes()[name], arguments.rounds, arguments.torchtitan)
     print(json.dumps(results))
 
 
-def compare(name: str, size: Size, rounds: int) -> list[dict[str, Any]]:
+def compare(name: str, size: Size, rounds: int, folder: str | None) -> list[dict[str, Any]]:
     spawn = multiprocessing.get_context("spawn")
     workers: dict[str, tuple[Any, Connection]] = {}
+    parameters: dict[str, int] = {}
     for contender in BUILDERS:
         ours, theirs = spawn.Pipe()
-        process = spawn.Process(target=serve, args=(contender, size, theirs), daemon=True)
+        process = spawn.Process(target=serve, args=(contender, size, folder, theirs), daemon=True)
         process.start()
         workers[contender] = (process, ours)
-        if (problem := ours.recv()) is not None:
+        parameters[contender], problem = ours.recv()
+        if problem:
             print(f"{contender}: not measured ({problem})")
             workers.pop(contender)
     seconds: dict[str, list[float]] = {contender: [] for contender in workers}
-    losses = {}
+    losses: dict[str, list[float]] = {contender: [] for contender in workers}
     for round_ in range(-1, rounds):  # the first round warms up
         for contender, (_, pipe) in workers.items():
             pipe.send("step")
             elapsed, loss = pipe.recv()
-            if round_ < 0:
-                losses[contender] = loss
-            else:
+            losses[contender].append(loss)
+            if round_ >= 0:
                 seconds[contender].append(elapsed)
     peaks = {}
     for contender, (process, pipe) in workers.items():
         pipe.send("end")
         peaks[contender] = pipe.recv()
         process.join()
-    for contender, loss in losses.items():
-        assert abs(loss - losses["ours"]) < 1e-4 * losses["ours"], (contender, loss, losses["ours"])
+    for contender, found in losses.items():
+        tolerance = LOSS_TOLERANCE.get(contender, 1e-4)
+        for loss, expected in zip(found[:2], losses["ours"]):
+            assert abs(loss - expected) < tolerance * expected, (contender, found, losses["ours"])
+        assert parameters[contender] == parameters["ours"], (contender, parameters)
 
     tokens = size.batch * size.length
     speeds = {contender: tokens / statistics.median(times) for contender, times in seconds.items()}
     layers, experts = size.config.num_hidden_layers, size.config.n_routed_experts
-    print(
-        f"\n{name}: {layers} layers of {size.config.hidden_size}, {experts} experts, {size.batch} x {size.length} tokens"
+    shape = (
+        f"{layers} layers of {size.config.hidden_size}, {experts} experts, {parameters['ours'] / 1e6:.1f} M parameters"
     )
-    print(f"{'':14}{'tokens/s':>10}{'seconds a step (fastest - slowest)':>38}{'peak memory':>14}{'ours is':>10}")
+    gflop = flops_per_token(size.config, size.length) * tokens / 1e9
+    print(f"\n{name}: {shape}; {size.batch} x {size.length} tokens, {gflop:.0f} GFLOP forward and backward")
+    print(f"{'':16}{'tokens/s':>10}{'seconds a step (fastest - slowest)':>38}{'peak memory':>14}{'ours is':>10}")
     for contender, times in seconds.items():
         span = f"{statistics.median(times):.3f} ({min(times):.3f} - {max(times):.3f})"
         faster = speeds["ours"] / speeds[contender]
-        print(f"{contender:14}{speeds[contender]:10.0f}{span:>38}{peaks[contender] / 2**20:11.0f} MiB{faster:9.2f}x")
+        print(f"{contender:16}{speeds[contender]:10.0f}{span:>38}{peaks[contender] / 2**20:11.0f} MiB{faster:9.2f}x")
     return [
         {
             "benchmark": f"train_step/{name}/{contender}",
@@ -133,15 +150,19 @@ def compare(name: str, size: Size, rounds: int) -> list[dict[str, Any]]:
     ]
 
 
-def serve(contender: str, size: Size, pipe: Connection) -> None:
-    """Build the contender, then run a step whenever asked; answers (seconds, loss), at the end the peak memory."""
+def serve(contender: str, size: Size, folder: str | None, pipe: Connection) -> None:
+    """Build the contender, say (number of parameters, what is missing), then run a step whenever asked; answers
+    (seconds, loss), at the end the peak memory."""
     torch.set_num_threads(1)
+    if folder and contender.startswith("torchtitan"):
+        sys.path.append(folder)
+        warnings.filterwarnings("ignore", message="In CPU autocast")  # its router asks for fp32, which it has anyway
     try:
-        step = BUILDERS[contender](size)
+        parameters, step = BUILDERS[contender](size)
     except ImportError as error:
-        pipe.send(str(error))
+        pipe.send((0, str(error)))
         return
-    pipe.send(None)
+    pipe.send((parameters, None))
     while pipe.recv() == "step":
         start = time.process_time()
         loss = step()
@@ -159,7 +180,7 @@ def tokens_of(size: Size) -> tuple[Tensor, Tensor]:
     return ids_BS, labels_BS
 
 
-def ours(size: Size) -> Step:
+def ours(size: Size) -> tuple[int, Step]:
     model = Moonlight(size.config)
     rules = moonlight_rules(size.config, OptimizerConfig())
     optimizer = build_optimizer(model.named_parameters(), OptimizerConfig(), rules)
@@ -173,21 +194,56 @@ def ours(size: Size) -> Step:
         optimizer.zero_grad()
         return loss.item()
 
-    return step
+    return count(model), step
 
 
-def transformers(size: Size) -> Step:
+def transformers(size: Size) -> tuple[int, Step]:
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     config = hf_config(size.config, bos_token_id=None, eos_token_id=1, dtype="float32")
     model = DeepseekV3ForCausalLM(DeepseekV3Config.from_dict(config))
-    ours = Moonlight(size.config).state_dict()
-    model.load_state_dict(dict(_for_transformers(ours)))
-    matrices = {
-        n: p
-        for n, p in model.named_parameters()
-        if p.dim() >= 2 and not n.endswith(("embed_tokens.weight", "lm_head.weight"))
-    }
+    model.load_state_dict(dict(_for_transformers(Moonlight(size.config).state_dict())))
+    update = torch_optimizers(model, ("embed_tokens.weight", "lm_head.weight"))
+    ids_BS, labels_BS = tokens_of(size)
+
+    def step() -> float:
+        loss = model(ids_BS, shift_labels=labels_BS, labels=labels_BS, use_cache=False).loss
+        loss.backward()
+        update()
+        return loss.item()
+
+    return count(model), step
+
+
+def torchtitan(size: Size, experts_dtype: torch.dtype = torch.float32) -> tuple[int, Step]:
+    from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
+
+    model = build(size.config, size.length, experts_dtype)
+    model.load_state_dict({torchtitan_name(n): t for n, t in Moonlight(size.config).state_dict().items()})
+    model._skip_lm_head = True  # the loss applies it, chunk by chunk
+    inner = CrossEntropyLoss.Config(global_vocab_size=size.config.vocab_size)
+    loss_of = ChunkedLossWrapper.Config(loss_fn=inner).build()
+    loss_of.set_lm_head(model.lm_head)
+    update = torch_optimizers(model, ("tok_embeddings.weight", "lm_head.weight"))
+    ids_BS, labels_BS = tokens_of(size)
+    valid = (labels_BS != -100).sum()
+
+    def step() -> float:
+        loss, _ = loss_of(model(ids_BS), labels_BS, valid)
+        loss.backward()
+        update()
+        return loss.item()
+
+    return count(model), step
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def torch_optimizers(model: nn.Module, not_matrices: tuple[str, ...]) -> Callable[[], None]:
+    """torch's Muon for the matrices (views of stacks included) and AdamW for the rest, as one update."""
+    matrices = {n: p for n, p in model.named_parameters() if p.dim() >= 2 and not n.endswith(not_matrices)}
     views = {name: [nn.Parameter(view) for view in matrices_of(name, p.detach())] for name, p in matrices.items()}
     muon = torch.optim.Muon(
         [view for several in views.values() for view in several],
@@ -198,11 +254,8 @@ def transformers(size: Size) -> Step:
     )
     others = [p for n, p in model.named_parameters() if n not in matrices]
     adamw = torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    ids_BS, labels_BS = tokens_of(size)
 
-    def step() -> float:
-        loss = model(ids_BS, shift_labels=labels_BS, labels=labels_BS, use_cache=False).loss
-        loss.backward()
+    def update() -> None:
         for name, parameter in matrices.items():
             assert parameter.grad is not None
             for view, gradient in zip(views[name], matrices_of(name, parameter.grad), strict=True):
@@ -210,13 +263,12 @@ def transformers(size: Size) -> Step:
         muon.step()
         adamw.step()
         model.zero_grad()
-        return loss.item()
 
-    return step
+    return update
 
 
 def matrices_of(name: str, tensor: Tensor) -> list[Tensor]:
-    """The matrices in a parameter of transformers' model, as views: stacks fuse experts, and gate with up."""
+    """The matrices in a parameter, as views of the stacks of experts; transformers fuses gate with up."""
     if tensor.dim() == 2:
         return [tensor]
     halves = tensor.chunk(2, dim=1) if name.endswith("gate_up_proj") else (tensor,)
@@ -234,7 +286,12 @@ def _for_transformers(state: dict[str, Tensor]) -> Any:
             yield hf_name(name), tensor
 
 
-BUILDERS: dict[str, Callable[[Size], Step]] = {"ours": ours, "transformers": transformers}
+BUILDERS: dict[str, Callable[[Size], tuple[int, Step]]] = {
+    "ours": ours,
+    "transformers": transformers,
+    "torchtitan": torchtitan,
+    "torchtitan-bf16": partial(torchtitan, experts_dtype=torch.bfloat16),
+}
 
 if __name__ == "__main__":
     main()

@@ -16,6 +16,7 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -54,6 +55,15 @@ def tokenize_guarded(settings: TokenizeSettings, unit: Unit) -> UnitManifest:
             raise
     storage.delete(folder)
     return manifest
+
+
+def forget_attempts(storage: Storage, units: Iterable[Unit]) -> None:
+    """Remove the markers of units that are all committed: of a worker that died after its commit, one is left."""
+    committed = {shard_path("attempts", unit.id, "") for unit in units}
+    for entry in storage.list("datasets/attempts"):
+        folder = entry.path.rpartition("/")[0]
+        if folder in committed:
+            storage.delete(folder)
 
 
 def _tokenize_alone(storage: Storage, settings: TokenizeSettings, unit: Unit) -> UnitManifest:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.packing import Packer, Piece, Row
 from data_prep.records import PackManifest, UnitManifest, shard_path
 from data_prep.resolve import read_duplicates, read_index
 from data_prep.tokenize_unit import token_dtype
+from data_prep.worker import working
 from data_prep.writer import PackedWriter, put_packed, token_buffer
 from pipeline.config.schema import DataConfig, StorageConfig
 from pipeline.manifest import DocumentCounts, TokenizerManifest, digest_of
@@ -59,9 +59,9 @@ def layout(data: DataConfig) -> dict[str, Any]:
     return data.model_dump(mode="json", include=set(LAYOUT_KEYS))
 
 
+@working()
 def pack_unit(settings: PackSettings, task: PackTask) -> PackManifest:
     """The committed manifest; at once if the pack is done already."""
-    pa.set_cpu_count(1)
     storage = open_storage(settings.storage)
     unit = UnitManifest.model_validate_json(storage.read(task.unit))
     excluded = _excluded(storage, settings, task, unit)

@@ -15,10 +15,11 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from data_prep.attempts import tokenize_guarded
+from data_prep.attempts import forget_attempts, tokenize_guarded
 from data_prep.listing import InputFile, list_source, source_root
 from data_prep.mapping import MapUnits, map_in_process
 from data_prep.pack_unit import PackSettings, PackTask, layout, pack_unit
@@ -35,7 +36,7 @@ from data_prep.records import (
     plan_path,
     shard_path,
 )
-from data_prep.resolve import Heldout, choose_heldout, find_duplicates, partitions_of
+from data_prep.resolve import READ_THREADS, Heldout, choose_heldout, find_duplicates, partitions_of
 from data_prep.tail import TailTask, build_tail, tail_tasks
 from data_prep.tokenize_unit import TokenizeSettings, open_input, token_dtype
 from data_prep.tokenizer_stage import ensure_tokenizer, tokenizer_identity
@@ -51,6 +52,11 @@ def identity(config: RunConfig, storage: Storage) -> str:
     return _identity(config, _list(config))
 
 
+def settings_digest(config: RunConfig) -> str:
+    """Digest of every setting that decides the dataset, whatever files are in the corpus."""
+    return _identity(config, {source.name: [] for source in config.corpus.sources})
+
+
 def prepare(
     config: RunConfig,
     storage: Storage,
@@ -58,7 +64,8 @@ def prepare(
     map_units: MapUnits = map_in_process,
     report: Report = lambda _progress: None,
 ) -> DatasetManifest:
-    """The committed dataset of this configuration and corpus; returns at once if it exists."""
+    """The committed dataset of this configuration and corpus, in `storage`; returns at once if it exists."""
+    config = config.model_copy(update={"storage": storage.config})  # workers open it by their settings
     listings = _list(config)
     dataset_identity = _identity(config, listings)
     done = storage.read_or_none(dataset_path(dataset_identity))
@@ -66,10 +73,11 @@ def prepare(
         return DatasetManifest.model_validate_json(done)
     plan = _plan(config, storage, listings, dataset_identity, report)
     units = [Unit.from_json(value) for value in plan.units]
-    tokenized = _tokenize(config, plan, units, map_units, report)
+    tokenized = _tokenize(config, storage, plan, units, map_units, report)
     heldout, packed = _resolve_and_pack(config, storage, plan, units, tokenized, map_units, report)
     tails = _tails(config, plan, units, packed, map_units, report)
     dataset = _dataset(config, plan, units, tokenized, heldout, packed, tails)
+    forget_attempts(storage, units)
     storage.create(dataset_path(dataset_identity), dataset.to_json())
     storage.sweep("datasets")
     return DatasetManifest.model_validate_json(storage.read(dataset_path(dataset_identity)))
@@ -152,30 +160,33 @@ def _mapped(
     map_units: MapUnits,
     report: Report,
     measure: Callable[[Any], tuple[int, int, int, bool]],
+    done: Sequence[Any] | None = None,
 ) -> list[Any]:
-    """Results in the items' order, with progress. `measure`: documents, text bytes, tokens of a result, and whether it failed."""
-    results: list[Any] = [None] * len(items)
-    documents = text_bytes = tokens = failed = 0
+    """Results in the items' order, with progress. `done`: an item's result where it is known, else None.
+
+    `measure`: documents, text bytes, tokens of a result, and whether it failed.
+    """
+    results = list(done or [None] * len(items))
+    pending = [index for index, result in enumerate(results) if result is None]
+    before = len(items) - len(pending)
+    documents = text_bytes = tokens = 0
+    failed = sum(measure(result)[3] for result in results if result is not None)
     start = time.monotonic()
-    report(PrepareProgress(phase, 0, len(items), 0, 0, 0, 0, 0.0))
-    for count, (index, result) in enumerate(map_units(function, items), start=1):
-        results[index] = result
+    report(PrepareProgress(phase, before, len(items), failed, 0, 0, 0, 0.0, before))
+    mapped = map_units(function, [items[index] for index in pending])
+    for count, (place, result) in enumerate(mapped, start=before + 1):
+        results[pending[place]] = result
         more = measure(result)
-        documents, text_bytes, tokens, failed = (
-            documents + more[0],
-            text_bytes + more[1],
-            tokens + more[2],
-            failed + more[3],
-        )
-        report(
-            PrepareProgress(phase, count, len(items), failed, documents, text_bytes, tokens, time.monotonic() - start)
-        )
+        documents, text_bytes, tokens = documents + more[0], text_bytes + more[1], tokens + more[2]
+        failed += more[3]
+        seconds = time.monotonic() - start
+        report(PrepareProgress(phase, count, len(items), failed, documents, text_bytes, tokens, seconds, before))
     assert all(result is not None for result in results), f"{phase}: units are missing from the results"
     return results
 
 
 def _tokenize(
-    config: RunConfig, plan: Plan, units: list[Unit], map_units: MapUnits, report: Report
+    config: RunConfig, storage: Storage, plan: Plan, units: list[Unit], map_units: MapUnits, report: Report
 ) -> list[UnitManifest]:
     settings = {}
     for source in config.corpus.sources:
@@ -194,8 +205,21 @@ def _tokenize(
     def measure(value: dict[str, Any]) -> tuple[int, int, int, bool]:
         return value["counts"]["docs_in"], value["text_bytes"], value["tokens"], bool(value["failed"])
 
-    found = _mapped("tokenize", partial(_tokenize_unit, settings), units, map_units, report, measure)
+    done = _committed(storage, units)
+    found = _mapped("tokenize", partial(_tokenize_unit, settings), units, map_units, report, measure, done)
     return [UnitManifest.model_validate(value) for value in found]
+
+
+def _committed(storage: Storage, units: list[Unit]) -> list[dict[str, Any] | None]:
+    """The manifests of units that need no task any more: of 45,000 at 5.7 T tokens, hardly one is left after a crash."""
+    there = {entry.path for entry in storage.list("datasets/units")}
+
+    def load(unit: Unit) -> dict[str, Any] | None:
+        path = shard_path("units", unit.id, ".json")
+        return json.loads(storage.read(path)) if path in there else None
+
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        return list(pool.map(load, units))
 
 
 def _tokenize_unit(settings: dict[str, TokenizeSettings], unit: Unit) -> dict[str, Any]:

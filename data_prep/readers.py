@@ -4,7 +4,8 @@ A reader yields `Record`s in file order: a document (UTF-8 bytes, an id, its loc
 the reason. Locations are `path@offset` (byte offset in the decompressed stream) for JSONL, `path#row` for Parquet, `path`
 for a text file. Reasons: invalid_json, invalid_utf8, lone_surrogates, missing_field, non_string_field, empty_document,
 too_large (a line or document over `corpus.max_document_bytes`; its bytes are skipped, never held), corrupt_file (the rest
-of a damaged stream, or of a damaged Parquet row group, is one record).
+of a damaged stream, or of a damaged Parquet row group, is one record), page_too_large (a Parquet row group that cannot be
+read in bounded memory, as one record).
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.pages import page_sizes
 from data_prep.plan import Slice, format_of
 
-READ_BYTES = 4 * 1024 * 1024
+READ_BYTES = 1024 * 1024
 PARQUET_BATCH_ROWS = 512
+CHUNK_BYTES = 128 * 1024 * 1024  # larger column chunks are not read as a whole
+PAGE_BYTES = 512 * 1024 * 1024  # larger pages are not read at all (pyarrow writes 1,024 rows a page, be they books)
+BATCH_BYTES = 128 * 1024 * 1024  # of a batch, where a page's size bounds it
 
 
 @dataclass(slots=True)
@@ -52,10 +57,18 @@ def read_slice(part: Slice, file: IO[bytes], settings: ReaderSettings) -> Iterat
 
 
 def _read_text(part: Slice, file: IO[bytes], settings: ReaderSettings) -> Iterator[Record]:
-    if part.bytes > settings.max_document_bytes:
-        yield Record(part.path, reason="too_large", excerpt=file.read(200))
+    limit = settings.max_document_bytes
+    try:
+        text = _decompressed(part.path, file).read(limit + 1)
+    except (OSError, EOFError) as error:
+        if not _is_in_the_data(error):
+            raise
+        yield Record(part.path, reason="corrupt_file", excerpt=str(error).encode()[:200])
         return
-    yield _checked(Record(part.path, file.read(), part.path))
+    if len(text) > limit:
+        yield Record(part.path, reason="too_large", excerpt=text[:200])
+    else:
+        yield _checked(Record(part.path, text, part.path))
 
 
 def _checked(record: Record) -> Record:
@@ -80,21 +93,25 @@ def _read_jsonl(part: Slice, file: IO[bytes], settings: ReaderSettings) -> Itera
             yield Record(location, reason="too_large")
         elif isinstance(line, str):
             yield Record(location, reason="corrupt_file", excerpt=line.encode())
-        elif line and not line.isspace():
-            yield _parse(line, location, settings)
+        elif record := _parse(line, location, settings):
+            yield record
 
 
-def _parse(line: bytes, location: str, settings: ReaderSettings) -> Record:
+def _parse(line: bytes | memoryview, location: str, settings: ReaderSettings) -> Record | None:
+    """None for a blank line."""
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError:
+        line = bytes(line)
+        if not line or line.isspace():
+            return None
         return Record(location, reason=_why_unparsable(line), excerpt=line[:200])
     text = value.get(settings.text_field) if isinstance(value, dict) else None
     if not isinstance(text, str):
         reason = "missing_field" if text is None else "non_string_field"
-        return Record(location, reason=reason, excerpt=line[:200])
+        return Record(location, reason=reason, excerpt=bytes(line[:200]))
     if not text:
-        return Record(location, reason="empty_document", excerpt=line[:200])
+        return Record(location, reason="empty_document", excerpt=bytes(line[:200]))
     given = value.get(settings.id_field) if settings.id_field else None
     return Record(location, text.encode(), location if given is None else str(given))
 
@@ -113,13 +130,12 @@ def _why_unparsable(line: bytes) -> str:
     return "invalid_json"  # Python reads what JSON forbids (NaN, Infinity)
 
 
-def _lines(part: Slice, file: IO[bytes], limit: int) -> Iterator[tuple[int, bytes | str | None]]:
+def _lines(part: Slice, file: IO[bytes], limit: int) -> Iterator[tuple[int, bytes | memoryview | str | None]]:
     """(offset, line) of lines that begin in the slice; None for a line over `limit`, a str (the error) where the file breaks."""
     offset = part.start
     if part.start:
-        file.seek(
-            part.start - 1
-        )  # a line that begins exactly at `start` is ours: the byte before is its predecessor's end
+        # a line that begins exactly at `start` is ours: the byte before is its predecessor's end
+        file.seek(part.start - 1)
         offset -= 1
     stream = _decompressed(part.path, file)
     pending: list[bytes] = []  # pieces of a line that is not complete yet
@@ -132,20 +148,22 @@ def _lines(part: Slice, file: IO[bytes], limit: int) -> Iterator[tuple[int, byte
                 raise
             yield line_start, f"{type(error).__name__}: {error}"
             return
-        pieces = chunk.split(b"\n") if chunk else [b""]
-        for index, piece in enumerate(pieces):
-            if index:  # the line before this piece is complete
-                if not skip:
-                    yield line_start, (b"".join(pending) if pending_size <= limit else None)
-                skip, pending, pending_size, line_start = False, [], 0, offset
-                if part.stop is not None and line_start >= part.stop:
-                    return
-            pending_size += len(piece)
-            if pending_size <= limit and not skip:
-                pending.append(piece)
-            elif pending:
-                pending = []
-            offset += len(piece) + (index < len(pieces) - 1)
+        view, position = memoryview(chunk), 0
+        while (end := chunk.find(b"\n", position)) >= 0:
+            size = pending_size + end - position
+            if not skip:
+                whole = b"".join([*pending, view[position:end]]) if pending else view[position:end]
+                yield line_start, (whole if size <= limit else None)
+            pending, pending_size, skip, position = [], 0, False, end + 1
+            line_start = offset + position
+            if part.stop is not None and line_start >= part.stop:
+                return
+        pending_size += len(chunk) - position
+        if pending_size > limit or skip:
+            pending = []
+        elif position < len(chunk):
+            pending.append(chunk[position:])
+        offset += len(chunk)
         if not chunk:
             break
     if not skip and pending_size:
@@ -185,8 +203,9 @@ def row_group_bytes(file: IO[bytes]) -> list[int] | None:
 
 def _read_parquet(part: Slice, file: IO[bytes], settings: ReaderSettings) -> Iterator[Record]:
     """Row group by row group: where a page is damaged, the rest of its row group is one record, and the next goes on."""
+    source = pa.PythonFile(file, "r")
     try:
-        parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        parquet = pq.ParquetFile(source, page_checksum_verification=True)
     except (pa.ArrowInvalid, OSError) as error:
         yield _corrupt(part.path, 0, error)
         return
@@ -194,14 +213,50 @@ def _read_parquet(part: Slice, file: IO[bytes], settings: ReaderSettings) -> Ite
     wanted = [name for name in (settings.text_field, settings.id_field) if name in parquet.schema_arrow.names]
     row = sum(metadata.row_group(group).num_rows for group in range(part.start))
     for group in range(part.start, metadata.num_row_groups if part.stop is None else part.stop):
-        end = row + metadata.row_group(group).num_rows
+        facts = metadata.row_group(group)
+        end = row + facts.num_rows
+        columns = [column for column in map(facts.column, range(facts.num_columns)) if _top(column) in wanted]
+        reader = parquet
+        if sum(column.total_compressed_size for column in columns) > CHUNK_BYTES:  # not all of it into memory
+            options = {"pre_buffer": False, "buffer_size": READ_BYTES}
+            reader = pq.ParquetFile(source, page_checksum_verification=True, metadata=metadata, **options)
         try:
-            for batch in parquet.iter_batches(PARQUET_BATCH_ROWS, [group], wanted, use_threads=False):
-                yield from _rows(part.path, row, batch, settings)
-                row += batch.num_rows
+            rows, too_large = _memory_bound(source, columns)
+            if too_large:
+                yield Record(f"{part.path}#{row}", reason="page_too_large", excerpt=too_large.encode())
+            else:
+                for batch in reader.iter_batches(rows, [group], wanted, use_threads=False):
+                    yield from _rows(part.path, row, batch, settings)
+                    row += batch.num_rows
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
             yield _corrupt(part.path, row, error)
         row = end
+
+
+def _top(column: pq.ColumnChunkMetaData) -> str:
+    return str(column.path_in_schema.partition(".")[0])
+
+
+def _memory_bound(source: pa.NativeFile, columns: list[pq.ColumnChunkMetaData]) -> tuple[int, str]:
+    """Rows to read at once, so that they need at most BATCH_BYTES or one row; or why a page of theirs is too large to read.
+
+    No value is larger than its page. But values of a dictionary page may come up in every row, so it counts even where
+    the whole column chunk is small.
+    """
+    rows = PARQUET_BATCH_ROWS
+    for column in columns:
+        sizes = page_sizes(source, column)
+        if column.total_uncompressed_size > BATCH_BYTES:
+            largest = max(sizes, default=0)
+        else:
+            largest = next(sizes, 0) if column.has_dictionary_page else 0
+        if largest > PAGE_BYTES:
+            return 0, (
+                f"the row group's column {column.path_in_schema} has a page of {largest:,} bytes; at most {PAGE_BYTES:,} "
+                "are read: write it with smaller pages, without larger values"
+            )
+        rows = min(rows, BATCH_BYTES // max(largest, 1))
+    return max(rows, 1), ""
 
 
 def _corrupt(path: str, row: int, error: Exception) -> Record:

@@ -104,7 +104,7 @@ class Plan(Record):
 
 @dataclass(frozen=True)
 class PrepareProgress:
-    """Where prepare stands. Rates are over the documents, bytes and tokens done in this run."""
+    """Where prepare stands. Documents, bytes, tokens and their rates are those of this run; units also of earlier ones."""
 
     phase: str  # tokenizer, tokenize, resolve, pack, tail
     units_done: int
@@ -114,6 +114,7 @@ class PrepareProgress:
     text_bytes: int
     tokens: int
     seconds: float  # of this phase
+    units_before: int = 0  # done when this run began
 
     @property
     def megabytes_per_second(self) -> float:
@@ -126,8 +127,8 @@ class PrepareProgress:
     @property
     def eta_seconds(self) -> float | None:
         """Of this phase, None before the first unit."""
-        left = self.units_total - self.units_done
-        return self.seconds / self.units_done * left if self.units_done else None
+        here = self.units_done - self.units_before
+        return self.seconds / here * (self.units_total - self.units_done) if here else None
 
     def line(self) -> str:
         eta = "" if self.eta_seconds is None else f", {self.eta_seconds:.0f} s left"

@@ -24,6 +24,7 @@ from data_prep.filters import rejected_by
 from data_prep.plan import Unit
 from data_prep.readers import ReaderSettings, Record, read_slice
 from data_prep.records import UnitManifest, shard_path
+from data_prep.worker import working
 from data_prep.writer import DOCUMENT_SCHEMA, document_table, parquet_writer, put
 from pipeline.config.schema import SourceConfig, StorageConfig
 from pipeline.manifest import DocumentCounts, TokenizerManifest
@@ -95,9 +96,9 @@ def load_encoder(storage: StorageConfig, folder: str, sha256: str) -> Encoder:
     return encoder
 
 
+@working()
 def tokenize_unit(settings: TokenizeSettings, unit: Unit) -> UnitManifest:
     """The committed manifest; at once if the unit is done already."""
-    pa.set_cpu_count(1)
     storage = open_storage(settings.storage)
     done = storage.read_or_none(shard_path("units", unit.id, ".json"))
     if done is not None:

@@ -38,20 +38,25 @@ def tokenizer_identity(config: RunConfig) -> dict[str, Any]:
     return {"settings": names, "files": files}
 
 
-def ensure_tokenizer(config: RunConfig, storage: Storage, listings: dict[str, list[InputFile]]) -> TokenizerManifest:
-    """The committed tokenizer; trains one if there is none yet."""
-    settings = tokenizer_identity(config)
-    training = None
+def find_tokenizer(
+    config: RunConfig, storage: Storage, listings: dict[str, list[InputFile]]
+) -> TokenizerManifest | None:
+    """The committed tokenizer of this configuration and corpus, if there is one."""
     if config.tokenizer.path is None:
-        training = {"settings": settings, "corpus": _corpus_of(config, listings)}
-        grown = _trained_on_less(storage, settings, training["corpus"])
+        grown = _trained_on_less(storage, tokenizer_identity(config), _corpus_of(config, listings))
         if grown is not None:
             return grown
-    identity = digest_of(training or settings)[:32]
-    folder = f"tokenizers/{identity}"
-    done = storage.read_or_none(f"{folder}/manifest.json")
+    done = storage.read_or_none(f"{_folder(config, listings)}/manifest.json")
+    return None if done is None else TokenizerManifest.model_validate_json(done)
+
+
+def ensure_tokenizer(config: RunConfig, storage: Storage, listings: dict[str, list[InputFile]]) -> TokenizerManifest:
+    """The committed tokenizer; trains one if there is none yet."""
+    done = find_tokenizer(config, storage, listings)
     if done is not None:
-        return TokenizerManifest.model_validate_json(done)
+        return done
+    training = _training(config, listings)
+    folder = _folder(config, listings)
     if training is None:
         try:
             files = read_tokenizer(_given_files(config), config.tokenizer)
@@ -93,6 +98,17 @@ def _texts(config: RunConfig, source: SourceConfig, file: InputFile, budget: int
             budget -= len(text)
             if budget <= 0:
                 return
+
+
+def _training(config: RunConfig, listings: dict[str, list[InputFile]]) -> dict[str, Any] | None:
+    """What a trained tokenizer is made from; None for one that is loaded."""
+    if config.tokenizer.path is not None:
+        return None
+    return {"settings": tokenizer_identity(config), "corpus": _corpus_of(config, listings)}
+
+
+def _folder(config: RunConfig, listings: dict[str, list[InputFile]]) -> str:
+    return f"tokenizers/{digest_of(_training(config, listings) or tokenizer_identity(config))[:32]}"
 
 
 def _corpus_of(config: RunConfig, listings: dict[str, list[InputFile]]) -> dict[str, Any]:

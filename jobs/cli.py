@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pipeline.config.load import load_config, preset_names
 from pipeline.config.schema import RunConfig
 from pipeline.storage import Storage, open_storage
+from pipeline.training import initial
 
 SUMMARIES = {
     "prepare": "Tokenize and shard the corpus into a packed, checksummed dataset.",
@@ -36,11 +37,14 @@ def parser(module: str, summary: str) -> argparse.ArgumentParser:
 
 
 def open_run(config_name: str, overrides: Sequence[str]) -> tuple[RunConfig, Storage]:
-    """The configuration, with an absolute storage root, and its storage. Raises ConfigError."""
+    """The configuration, with an absolute storage root and the initial weights that the run has pinned, and its storage.
+
+    Raises ConfigError.
+    """
     config = load_config(config_name, list(overrides))
     storage = open_storage(config.storage)
     config = config.model_copy(update={"storage": config.storage.model_copy(update={"root": storage.root})})
-    return config, storage
+    return initial.pinned(config, storage), storage
 
 
 def stage_main(stage: str, arguments: Sequence[str] | None = None) -> int:
@@ -51,11 +55,14 @@ def stage_main(stage: str, arguments: Sequence[str] | None = None) -> int:
     try:
         config, storage = open_run(given.config, given.overrides)
         storage.check_writable()
-        records = stages.find(config, storage)
+        if stage == "train":
+            config = initial.pin(config, storage)
+        records = stages.find(config, storage, stage)
         if records.done(stage):
+            stages.hold_dataset(config, storage, records)
             print(f"{stage}: up to date")
             return 0
-        stages.require_inputs(stage, records)
+        stages.require_inputs(stage, config, storage, records)
         from jobs.cluster import connect
 
         with connect(config):

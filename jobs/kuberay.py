@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from functools import partial
 
 from jobs import stages
 from jobs.summary import print_summary
@@ -23,20 +24,32 @@ def run_on_kuberay(config: RunConfig, storage: Storage, given: argparse.Namespac
     api, options = connect(os.environ), options_from(os.environ)
     arguments = ["--config", given.config, *given.overrides]
 
+    followed: set[str] = set()  # stages whose RayJob this driver has seen at work
+
+    def done(stage: str) -> bool:
+        if stage in followed:
+            return stages.finished(stage, config, storage)
+        return stages.find(config, storage, stage).done(stage)
+
     def report(status: StageStatus) -> None:
+        followed.add(status.stage)
         detail = f"{status.reason} {status.message}".strip()
         where = f"  dashboard {status.dashboard_url}" if status.dashboard_url else ""
         print(f"{status.stage:<9} {status.name}: {status.phase}  {detail}{where}".rstrip(), flush=True)
         add_event(storage, config.run_id, "rayjob", status.stage, name=status.name, phase=status.phase, detail=detail)
 
     for stage in [given.only] if given.only else STAGES:
+        if stage != "prepare":
+            records = stages.find(config, storage, stage)
+            if not records.done(stage):
+                stages.require_inputs(stage, config, storage, records)
         try:
             status = run_stage(
                 config,
                 stage,
                 arguments,
                 api=api,
-                done=lambda stage=stage: stages.find(config, storage).done(stage),  # type: ignore[misc]
+                done=partial(done, stage),
                 report=report,
                 options=options,
             )
@@ -44,6 +57,8 @@ def run_on_kuberay(config: RunConfig, storage: Storage, given: argparse.Namespac
             print(f"error: {error}", file=sys.stderr)
             return int(error.outcome)
         print(f"{stage:<9} {'up to date' if status is None else 'done'}", flush=True)
+        if stage == "prepare" and status is None:  # one that was at work has done so itself
+            stages.hold_dataset(config, storage, stages.find(config, storage))
     if not given.only:
         print_summary(config, storage, stages.find(config, storage), given.config)
     return 0

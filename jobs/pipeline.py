@@ -30,6 +30,7 @@ from pipeline.config.load import ConfigError, dump_yaml
 from pipeline.config.schema import RunConfig
 from pipeline.manifest import digest_of
 from pipeline.storage import Storage
+from pipeline.training import initial
 from pipeline.workflow.record import STAGES, StageProgress, duration, read_progress
 
 LINE_EVERY_S = 5.0
@@ -50,10 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from jobs.kuberay import run_on_kuberay
 
             return run_on_kuberay(config, storage, given)
-        records = stages.find(config, storage)
+        records = stages.find(config, storage, given.only or "prepare")
+        stages.hold_dataset(config, storage, records)
         todo = [stage for stage in _wanted(given) if not _report_done(stage, records)]
         if todo:
-            stages.require_inputs(todo[0], records)
+            stages.require_inputs(todo[0], config, storage, records)
             _run_on_ray(todo, config, storage)
             records = stages.find(config, storage)
         if not given.only:
@@ -85,7 +87,9 @@ def _open(given: argparse.Namespace) -> tuple[RunConfig, Storage]:
         _refuse_relative_root(given)
     config, storage = open_run(given.config, given.overrides)
     storage.check_writable()
-    if given.only is None or given.only == "prepare":
+    if given.only in (None, "prepare", "train"):
+        config = initial.pin(config, storage)
+    if given.only in (None, "prepare") and stages.held_dataset(config, storage) is None:
         from data_prep.listing import list_source
 
         listings = {
@@ -93,6 +97,11 @@ def _open(given: argparse.Namespace) -> tuple[RunConfig, Storage]:
             for index, source in enumerate(config.corpus.sources)
         }
         stages.check_supply(config, listings)
+        stages.check_tokenizer(config, storage, listings)
+    answer = initial.answer_of(config.run_id, storage)
+    if answer is not None and answer.initial_weights == config.training.initial_weights:
+        weights = answer.initial_weights or "drawn weights: nothing was promoted when it began"
+        print(f"{config.run_id} starts from {weights}", flush=True)
     storage.write(f"runs/{config.run_id}/config.yaml", dump_yaml(config).encode())
     return config, storage
 
@@ -163,7 +172,7 @@ def _run_stage_job(client: Any, stage: str, config: RunConfig, storage: Storage)
     except Interrupted:
         client.stop_job(submission_id)
         raise
-    if not stages.find(config, storage).done(stage):
+    if not stages.finished(stage, config, storage):
         raise StageFailure(f"{submission_id} SUCCEEDED, but the stage's record is not in {storage.uri()}", 1)
     print(f"{stage:<9} done in {duration(time.monotonic() - start)}", flush=True)
 

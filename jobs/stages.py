@@ -17,17 +17,27 @@ from pathlib import Path
 from data_prep.listing import InputFile
 from data_prep.plan import format_of, is_compressed
 from data_prep.prepare import identity as dataset_identity
-from data_prep.prepare import prepare
+from data_prep.prepare import prepare, settings_digest
 from data_prep.records import PrepareProgress, dataset_path
+from data_prep.tokenizer_stage import find_tokenizer
+from jobs.gauges import PrepareGauges
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import MixtureStage, RunConfig
 from pipeline.dataset.order import check_demand
 from pipeline.evaluation import result
 from pipeline.evaluation.result import EvaluationProgress
-from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, ModelManifest, TrainManifest
+from pipeline.manifest import (
+    CheckpointManifest,
+    DatasetManifest,
+    EvaluationManifest,
+    ModelManifest,
+    Record,
+    TrainManifest,
+)
 from pipeline.publishing import registry
 from pipeline.publishing.version import PublishProgress, version_name
 from pipeline.storage import Storage
+from pipeline.training import initial
 from pipeline.training.commits import committed as committed_checkpoints
 from pipeline.training.commits import train_folder
 from pipeline.training.identity import run_identity
@@ -39,6 +49,13 @@ SHORTEST_LINE = 12  # bytes of {"text":"x"}
 
 class MissingInput(ValueError):
     """A stage before this one has not been done; the message has the command that does it."""
+
+
+class HeldDataset(Record):
+    """`<root>/runs/<run_id>/dataset.json`: which version of its corpus a run works on."""
+
+    dataset: str  # identity
+    settings: str  # digest of the settings it was made with: with others it is not this run's dataset
 
 
 @dataclass
@@ -60,11 +77,12 @@ class Records:
         }[stage] is not None
 
 
-def find(config: RunConfig, storage: Storage) -> Records:
-    """Read the records of the run, stage by stage. Raises ConfigError for a corpus that is missing or empty, and for a demand
-    that the prepared data cannot meet."""
+def find(config: RunConfig, storage: Storage, stage: str = "prepare") -> Records:
+    """Read the records of the run, stage by stage, as `stage` sees them (see `held_dataset`).
+
+    Raises ConfigError for a corpus that is missing or empty, and for a demand that the prepared data cannot meet."""
     records = Records()
-    data = storage.read_or_none(dataset_path(dataset_identity(config, storage)))
+    data = storage.read_or_none(dataset_path(held_dataset(config, storage, stage) or dataset_identity(config, storage)))
     if data is None:
         return records
     records.dataset = DatasetManifest.model_validate_json(data)
@@ -85,22 +103,61 @@ def find(config: RunConfig, storage: Storage) -> Records:
     return records
 
 
-def require_inputs(stage: str, records: Records) -> None:
-    """Raises MissingInput for the first stage before this one that is not done."""
+def held_dataset(config: RunConfig, storage: Storage, stage: str = "prepare") -> str | None:
+    """The dataset that the run holds on to; None if it takes the corpus as it is now.
+
+    A corpus may grow at any time, also while a run waits for its GPUs or trains for weeks. So prepare follows the corpus until
+    training has begun; the stages after it use what prepare left, and from the first step on so does the whole run. New files
+    are for the next run.
+    """
+    data = storage.read_or_none(held_path(config.run_id))
+    held = None if data is None else HeldDataset.model_validate_json(data)
+    if held is None or held.settings != settings_digest(config):
+        return None
+    if stage == "prepare" and not storage.list(train_folder(config.run_id)):
+        return None
+    return held.dataset
+
+
+def finished(stage: str, config: RunConfig, storage: Storage) -> bool:
+    """Has the stage that just ended left its record? What came into the corpus while prepare was at work does not count."""
+    return find(config, storage, "train" if stage == "prepare" else stage).done(stage)
+
+
+def hold_dataset(config: RunConfig, storage: Storage, records: Records) -> None:
+    """Hold on to the dataset that was found, if one was."""
+    if records.dataset is not None:
+        held = HeldDataset(dataset=records.dataset.identity, settings=settings_digest(config)).to_json()
+        if storage.read_or_none(held_path(config.run_id)) != held:
+            storage.write(held_path(config.run_id), held)
+
+
+def held_path(run_id: str) -> str:
+    return f"runs/{run_id}/dataset.json"
+
+
+def require_inputs(stage: str, config: RunConfig, storage: Storage, records: Records) -> None:
+    """Raises MissingInput for the first stage before this one that is not done, and ConfigError if training could not start
+    from the weights that the run has pinned. Costs a few reads: ask before any hardware is asked for."""
     for earlier in STAGES[: STAGES.index(stage)]:
         if not records.done(earlier):
             raise MissingInput(
                 f"{stage} needs the result of {earlier}, which is not there; run python -m jobs.{earlier}"
             )
+    if stage == "train":
+        assert records.dataset is not None
+        if not committed_checkpoints(storage, config.run_id):  # later the weights are in the checkpoints
+            initial.check(config, storage, records.dataset.tokenizer.sha256)
 
 
 def run(stage: str, config: RunConfig, storage: Storage) -> None:
     """Do one stage on the connected Ray cluster; nothing if it is done. Raises MissingInput and what the stage raises."""
-    records = find(config, storage)
+    records = find(config, storage, stage)
+    hold_dataset(config, storage, records)
     if records.done(stage):
         print(f"{stage}: up to date", flush=True)
         return
-    require_inputs(stage, records)
+    require_inputs(stage, config, storage, records)
     add_event(storage, config.run_id, "started", stage)
     start = time.monotonic()
     try:
@@ -137,6 +194,22 @@ def check_supply(config: RunConfig, listings: dict[str, list[InputFile]]) -> Non
                 f"whose {size:,} bytes give less than {most:,} over the epochs allowed: add text, raise "
                 f"corpus.sources[{index}].max_epochs, lower its weight or train on less"
             )
+
+
+def check_tokenizer(config: RunConfig, storage: Storage, listings: dict[str, list[InputFile]]) -> None:
+    """Refuse, before prepare, a corpus whose tokenizer is not that of the model the run starts from. Raises ConfigError."""
+    manifest = initial.find(config, storage)
+    if manifest is None:
+        return
+    tokenizer = find_tokenizer(config, storage, listings)
+    if tokenizer is not None:
+        initial.check(config, storage, tokenizer.sha256)
+    elif config.tokenizer.path is None:
+        folder = storage.uri(registry.folder(manifest.name, manifest.version))
+        raise ConfigError(
+            f"tokenizer.path: the corpus lost files or the tokenizer's settings changed, so a new one would be trained, but the run "
+            f"starts from {manifest.name} {manifest.version}: set tokenizer.path to {folder}"
+        )
 
 
 def _demand(config: RunConfig, source: str) -> float:
@@ -178,11 +251,13 @@ def _do(stage: str, config: RunConfig, storage: Storage, records: Records) -> No
     if stage == "prepare":
         from data_prep.mapping import map_on_ray
 
-        dataset = prepare(config, storage, map_units=map_on_ray(config.cluster), report=partial(_prepare, show))
+        report = partial(_prepare, show, PrepareGauges(config.run_id))
+        dataset = prepare(config, storage, map_units=map_on_ray(config.cluster), report=report)
         try:
             check_demand(config, dataset)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        hold_dataset(config, storage, Records(dataset=dataset))
         return
     assert records.dataset is not None
     if stage == "train":
@@ -211,7 +286,8 @@ def _do(stage: str, config: RunConfig, storage: Storage, records: Records) -> No
     )
 
 
-def _prepare(show: ProgressFile, at: PrepareProgress) -> None:
+def _prepare(show: ProgressFile, gauges: PrepareGauges, at: PrepareProgress) -> None:
+    gauges(at)
     note = (
         f"{at.phase}  {at.documents:,} documents  {at.text_bytes / 1e6:,.1f} MB ({at.megabytes_per_second:,.1f} MB/s)"
     )

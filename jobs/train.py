@@ -24,6 +24,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from jobs.cli import stage_main
+from jobs.gauges import TrainingGauges
 from pipeline.config import schema
 from pipeline.config.load import validate
 from pipeline.dataset.order import Order, check_demand
@@ -103,12 +104,15 @@ def _worker(arguments: dict[str, Any]) -> str | None:
     else:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     notice = PreemptionNotice(every=config.training.log_every)
+    report = arguments["report"]
+    if ray.train.get_context().get_world_rank() == 0:
+        report = _both(TrainingGauges(config.run_id), report)
     try:
         train(
             config,
             DatasetManifest.model_validate_json(arguments["dataset"]),
             open_storage(config.storage),
-            report=arguments["report"],
+            report=report,
             on_checkpoint=_report_checkpoint,
             should_stop=notice,
         )
@@ -118,6 +122,14 @@ def _worker(arguments: dict[str, Any]) -> str | None:
         notice.wait_for_the_end()
         raise
     return None
+
+
+def _both(first: Report, second: Report) -> Report:
+    def report(progress: TrainProgress) -> None:
+        first(progress)
+        second(progress)
+
+    return report
 
 
 def _report_checkpoint(manifest: CheckpointManifest) -> None:

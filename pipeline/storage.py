@@ -63,8 +63,10 @@ class Storage:
     # -- read ----------------------------------------------------------------------------------------------------
 
     def read(self, path: str) -> bytes:
-        """The whole object. Raises FileNotFoundError."""
-        data: bytes = self.fs.cat_file(self.key(path))
+        """The whole object, on S3 in one request: of an object that is replaced meanwhile, one or the other. Raises
+        FileNotFoundError."""
+        alone = {"max_concurrency": 1} if self.config.is_s3 else {}
+        data: bytes = self.fs.cat_file(self.key(path), **alone)
         return data
 
     def read_or_none(self, path: str) -> bytes | None:
@@ -153,13 +155,16 @@ class Storage:
             return None
 
     def upload(self, local: Path, path: str) -> None:
-        """Put a local file (multipart on S3 where large), replacing any. Atomic."""
+        """Put a local file (multipart on S3 where large), replacing any. Atomic. The file must not change afterwards."""
         if self.config.is_s3:
             # 64 MiB in flight; s3fs aborts a multipart upload that fails
             self.fs.put_file(str(local), self.key(path), chunksize=UPLOAD_PART, max_concurrency=4)
             return
         with self._temporary(path) as temporary:
-            shutil.copyfile(local, temporary)
+            try:
+                os.link(local, temporary)
+            except OSError:  # another file system
+                shutil.copyfile(local, temporary)
             _sync(temporary)
             os.replace(temporary, self.key(path))
 

@@ -4,6 +4,7 @@
 #   make e2e-kind                     makes a kind cluster, builds and loads the image, then all below
 #   make e2e                          uses the cluster of KUBECONFIG; IMAGE must be one that its nodes can pull
 #   INSTALL_OPERATORS=no make e2e     leaves KubeRay, Kueue and Argo Workflows as they are
+#   k8s/e2e/e2e.sh retrain            after it: a second run, from the model that the first one published
 #
 # Each step is a function and can be run alone: k8s/e2e/e2e.sh verify
 set -euo pipefail
@@ -18,6 +19,7 @@ say() { printf '\n== %s\n' "$*"; }
 cluster() {
   say "kind cluster"
   kind get clusters | grep -qx moonlight || kind create cluster --config k8s/e2e/kind.yaml --wait 5m
+  kind export kubeconfig --name moonlight # one that was there already may not be the current context
 }
 
 image() {
@@ -29,7 +31,7 @@ image() {
 }
 
 operators() {
-  say "operators"
+  say "operators on $(kubectl config current-context)"
   kubectl apply --filename k8s/base/namespaces.yaml
   if [ "${INSTALL_OPERATORS}" != yes ]; then
     echo "as they are"
@@ -42,7 +44,7 @@ operators() {
     --set-file managerConfig.controllerManagerConfigYaml=k8s/queues/manager-config.yaml
   helm upgrade --install argo-workflows argo-workflows --repo https://argoproj.github.io/argo-helm --version 1.0.18 \
     --namespace argo --create-namespace --wait --timeout 10m \
-    --values k8s/workflows/argo-values.yaml --set server.enabled=false
+    --values k8s/workflows/argo-values.yaml --set server.enabled=false --set crds.full=false # full ones come from GitHub by a job
 }
 
 pipeline() {
@@ -55,25 +57,43 @@ pipeline() {
     sleep 20
   done
   kubectl --namespace moonlight-storage rollout status deployment/s3 --timeout 5m
-  kubectl --namespace moonlight-storage exec deployment/s3 -- python -c \
-    'import urllib.request as u; u.urlopen(u.Request("http://localhost:5000/moonlight", method="PUT"), timeout=30)'
+  kubectl wait clusterqueues --all --for condition=Active --timeout 5m
 }
 
 run() {
   say "run"
-  kubectl --namespace moonlight delete workflow e2e --ignore-not-found
+  forget e2e
+  kubectl --namespace moonlight-storage exec --stdin deployment/s3 -- python - http://localhost:5000 moonlight < k8s/e2e/bucket.py
   kubectl create --filename k8s/e2e/workflow.yaml
-  local phase="" deadline=$((SECONDS + TIMEOUT))
+  follow e2e
+}
+
+retrain() {
+  say "run again, from the published model"
+  forget e2e-retrain
+  kubectl create --filename k8s/e2e/retrain.yaml
+  follow e2e-retrain
+  verify | tee /dev/stderr | grep "started from models/" > /dev/null
+}
+
+forget() { # what an earlier run of this script left in the cluster
+  kubectl --namespace moonlight delete workflow "$1" --ignore-not-found
+  kubectl --namespace moonlight delete rayjobs --selector "moonlight.ai/run-id=$1" --timeout 5m
+}
+
+follow() {
+  local name=$1 phase="" deadline=$((SECONDS + TIMEOUT))
   while [ "${SECONDS}" -lt "${deadline}" ]; do
-    phase=$(kubectl --namespace moonlight get workflow e2e --output jsonpath='{.status.phase}')
+    phase=$(kubectl --namespace moonlight get workflow "${name}" --output jsonpath='{.status.phase}' || true)
     case "${phase}" in
-      Succeeded) break ;;
-      Failed | Error) diagnose; return 1 ;;
+      Succeeded) return 0 ;;
+      Failed | Error) break ;;
     esac
-    kubectl --namespace moonlight get rayjobs --selector moonlight.ai/run-id=e2e --no-headers 2>/dev/null || true
+    kubectl --namespace moonlight get rayjobs --selector "moonlight.ai/run-id=${name}" --no-headers 2>/dev/null || true
     sleep 20
   done
-  [ "${phase}" = Succeeded ] || { diagnose; return 1; }
+  diagnose "${name}"
+  return 1
 }
 
 verify() {
@@ -84,8 +104,8 @@ verify() {
 diagnose() {
   say "what went wrong"
   kubectl --namespace moonlight get workflows,rayjobs,workloads,pods --output wide || true
-  kubectl --namespace moonlight describe rayjobs --selector moonlight.ai/run-id=e2e | tail -60 || true
-  kubectl --namespace moonlight logs --selector workflows.argoproj.io/workflow=e2e --container main --tail 40 --prefix || true
+  kubectl --namespace moonlight describe rayjobs --selector "moonlight.ai/run-id=${1:-e2e}" | tail -60 || true
+  kubectl --namespace moonlight logs --selector "workflows.argoproj.io/workflow=${1:-e2e}" --container main --tail 40 --prefix || true
   kubectl --namespace moonlight get events --sort-by .lastTimestamp | tail -40 || true
 }
 

@@ -49,7 +49,8 @@ def main(endpoint, bucket, root):
         if found != entry["sha256"]:
             return f"{entry['path']}: sha256 is {found}, the manifest says {entry['sha256']}"
     print(
-        f"published: {manifest['name']} {version}, {len(manifest['files'])} files, loss {manifest['loss']:.4f}, {manifest['bits_per_byte']:.4f} bits per byte"
+        f"published: {manifest['name']} {version}, {len(manifest['files'])} files, loss {manifest['loss']:.4f}, {manifest['bits_per_byte']:.4f} bits per byte, "
+        f"started from {manifest['config']['training']['initial_weights'] or 'drawn weights'}"
     )
     return None
 

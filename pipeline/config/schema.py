@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -24,11 +24,23 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+def _without_credentials(uri: str) -> str:
+    """URIs are printed, logged and recorded. What is refused is not repeated in the message, either."""
+    if "@" in uri.partition("://")[2].partition("/")[0]:
+        raise ValueError(
+            "must not hold credentials; give them as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or by a role"
+        )
+    return uri
+
+
+Uri = Annotated[str, AfterValidator(_without_credentials)]
+
+
 class StorageConfig(Section):
     """Where every byte goes: a folder or `s3://bucket/prefix`."""
 
-    root: str = "runs"
-    endpoint_url: str | None = None  # an S3-compatible server; None means AWS
+    root: Uri = "runs"
+    endpoint_url: Uri | None = None  # an S3-compatible server; None means AWS
     region: str | None = None
 
     @field_validator("root")
@@ -78,7 +90,7 @@ class SourceConfig(Section):
     """One named source of documents."""
 
     name: str
-    path: str  # folder, file or s3:// prefix; `{stdlib}` and `{site_packages}` stand for the running Python's folders
+    path: Uri  # folder, file or s3:// prefix; `{stdlib}` and `{site_packages}` stand for the running Python's folders
     format: Literal["auto", "jsonl", "parquet", "text"] = "auto"
     include: tuple[str, ...] = ("**/*",)  # globs relative to path
     exclude: tuple[str, ...] = ()
@@ -205,6 +217,11 @@ class MuonConfig(Section):
     bucket_bytes: PositiveInt = 128 * 1024 * 1024  # cap of one exchange buffer
     hsdp_split: Literal["auto", "on", "off"] = "off"  # replicas share the Newton-Schulz work
 
+    @field_validator("hsdp_split", mode="before")
+    @classmethod
+    def _yaml_reads_on_as_true(cls, value: object) -> object:
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
 
 class AdamWConfig(Section):
     beta1: Fraction = 0.9
@@ -294,7 +311,7 @@ class TrainingConfig(Section):
     reshard_after_forward: bool = True
     document_mask: bool = False  # attention stays inside a document of a packed row
     aux_loss_weight: NonNegativeFloat = 1e-4  # sequence-wise balance loss
-    initial_weights: str | None = None  # Hugging Face folder to start from
+    initial_weights: str | None = None  # a Hugging Face folder, promoted or promoted-or-fresh (training/initial.py)
     skip_sequences: tuple[tuple[int, int], ...] = ()  # ranges [from, to) of global positions left out
     max_skipped_steps: PositiveInt = 10  # non-finite steps in a row before the run stops
     step_timeout_s: PositiveFloat = 1800.0  # heartbeat watchdog
@@ -390,12 +407,6 @@ def _disagreements(run: RunConfig) -> list[str]:
         found.append(f"parallelism.ep {parallelism.ep} must divide model.n_routed_experts {model.n_routed_experts}")
     if run.tokenizer.path is None and run.tokenizer.vocab_size != model.vocab_size:
         found.append(f"tokenizer.vocab_size {run.tokenizer.vocab_size} must equal model.vocab_size {model.vocab_size}")
-    if training.compile and training.activation_checkpointing == "selective":
-        # Measured with torch 2.13: the loss is right, the gradients are not (their norm is 2.65 times too large).
-        found.append(
-            "training.compile true with training.activation_checkpointing selective gives wrong gradients; "
-            "choose compile false, or activation_checkpointing none"
-        )
     per_step = parallelism.world_size * training.micro_batch
     for index, stage in enumerate(run.schedule.global_batch):
         if stage.sequences % per_step:

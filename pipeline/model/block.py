@@ -1,42 +1,34 @@
 """One transformer layer: x += attention(norm(x)); x += feed-forward(norm(x)). Pre-norm, no biases, no dropout.
 
-A block is the unit of FSDP wrapping, of torch.compile (`block.compile()`) and of activation checkpointing. The latter
-is a setting of the block, not a wrapper, so that parameter names never change and FSDP's hooks stay outside of what is
-recomputed:
+A block is the unit of FSDP wrapping, of compilation and of activation checkpointing. The latter is a setting of the
+block, not a wrapper, so that parameter names never change and FSDP's hooks stay outside of what is recomputed:
 
 - "none": every intermediate is kept for backward.
-- "selective": outputs of matmuls and attention are kept; norms, activations, permutations and exchanges are redone.
+- "selective": outputs of matmuls and attention are kept; norms, activations and permutations are computed again.
 - "full": only the block's input is kept; backward runs the block again.
+
+A mixture layer runs in three pieces: up to the rows sorted by expert, the experts' products, and their weighted sum.
+Between them rows travel to the ranks of their experts and back. Neither a compiled graph nor selective checkpointing
+reaches over these exchanges: they wait for the host and their sizes change with every batch, so a graph would break
+there, and twice the communication costs more than keeping the rows (K * D numbers a token). `compile()` makes each
+piece one graph, selective checkpointing inside of it (pipeline/model/recomputation.py says why); full checkpointing
+goes around the pieces and their exchanges.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.config.schema import ModelConfig
 from pipeline.model.attention import Attention
-from pipeline.model.experts import MLP, MoE
+from pipeline.model.experts import MLP, MoE, SortedRows
 from pipeline.model.norm import RMSNorm
+from pipeline.model.recomputation import keeping_matmuls
 from pipeline.model.sequences import SequenceLayout
-
-aten = torch.ops.aten
-KEPT = {
-    aten.mm.default,
-    aten.addmm.default,
-    aten.bmm.default,
-    torch.ops.moonlight.linear.default,
-    torch.ops.moonlight.grouped_rows.default,
-    torch.ops.moonlight.causal_attention.default,
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_cudnn_attention.default,
-}
 
 
 class BlockOutput(NamedTuple):
@@ -59,21 +51,43 @@ class Block(nn.Module):
         self.activation_checkpointing: Literal["none", "selective", "full"] = "none"
 
     def forward(self, x_BSD: Tensor, layout: SequenceLayout) -> BlockOutput:
-        if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
-            return self._run(x_BSD, layout)
-        if self.activation_checkpointing == "full":
+        if self.activation_checkpointing == "full" and torch.is_grad_enabled():
             return checkpoint(self._run, x_BSD, layout, use_reentrant=False, preserve_rng_state=False)
-        contexts = functools.partial(create_selective_checkpoint_contexts, _keep_matmuls)
-        return checkpoint(self._run, x_BSD, layout, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        return self._run(x_BSD, layout)
+
+    def compile(self, **options: Any) -> None:
+        """Compile the pieces; `options` are those of `torch.compile`. A piece that is not one graph is an error."""
+        self._dense = torch.compile(self._dense, fullgraph=True, **options)  # type: ignore[method-assign]
+        self._to_experts = torch.compile(self._to_experts, fullgraph=True, **options)  # type: ignore[method-assign]
+        self._from_experts = torch.compile(self._from_experts, fullgraph=True, **options)  # type: ignore[method-assign]
+        if isinstance(self.mlp, MoE):
+            self.mlp.experts.compile(**options)
 
     def _run(self, x_BSD: Tensor, layout: SequenceLayout) -> BlockOutput:
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), layout)
-        normed_BSD = self.post_attention_layernorm(x_BSD)
+        selective = self.activation_checkpointing == "selective" and torch.is_grad_enabled()
         if isinstance(self.mlp, MLP):
-            return BlockOutput(x_BSD + self.mlp(normed_BSD), None, None)
-        out = self.mlp(normed_BSD)
-        return BlockOutput(x_BSD + out.x_BSD, out.aux_loss, out.tokens_per_expert_E)
+            return BlockOutput(self._dense(x_BSD, layout, selective), None, None)
+        x_BSD, rows = self._to_experts(x_BSD, layout, selective)
+        out_MD = self.mlp.experts(rows.x_MD, rows.tokens_per_expert_E, selective)
+        return BlockOutput(self._from_experts(x_BSD, rows, out_MD), rows.aux_loss, rows.tokens_per_expert_E)
 
+    def _dense(self, x_BSD: Tensor, layout: SequenceLayout, selective: bool) -> Tensor:
+        def run(x_BSD: Tensor) -> Tensor:
+            x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), layout)
+            return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
 
-def _keep_matmuls(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+        return keeping_matmuls(run, x_BSD) if selective else run(x_BSD)
+
+    def _to_experts(self, x_BSD: Tensor, layout: SequenceLayout, selective: bool) -> tuple[Tensor, SortedRows]:
+        mixture = self.mlp
+        assert isinstance(mixture, MoE)
+
+        def run(x_BSD: Tensor) -> tuple[Tensor, SortedRows]:
+            x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), layout)
+            return x_BSD, mixture.sort(self.post_attention_layernorm(x_BSD))
+
+        return keeping_matmuls(run, x_BSD) if selective else run(x_BSD)
+
+    def _from_experts(self, x_BSD: Tensor, rows: SortedRows, out_MD: Tensor) -> Tensor:
+        assert isinstance(self.mlp, MoE)
+        return x_BSD + self.mlp.collect(rows, out_MD)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pipeline.config.schema import ModelConfig
 from pipeline.model.grouped import ALIGNMENT, grouped_linear
 from pipeline.model.matmul import Linear
+from pipeline.model.recomputation import keeping_matmuls
 from pipeline.model.router import Router
 from pipeline.parallel.dispatch import LocalDispatch
 from pipeline.parallel.local import local_tensor
@@ -67,14 +68,41 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, D, F_))
         self.dispatcher: Dispatcher = LocalDispatch()
 
-    def forward(self, x_MD: Tensor, counts_E: Tensor) -> Tensor:
-        """Rows sorted by expert -> the same rows through their experts."""
+    def forward(self, x_MD: Tensor, counts_E: Tensor, selective: bool = False) -> Tensor:
+        """Rows sorted by expert -> the same rows through their experts. `selective`: compute activations again in backward."""
         rows_MD, counts_e, handle = self.dispatcher.dispatch(x_MD, counts_E)
-        offsets_e = counts_e.cumsum(0).int()
-        gate_MF = grouped_linear(rows_MD, local_tensor(self.gate_proj), offsets_e)
-        up_MF = grouped_linear(rows_MD, local_tensor(self.up_proj), offsets_e)
-        out_MD = grouped_linear(F.silu(gate_MF) * up_MF, local_tensor(self.down_proj), offsets_e)
+        gate_eFD, up_eFD, down_eDF = map(local_tensor, (self.gate_proj, self.up_proj, self.down_proj))
+        out_MD = self._multiply(rows_MD, counts_e, gate_eFD, up_eFD, down_eDF, selective)
         return self.dispatcher.combine(out_MD, handle)
+
+    def compile(self, **options: Any) -> None:
+        """Compile what lies between the exchanges."""
+        self._multiply = torch.compile(self._multiply, fullgraph=True, **options)  # type: ignore[method-assign]
+
+    @staticmethod
+    def _multiply(
+        x_MD: Tensor, counts_e: Tensor, gate_eFD: Tensor, up_eFD: Tensor, down_eDF: Tensor, selective: bool
+    ) -> Tensor:
+        def run(x_MD: Tensor, gate_eFD: Tensor, up_eFD: Tensor, down_eDF: Tensor) -> Tensor:
+            gate_MF = grouped_linear(x_MD, gate_eFD, offsets_e)
+            up_MF = grouped_linear(x_MD, up_eFD, offsets_e)
+            return grouped_linear(F.silu(gate_MF) * up_MF, down_eDF, offsets_e)
+
+        offsets_e = counts_e.cumsum(0).int()
+        inputs = (x_MD, gate_eFD, up_eFD, down_eDF)
+        return keeping_matmuls(run, *inputs) if selective else run(*inputs)
+
+
+class SortedRows(NamedTuple):
+    """What the experts get, and what is needed to put their results back."""
+
+    x_MD: Tensor  # the tokens, once per chosen expert, sorted by expert
+    order_M: Tensor  # which (token, choice) each row is
+    inverse_M: Tensor  # where each (token, choice) went
+    weights_NK: Tensor
+    shared_BSD: Tensor  # output of the shared experts
+    aux_loss: Tensor
+    tokens_per_expert_E: Tensor
 
 
 class MoEOutput(NamedTuple):
@@ -84,7 +112,7 @@ class MoEOutput(NamedTuple):
 
 
 class MoE(nn.Module):
-    """x_BSD -> sum of the chosen experts, weighted, plus the shared experts."""
+    """x_BSD -> sum of the chosen experts, weighted, plus the shared experts; in three pieces, see pipeline/model/block.py."""
 
     def __init__(self, config: ModelConfig, aux_loss_weight: float) -> None:
         super().__init__()
@@ -93,16 +121,30 @@ class MoE(nn.Module):
         self.shared_experts = MLP(config.hidden_size, config.shared_intermediate_size)
 
     def forward(self, x_BSD: Tensor) -> MoEOutput:
+        rows = self.sort(x_BSD)
+        out_MD = self.experts(rows.x_MD, rows.tokens_per_expert_E)
+        return MoEOutput(self.collect(rows, out_MD), rows.aux_loss, rows.tokens_per_expert_E)
+
+    def sort(self, x_BSD: Tensor) -> SortedRows:
+        """All that happens on this rank before the rows go to their experts."""
         routing = self.router(x_BSD)
-        x_ND = x_BSD.flatten(0, 1)
         order_M = routing.experts_NK.flatten().argsort(stable=True)
         inverse_M = torch.empty_like(order_M)
         inverse_M[order_M] = torch.arange(order_M.numel(), device=order_M.device)
-        rows_MD = SortRows.apply(x_ND, order_M, inverse_M)
-        out_MD = self.experts(rows_MD, routing.tokens_per_expert_E)
-        routed_ND = WeightedSum.apply(out_MD, routing.weights_NK, order_M, inverse_M)
-        shared_BSD = self.shared_experts(x_BSD)
-        return MoEOutput(shared_BSD + routed_ND.view_as(x_BSD), routing.aux_loss, routing.tokens_per_expert_E)
+        return SortedRows(
+            SortRows.apply(x_BSD.flatten(0, 1), order_M, inverse_M),
+            order_M,
+            inverse_M,
+            routing.weights_NK,
+            self.shared_experts(x_BSD),
+            routing.aux_loss,
+            routing.tokens_per_expert_E,
+        )
+
+    def collect(self, rows: SortedRows, out_MD: Tensor) -> Tensor:
+        """The experts' results back in the order of tokens, weighted and summed, plus the shared experts' -> x_BSD."""
+        routed_ND = WeightedSum.apply(out_MD, rows.weights_NK, rows.order_M, rows.inverse_M)
+        return rows.shared_BSD + routed_ND.view_as(rows.shared_BSD)
 
 
 class SortRows(torch.autograd.Function):

@@ -5,10 +5,11 @@ layer), the next ones expert 1's, and so on -> y_MO. Backward: the same product 
 x, and one outer product a group for the weight. 2*M*I*O FLOPs each.
 
 In fp32 on a CPU, where PyTorch's function is a loop over experts, too, the loop is ours and takes the faster product of
-pipeline/model/matmul.py. Three things that the plain function leaves open are settled here:
+pipeline/model/matmul.py. Four things that the plain function leaves open are settled here:
 - torch.compile: its shape inference refuses fp32 (it knows the CUDA kernel only); ours is exact for every dtype.
-- Gradients of experts without rows are set to zero. Kernels have been seen to leave something else there
-  (pytorch issue 154557).
+- Gradients of experts without rows are zero. Kernels for NVIDIA's compute capability 10 leave something else there
+  (pytorch issue 172439), older ones do not: clearing costs a pass over the gradients, so only the former pay it.
+- A rank may have no rows at all, which the CUDA function refuses (pytorch pull request 192497).
 - An incoming gradient that is an expanded tensor is made contiguous first; the kernel refuses it.
 
 The offsets must end at M: what lies behind the last one would stay uninitialised. Rows must be multiples of 16 bytes.
@@ -41,8 +42,10 @@ def _rows(x_MI: Tensor, weight_eOI: Tensor, offsets_e: Tensor, transpose: bool) 
     if is_cpu_fp32(x_MI):
         out_MO = x_MI.new_empty(x_MI.shape[0], weight_eOI.shape[-2 if transpose else -1])
         for expert, rows in _groups(offsets_e):
-            out_MO[rows] = product(x_MI[rows], weight_eOI[expert] if transpose else weight_eOI[expert].T)
+            product(x_MI[rows], weight_eOI[expert] if transpose else weight_eOI[expert].T, out_MO[rows])
         return out_MO
+    if x_MI.shape[0] == 0:
+        return x_MI.new_empty(0, weight_eOI.shape[-2 if transpose else -1])
     return F.grouped_mm(x_MI, weight_eOI.transpose(-2, -1) if transpose else weight_eOI, offs=offsets_e)
 
 
@@ -54,7 +57,11 @@ def _outer(grad_MO: Tensor, x_MI: Tensor, offsets_e: Tensor) -> Tensor:
         for expert, rows in _groups(offsets_e):
             out_eOI[expert] = outer(grad_MO[rows], x_MI[rows])
         return out_eOI
+    if x_MI.shape[0] == 0:
+        return x_MI.new_zeros(offsets_e.shape[0], grad_MO.shape[1], x_MI.shape[1])
     grad_eOI = F.grouped_mm(grad_MO.transpose(0, 1), x_MI, offs=offsets_e)
+    if x_MI.is_cuda and torch.cuda.get_device_capability(x_MI.device)[0] < 10:
+        return grad_eOI
     empty_e = offsets_e == F.pad(offsets_e, (1, 0))[:-1]
     return grad_eOI.masked_fill_(empty_e[:, None, None], 0)
 

@@ -20,12 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.model.matmul import is_cpu_fp32, linear, outer, product
+from pipeline.model.matmul import TILES, is_cpu_fp32, linear, outer, product
 
 IGNORE = -100  # label of a token that has no loss
 CUDA_CHUNK = 1024  # tokens
-CPU_CHUNK_NUMBERS = 1 << 22  # logits: 16 MiB, in
-CPU_CHUNK_TOKENS = 128  # multiples of this many tokens
+CPU_CHUNK_NUMBERS = 1 << 22  # logits: 16 MiB at most, in whole tiles, which the product needs not put together
 
 
 class LossOutput(NamedTuple):
@@ -65,8 +64,9 @@ class _CrossEntropySum(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         loss = x_ND.new_zeros(())
         grad_x_ND = torch.empty_like(x_ND) if wanted else None
-        grad_weight_VD = torch.zeros_like(weight_VD) if wanted else None
-        chunk = max(CPU_CHUNK_NUMBERS // V // CPU_CHUNK_TOKENS, 1) * CPU_CHUNK_TOKENS
+        # Summed transposed: `outer` lays out its first factor anew, and hidden states are narrower than logits.
+        grad_weight_DV = weight_VD.new_zeros(weight_VD.shape[1], V) if wanted else None
+        chunk = next((tile for tile in TILES if tile * V <= CPU_CHUNK_NUMBERS), TILES[-1])
         for start in range(0, N, chunk):
             x_CD, labels_C = x_ND[start : start + chunk], labels_N[start : start + chunk, None]
             counted_C = labels_C != IGNORE
@@ -76,12 +76,12 @@ class _CrossEntropySum(torch.autograd.Function):
             chosen_C = logits_CV.gather(1, index_C)
             total_C = logits_CV.exp_().sum(1, keepdim=True)
             loss += ((total_C.log() - chosen_C) * counted_C).sum()
-            if grad_x_ND is not None and grad_weight_VD is not None:
+            if grad_x_ND is not None and grad_weight_DV is not None:
                 grad_CV = logits_CV.mul_(counted_C / total_C)
                 grad_CV.scatter_add_(1, index_C, -counted_C.to(grad_CV))
                 grad_x_ND[start : start + chunk] = product(grad_CV, weight_VD.T)
-                grad_weight_VD += outer(grad_CV, x_CD)
-        ctx.save_for_backward(grad_x_ND, grad_weight_VD)
+                grad_weight_DV += outer(x_CD, grad_CV)
+        ctx.save_for_backward(grad_x_ND, None if grad_weight_DV is None else grad_weight_DV.T.contiguous())
         return loss
 
     @staticmethod

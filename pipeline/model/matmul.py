@@ -46,13 +46,13 @@ def is_cpu_fp32(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32
 
 
-def product(x_MI: Tensor, weight_OI: Tensor) -> Tensor:
-    """x times the transposed weight, [M, O], without autograd. Either may be a transposed view."""
+def product(x_MI: Tensor, weight_OI: Tensor, out_MO: Tensor | None = None) -> Tensor:
+    """x times the transposed weight, [M, O], without autograd. Either may be a transposed view. `out_MO`: write there."""
     M, O = x_MI.shape[0], weight_OI.shape[0]  # noqa: E741
     tiles = _tiles(M, weight_OI.numel())
-    if len(tiles) == 1:
+    if len(tiles) == 1 and out_MO is None:
         return _multiply(x_MI, weight_OI, tiles[0])
-    out_MO = x_MI.new_empty(M, O)
+    out_MO = x_MI.new_empty(M, O) if out_MO is None else out_MO
     for rows in tiles:
         out_MO[rows] = _multiply(x_MI[rows], weight_OI, rows)
     return out_MO

@@ -48,15 +48,19 @@ def sequence_layout(
     ends = lengths.cumsum(0)
     starts = ends - lengths
     positions = torch.arange(batch * length) - starts.repeat_interleave(lengths)
-    cos, sin = rotary_tables(positions.view(batch, length).to(device), rope_dim, rope_theta)
+    cos, sin = rotary_tables(to_device(positions.view(batch, length), device), rope_dim, rope_theta)
     if device.type == "cuda":
         zero = torch.zeros(1, dtype=torch.int64)
-        return SequenceLayout(
-            cos, sin, document_ends=torch.cat([zero, ends]).int().to(device), longest_document=int(lengths.max())
-        )
+        document_ends = to_device(torch.cat([zero, ends]).int(), device)
+        return SequenceLayout(cos, sin, document_ends=document_ends, longest_document=int(lengths.max()))
     document_BS = torch.arange(len(lengths)).repeat_interleave(lengths).view(batch, length)
     same_BSS = document_BS[:, :, None] == document_BS[:, None, :]
     return SequenceLayout(cos, sin, mask_B1SS=same_BSS.tril_().unsqueeze(1).to(device))
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on `device`. Copied to CUDA from pinned memory: from any other the host waits for all queued work."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def rotary_tables(positions: Tensor, rope_dim: int, rope_theta: float) -> tuple[Tensor, Tensor]:

@@ -15,9 +15,9 @@ Vocabulary (boxes and layouts: `boxes.py`)
 - A *bucket* is a set of blocks handled together: one all-to-all there, Newton-Schulz, one back. Its size is capped, so
   transient memory does not grow with the model.
 
-Owners are chosen by LPT (longest processing time first): blocks by falling Newton-Schulz cost, each to the least loaded
-candidate, on top of the fixed cost of LOCAL blocks; experts and dense weights are balanced jointly. Storage never
-depends on owners, hence neither do checkpoints. With `split_replicas` the replicas of HSDP share the blocks, too.
+Owners are chosen by `owners.py`: level in Newton-Schulz cost, on top of the fixed cost of LOCAL blocks, and in bytes;
+experts and dense weights jointly. Storage never depends on owners, hence neither do checkpoints. With `split_replicas`
+the replicas of HSDP share the blocks, too.
 
 All layouts of a plan number the same ranks: dense (replicate, shard) and experts (replicate, efsdp, ep) are two views of
 them, with shard = efsdp * ep.
@@ -30,11 +30,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from pipeline.config.schema import ParallelismConfig
 from pipeline.optim.boxes import Box, Layout, block_boxes, intersect, numel
 from pipeline.optim.newton_schulz import flops
+from pipeline.optim.owners import Task, assign
 from pipeline.optim.rules import Rule, match_rules
 
 
@@ -132,6 +133,7 @@ def plan_muon(
     steps: int = 5,
     wire_bytes: int = 2,
     bucket_bytes: int = 128 * 2**20,
+    local_bytes: int | None = None,
     split_replicas: bool = False,
 ) -> MuonPlan:
     """Plans the step.
@@ -141,6 +143,7 @@ def plan_muon(
         steps: Newton-Schulz steps, for costs.
         wire_bytes: bytes of an element on the wire.
         bucket_bytes: cap of what a rank sends or receives in one exchange of a bucket (at least one block, though).
+        local_bytes: cap of a bucket of LOCAL blocks, if another one.
         split_replicas: replicas (HSDP) share the blocks instead of repeating them.
 
     Raises:
@@ -166,51 +169,43 @@ def plan_muon(
             cost = flops(box[-2][1] - box[-2][0], box[-1][1] - box[-1][0], steps)
             work.append((names[0] if names else None, Block(index, box, cost, home)))
     loads, assigned = _assign(parameters, work, max(sizes, default=1), split_replicas)
-    buckets = _buckets(parameters, assigned, wire_bytes, bucket_bytes)
+    buckets = _buckets(parameters, assigned, wire_bytes, bucket_bytes, local_bytes or bucket_bytes)
     return MuonPlan(tuple(parameters), tuple(plans), buckets, tuple(loads), split_replicas)
 
 
 def _assign(
     parameters: Sequence[MuonParameter], work: list[tuple[str | None, Block]], world: int, split_replicas: bool
 ) -> tuple[list[int], list[tuple[str | None, Block]]]:
-    """Chooses owner and replica of every block by LPT; blocks without a choice go first."""
+    """Chooses owner and replica of every block."""
     loads = [0] * world
     assigned: list[tuple[str | None, Block]] = []
 
-    def candidates(axis: str | None, block: Block) -> list[tuple[int, int | None, list[int]]]:
+    @cache
+    def candidates(layout: Layout, axis: str | None, home: tuple[int, ...]) -> list[tuple[int, int | None, list[int]]]:
         """(owner, replica, ranks that would do the work) of every possible choice."""
-        layout = parameters[block.parameter].layout
         if not layout.axes:
             return [(0, None, list(range(world)))]
         position = layout.axis(axis) if axis else None
         found: list[tuple[int, int | None, list[int]]] = []
         for owner in range(layout.axes[position][1]) if position is not None else (0,):
-            home = list(block.home)
+            at = list(home)
             if position is not None:
-                home[position] = owner
-            ranks = layout.replica_ranks(home)
+                at[position] = owner
+            ranks = layout.replica_ranks(at)
             if split_replicas and len(ranks) > 1:
                 found += [(owner, replica, [rank]) for replica, rank in enumerate(ranks)]
             else:
                 found.append((owner, None, ranks))
         return found
 
-    open_work = []
-    for axis, block in work:
-        options = candidates(axis, block)
-        if len(options) > 1:
-            open_work.append((axis, block, options))
-            continue
-        for rank in options[0][2]:
-            loads[rank] += block.cost
-        assigned.append((axis, block))
-    for axis, block, options in sorted(open_work, key=lambda item: -item[1].cost):
-        # Between replicas first by what both copies of a shard carry together: their LOCAL blocks, which are handed out
-        # later, can be moved between the two but not to other shards.
-        together: dict[int, int] = {}
-        for owner, _, ranks in options:
-            together[owner] = together.get(owner, 0) + sum(loads[rank] for rank in ranks)
-        owner, replica, ranks = min(options, key=lambda choice: (together[choice[0]], loads[choice[2][0]]))
+    options = [candidates(parameters[block.parameter].layout, axis, block.home) for axis, block in work]
+    # Replicas that repeat each other's work are alike: the first stands for all.
+    tasks = [
+        Task(block.cost, numel(block.box) if axis else 0, tuple(ranks[0] for _, _, ranks in found))
+        for (axis, block), found in zip(work, options)
+    ]
+    for (axis, block), found, choice in zip(work, options, assign(tasks, world)):
+        owner, replica, ranks = found[choice]
         for rank in ranks:
             loads[rank] += block.cost
         assigned.append((axis, replace(block, owner=owner, replica=replica)))
@@ -218,7 +213,11 @@ def _assign(
 
 
 def _buckets(
-    parameters: Sequence[MuonParameter], assigned: list[tuple[str | None, Block]], wire_bytes: int, bucket_bytes: int
+    parameters: Sequence[MuonParameter],
+    assigned: list[tuple[str | None, Block]],
+    wire_bytes: int,
+    bucket_bytes: int,
+    local_bytes: int,
 ) -> tuple[Bucket, ...]:
     """Packs blocks into capped buckets. Every rank of a mesh gets the same number of buckets, even where one is empty
     for its group, so that all ranks enter the same collectives in the same order."""
@@ -226,7 +225,7 @@ def _buckets(
     axes = list(dict.fromkeys(axis for axis, _ in assigned))
     for axis in sorted(axes, key=lambda name: (name is None, axes.index(name))):
         blocks = [block for name, block in assigned if name == axis]
-        cap = max([bucket_bytes, *(numel(block.box) * wire_bytes for block in blocks)])
+        cap = max([bucket_bytes if axis else local_bytes, *(numel(block.box) * wire_bytes for block in blocks)])
         # The n-th blocks of all owners stand together, so that a bucket gives every owner its share; costly shapes first.
         queue: dict[tuple[object, ...], int] = {}
         keyed = []

@@ -19,6 +19,8 @@ Two exchanges are in flight at a time and local blocks (experts: 94 % of the wor
 Communication is launched first: Newton-Schulz fills a GPU, and a collective launched after it would only start when it
 ends. The host never waits for the device.
 
+On a CPU buckets of local blocks are small enough for their direction, iterates and weights to stay in the cache.
+
 Memory: 4 bytes per Muon element of state; in a step about 2 x 3 buckets in the wire dtype, fp32 copies of one bucket's
 direction, momentum and weights (the last two only with `ok`), and Newton-Schulz's workspace of four copies of a bucket.
 
@@ -46,7 +48,7 @@ from pipeline.optim.adamw import AdamW, local
 from pipeline.optim.boxes import Box, Layout, numel
 from pipeline.optim.exchange import Exchange, Handle, Piece, cut
 from pipeline.optim.layout import MuonParameter, MuonPlan, Plan, bytes_sent, plan_muon, splitting_pays, view
-from pipeline.optim.newton_schulz import coefficients, orthogonalize
+from pipeline.optim.newton_schulz import CPU_TILE, coefficients, orthogonalize
 from pipeline.optim.rules import Rule, match_rules
 
 
@@ -134,6 +136,7 @@ class Muon:
     ) -> None:
         self.parameters = [(fqn, p) for fqn, p, _ in parameters]
         self.config, self.weight_decay = config, weight_decay
+        self.device = local(self.parameters[0][1]).device if self.parameters else torch.device("cpu")
         self.momentum = [torch.zeros_like(p, memory_format=torch.preserve_format) for _, p in self.parameters]
         self.wire = torch.bfloat16 if config.wire_dtype == "bf16" else torch.float32
         self.schedule = coefficients(config.newton_schulz, config.newton_schulz_steps)
@@ -157,9 +160,10 @@ class Muon:
             if mesh is not None
             for a in range(mesh.ndim)
         }
-        device = local(self.parameters[0][1]).device if self.parameters else torch.device("cpu")
         self.exchanges = [
-            Exchange(bucket, device, groups[bucket.axis] if bucket.axis else None, replica, replica_group, replicas)
+            Exchange(
+                bucket, self.device, groups[bucket.axis] if bucket.axis else None, replica, replica_group, replicas
+            )
             for bucket in view(self.plan, rank)
         ]
         self.bytes_sent = bytes_sent(self.plan, rank, self.wire.itemsize)
@@ -175,6 +179,7 @@ class Muon:
                 steps=config.newton_schulz_steps,
                 wire_bytes=self.wire.itemsize,
                 bucket_bytes=config.bucket_bytes,
+                local_bytes=CPU_TILE * self.wire.itemsize if self.device.type == "cpu" else None,
                 split_replicas=split,
             )
 

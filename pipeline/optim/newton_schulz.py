@@ -33,7 +33,7 @@ Coefficients = Sequence[tuple[float, float, float]]
 Backend = Literal["plain", "gram"]
 
 EPS = 1e-7  # floor of the norm: a zero gradient gives a zero update
-CPU_TILE = 2**20  # elements of a batch on CPU: the iterates stay in cache
+CPU_TILE = 2**18  # elements of a batch on a CPU: the iterates stay in a core's cache
 _MOONLIGHT = (3.4445, -4.7750, 2.0315)
 _POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),

@@ -9,6 +9,9 @@ than its shards plus one tensor.
     everything else          Shard(0) over `shard`, copied over `replicate`
     units of gathering       embedding, each block with its experts, and (final norm + head) together
 
+A block compiles its pieces (pipeline/model/block.py); FSDP's hooks, expert exchanges and full checkpointing stay outside
+of the graphs, selective checkpointing inside.
+
 A block is one unit with two groups of parameters, each with its own mesh, rather than a unit for the experts inside of
 the block's: hooks of an inner unit would run in the middle of what activation checkpointing recomputes, where weights
 that are prefetched, or not, make the recomputation differ from the forward pass (selective checkpointing refuses that).
@@ -69,7 +72,7 @@ def shard_model(model: Moonlight, meshes: Meshes, training: TrainingConfig, devi
     for block in layers:
         block.activation_checkpointing = training.activation_checkpointing
         if training.compile:
-            _compile(block, dtype)
+            block.compile()
 
     if meshes.dense is None:
         if dtype != torch.float32:
@@ -113,13 +116,6 @@ def _require_compiler() -> None:
             "training.compile true: torch.compile needs a C compiler where training runs, and there is no gcc, clang or cc on the "
             "PATH; use an image that has one (rayproject/ray's GPU images do), or training.compile=false"
         )
-
-
-def _compile(block: Block, dtype: torch.dtype) -> None:
-    """Compile what a block computes; FSDP's hooks and the checkpoint stay outside. Compiled `grouped_mm` knows bf16 only."""
-    if isinstance(block.mlp, MoE) and dtype != torch.bfloat16:
-        block.mlp.experts.forward = torch.compiler.disable(block.mlp.experts.forward)  # type: ignore[method-assign]
-    block._run = torch.compile(block._run)  # type: ignore[method-assign]
 
 
 def _spread_experts(experts: Experts, ep: DeviceMesh) -> None:

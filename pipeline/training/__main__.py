@@ -24,6 +24,7 @@ from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
 from pipeline.manifest import DatasetManifest
 from pipeline.storage import Storage, open_storage
+from pipeline.training import initial
 from pipeline.training.metrics import TrainProgress
 from pipeline.training.trainer import TrainingStopped, train
 
@@ -44,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         storage = open_storage(config.storage)
         storage.check_writable()
         dataset = read_dataset(storage, given.dataset)
+        config = initial.pin(config, storage)
+        initial.check(config, storage, dataset.tokenizer.sha256)
         join_ranks(config)
         manifest = train(config, dataset, storage, report=show, should_stop=stop.is_set)
     except TrainingStopped as stopped:

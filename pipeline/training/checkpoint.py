@@ -55,6 +55,7 @@ class Checkpointer:
         self._stager = DefaultStager(options)
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[CheckpointManifest] | None = None
+        self.committed_step = 0  # of the newest checkpoint, as soon as it is committed; rank 0 knows
 
     # -- save ----------------------------------------------------------------------------------------------------
 
@@ -100,6 +101,7 @@ class Checkpointer:
                 **facts,
             )
             self._storage.write(f"{folder}/{MANIFEST}", manifest.to_json())
+            self.committed_step = manifest.step
             self._retire()
         return self._from_rank_0(manifest)
 
@@ -123,6 +125,7 @@ class Checkpointer:
         found = self._from_rank_0(found)
         if isinstance(found, ForeignCheckpoint):
             raise found
+        self.committed_step = 0 if found is None else found.step
         return found
 
     def restore(self, state: dict[str, Tensor], manifest: CheckpointManifest) -> None:

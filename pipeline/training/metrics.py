@@ -31,6 +31,11 @@ class TrainProgress:
     tokens_per_second: float  # since the previous report
     loss: float  # nats per token of this step
     eta_s: float
+    learning_rate: float
+    gradient_norm: float  # before clipping
+    expert_load: float  # tokens of the busiest expert of any layer / mean over that layer's experts
+    skipped_steps: int  # since the run began
+    checkpoint_step: int  # newest committed checkpoint, 0 before the first
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ class Pace:
         self._tokens = tokens
         self._time = time.monotonic()
 
-    def progress(self, record: StepRecord, now: float) -> TrainProgress:
+    def progress(self, record: StepRecord, now: float, checkpoint_step: int) -> TrainProgress:
         rate = (record.tokens - self._tokens) / max(now - self._time, 1e-9)
         self._tokens, self._time = record.tokens, now
         left = max(self._total - record.tokens, 0)
@@ -130,6 +135,11 @@ class Pace:
             tokens_per_second=rate,
             loss=record.loss,
             eta_s=left / rate if rate > 0 else math.inf,
+            learning_rate=record.learning_rate,
+            gradient_norm=record.gradient_norm,
+            expert_load=max(record.load_imbalance, default=math.nan),
+            skipped_steps=record.skipped_steps,
+            checkpoint_step=checkpoint_step,
         )
 
 

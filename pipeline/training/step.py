@@ -29,6 +29,7 @@ from pipeline.model.loss import LossOutput
 from pipeline.model.moonlight import Moonlight
 from pipeline.model.qk_clip import observe_max_logits, qk_clip_, take_max_logits
 from pipeline.model.router import update_router_bias
+from pipeline.model.sequences import to_device
 from pipeline.optim.muon import MoonlightOptimizer
 from pipeline.parallel.grad_norm import clip_, local_gradients, local_squared_norm
 from pipeline.parallel.mesh import Meshes
@@ -61,7 +62,7 @@ class Step:
 
     def __call__(self, batch: StepBatch, learning_rate: float, bias_rate: float, stop: bool) -> Tensor:
         """Train on one global batch; the figures of the step as a device vector (see metrics.FIXED)."""
-        tokens = torch.tensor(batch.valid_tokens, dtype=torch.int64, device=self.device)
+        tokens = torch.full((), batch.valid_tokens, dtype=torch.int64, device=self.device)  # a fill waits for nothing
         if self.meshes.world_size > 1:
             dist.all_reduce(tokens)
         loss, aux_loss = self.forward_backward(batch.micro_batches, tokens.clamp(min=1), batch.sequences)
@@ -79,8 +80,8 @@ class Step:
             ):  # copies meet once a step, not per micro-batch
                 self.model.set_requires_all_reduce(index == len(micro_batches) - 1)
             out = self.model(
-                micro.tokens_BS.to(self.device, non_blocking=True),
-                micro.labels_BS.to(self.device, non_blocking=True),
+                to_device(micro.tokens_BS, self.device),
+                to_device(micro.labels_BS, self.device),
                 micro.doc_lens,
             )
             assert isinstance(out, LossOutput)

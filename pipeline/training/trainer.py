@@ -36,6 +36,7 @@ from pipeline.optim.schedule import at_step, total_steps
 from pipeline.parallel.mesh import Meshes, build_meshes
 from pipeline.parallel.shard import shard_model
 from pipeline.storage import Storage
+from pipeline.training import initial
 from pipeline.training.batches import read_step
 from pipeline.training.checkpoint import Checkpointer
 from pipeline.training.commits import RunFacts, train_folder
@@ -119,7 +120,7 @@ class Run:
             self.at = Position(resume_from.step, resume_from.next_sequence, resume_from.tokens_seen)
             self.loss = resume_from.loss
         elif config.training.initial_weights:
-            import_weights(self.model, config.training.initial_weights, storage)
+            import_weights(self.model, config, storage)
         self.step = Step(self.model, self.optimizer, self.guard, self.meshes, config.optimizer, self.device)
 
     def state(self) -> dict[str, Tensor]:
@@ -148,7 +149,7 @@ class Run:
             check_skipped(seen.skipped_in_a_row, config.training.max_skipped_steps, seen.step)
             if self.rank == 0 and (seen.step % config.training.log_every == 0 or seen.step in (1, self.steps)):
                 files.add(seen)
-                report(pace.progress(seen, record.clock))
+                report(pace.progress(seen, record.clock, self.checkpoints.committed_step))
             return seen
 
         def settle() -> None:
@@ -230,8 +231,14 @@ def build(config: RunConfig, meshes: Meshes, device: torch.device) -> tuple[Moon
     return model, build_optimizer(model.named_parameters(), config.optimizer, rules)
 
 
-def import_weights(model: Moonlight, folder: str, storage: Storage) -> None:
-    """Start from a Hugging Face folder: an absolute local path, an s3:// URI, or a path below the storage root."""
+def import_weights(model: Moonlight, config: RunConfig, storage: Storage) -> None:
+    """Fill the model from `training.initial_weights`. Raises ValueError for a folder that does not fit."""
+    weights = config.training.initial_weights
+    assert weights is not None
+    if weights in initial.QUESTIONS:
+        raise ValueError(f"training.initial_weights {weights}: ask initial.pin() which model that is, before training")
+    initial.check(config, storage)
+    folder, _ = initial.split(weights)
     if folder.startswith("s3://"):
         load_hf(model, "", Storage(storage.config.model_copy(update={"root": folder})))
     else:

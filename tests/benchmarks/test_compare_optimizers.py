@@ -7,18 +7,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.compare_optimizers import (
-    RATE,
-    Contender,
-    Curve,
-    best_rate,
-    called_for,
-    check_pairs,
-    configure,
-    passes,
-    planned,
-    results,
-)
+from benchmarks.compare_optimizers import RATE, called_for, check_pairs, configure, planned
+from benchmarks.compare_report import Contender, Curve, best_rate, passes, results
 from pipeline.optim.schedule import at_step, total_steps
 
 STEPS = 60
@@ -112,7 +102,7 @@ def test_best_rates_have_the_lowest_final_loss() -> None:
     }
     best = {name: best_rate(curves, name, 96) for name in ("muon", "adamw")}
     assert best == {"muon": RATE * 2, "adamw": RATE * 4}
-    same, adamw_best, both_best = results(curves, [96])
+    same, adamw_best, both_best = results(curves, [96], RATE)
     assert (same["ours"], same["peer"], same["met"]) == (4.0, 4.1, True)
     assert (adamw_best["ours"], adamw_best["peer"], adamw_best["ratio"], adamw_best["met"]) == (4.0, 3.9, 1.0256, False)
     assert (both_best["ours"], both_best["peer"], both_best["met"]) == (3.8, 3.9, True)

@@ -146,6 +146,14 @@ def test_bad_input_is_one_line_that_names_the_key(override: str, message: str) -
     assert message in refusal(override)
 
 
+@pytest.mark.parametrize("key", ["storage.root", "storage.endpoint_url", "corpus.sources.0.path"])
+@pytest.mark.parametrize("scheme", ["s3", "https"])
+def test_credentials_in_a_uri_are_refused_and_not_repeated(key: str, scheme: str) -> None:
+    message = refusal(f"{key}={scheme}://name:secret@host/x")
+    assert message.startswith(f"{key}: must not hold credentials; give them as AWS_ACCESS_KEY_ID")
+    assert "secret" not in message.replace("AWS_SECRET", "")
+
+
 def test_all_mistakes_are_told_at_once_and_long_values_are_cut() -> None:
     line = refusal("seed=x", f"model=[{'1, ' * 500}]", "publishing.promote=2")
     assert "seed: input should be a valid integer, got 'x'; model: input should be an object, got [1, 1, " in line

@@ -104,7 +104,12 @@ def test_published_tokens_and_meshes(published: RunConfig) -> None:
     assert published.tokenizer.vocab_size == 163_840
     assert published.tokenizer.eos_token == "[EOS]"
     assert published.parallelism.world_size == 256
-    assert published.parallelism.efsdp == 8
+    assert published.parallelism.efsdp == 1
+
+
+@pytest.mark.parametrize("given", ["on", "off", "auto"])
+def test_on_and_off_are_words_although_yaml_reads_truth_values(given: str) -> None:
+    assert load_config("debug", [f"optimizer.muon.hsdp_split={given}"]).optimizer.muon.hsdp_split == given
 
 
 def test_the_demo_fits_two_cores() -> None:

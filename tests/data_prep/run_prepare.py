@@ -1,8 +1,17 @@
-"""The driver that fault tests kill: config as JSON on the command line, then `prepare` on a Ray of its own."""
+"""The driver that fault tests kill: config as JSON on the command line, then `prepare` on a Ray of its own.
+
+A second argument names a file to which every worker appends a line when it begins to tokenize or to pack a unit; a unit
+that it finds committed it does not begin.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -15,13 +24,40 @@ from pipeline.storage import open_storage
 def main() -> None:
     config = RunConfig.model_validate_json(sys.argv[1])
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+    on_ray = map_on_ray(config.cluster)
+
+    def logging_starts(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        return on_ray(partial(logged, Path(sys.argv[2]), function), items)
+
     dataset = prepare(
         config,
         open_storage(config.storage),
-        map_units=map_on_ray(config.cluster),
+        map_units=logging_starts if len(sys.argv) > 2 else on_ray,
         report=lambda progress: print(progress.line(), flush=True),
     )
     print("digest", dataset.digest, flush=True)
+
+
+def logged(log: Path, function: Callable[[Any], Any], item: Any) -> Any:
+    """`function(item)` in a worker whose unit functions write down that they begin."""
+    from data_prep import attempts, pack_unit
+
+    def announce(module: Any, name: str, unit_argument: int) -> None:
+        original = getattr(module, name)
+        if hasattr(original, "announced"):
+            return
+
+        def announcing(*arguments: Any) -> Any:
+            with log.open("a") as file:
+                file.write(f"{name} {arguments[unit_argument].id} {os.getpid()}\n")
+            return original(*arguments)
+
+        announcing.announced = True  # type: ignore[attr-defined]
+        setattr(module, name, announcing)
+
+    announce(attempts, "tokenize_unit", 1)
+    announce(pack_unit, "_pack", 1)
+    return function(item)
 
 
 if __name__ == "__main__":

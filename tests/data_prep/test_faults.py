@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +34,7 @@ __path__ = importlib.machinery.PathFinder.find_spec("orjson", others).submodule_
 from orjson.orjson import *
 from orjson.orjson import loads as parse
 def loads(data):
-    if b"POISON" in data:
+    if b"POISON" in bytes(data):
         os.kill(os.getpid(), 9)
     return parse(data)
 """
@@ -102,6 +103,18 @@ def test_a_deadly_unit_is_convicted_in_isolation(
     assert dataset.sources[0].failed_units == (guilty.id,)
 
 
+def test_the_marker_of_a_worker_that_died_after_its_commit(jsonl: Path, run_config: Make) -> None:
+    config = run_config(jsonl)
+    storage = open_storage(config.storage)
+    dataset = prepare(config, storage)
+    storage.delete(f"datasets/{dataset.identity}/dataset.json")
+    unit = Path(storage.list("datasets/units")[0].path).stem
+    storage.create(shard_path("attempts", unit, "/0"), b"")
+    storage.create(shard_path("attempts", "another", "/0"), b"")
+    assert prepare(config, storage).digest == dataset.digest
+    assert [entry.path for entry in storage.list("datasets/attempts")] == [shard_path("attempts", "another", "/0")]
+
+
 @pytest.mark.long
 @pytest.mark.timeout(300)
 def test_a_deadly_unit_on_ray(jsonl: Path, tmp_path: Path, run_config: Make) -> None:
@@ -132,9 +145,9 @@ def train_tokenizer_only(config: RunConfig) -> None:
         prepare(config, open_storage(config.storage), map_units=stop)
 
 
-def start(config: RunConfig, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+def start(config: RunConfig, environment: dict[str, str] | None = None, *log: str) -> subprocess.Popen[str]:
     environment = environment or {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.data_prep.run_prepare", config.model_dump_json()]
+    command = [sys.executable, "-m", "tests.data_prep.run_prepare", config.model_dump_json(), *log]
     return subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -159,18 +172,21 @@ def manifests(storage: Storage) -> dict[str, str]:
     return {entry.path: entry.etag for kind in ("units", "packs") for entry in storage.list(f"datasets/{kind}")}
 
 
-def run_through_kills(config: RunConfig, kills: int, stride: int, seed: int) -> str:
+def run_through_kills(config: RunConfig, kills: int, stride: int, seed: int, log: Path) -> str:
     """Start the driver again and again; after every 1 to `stride` commits kill a worker, the driver or all of Ray.
 
-    Returns the last driver's last line.
+    A killed worker may cost the unit it was at, and the other kills one unit of each of the two workers: no unit may be begun
+    more often. Returns the last driver's last line.
     """
     rng = random.Random(seed)
     storage = open_storage(config.storage)
     committed: dict[str, str] = {}
     sizes = []  # how much was committed at each kill
+    lost = 0  # units that the kills so far may have cost
     while True:
-        driver = start(config)
+        driver = start(config, None, str(log))
         relatives = family(driver)
+        killed = False
         while len(sizes) < kills and driver.poll() is None:
             target = len(committed) + rng.randint(1, stride)
             while len(now := manifests(storage)) < target and driver.poll() is None:
@@ -185,16 +201,28 @@ def run_through_kills(config: RunConfig, kills: int, stride: int, seed: int) -> 
             what = rng.choice(["worker", "driver", "cluster"])
             if what == "worker" and workers:
                 kill([rng.choice(workers)])
+                lost += 1
                 continue
             kill([relatives[0]] if what == "driver" else relatives[::-1])
+            lost, killed = lost + 2, True
             break
         output, _ = driver.communicate(timeout=600)
         kill(relatives[::-1])
+        assert killed or driver.returncode == 0, output
+        again = [count - 1 for count in Counter(line.rsplit(" ", 1)[0] for line in starts(log)).values()]
+        assert sum(again) <= lost, f"{sum(again)} units were begun again after kills that cost at most {lost}"
         if driver.returncode == 0:
             assert len(sizes) == kills, f"the work was done after {len(sizes)} kills"
             assert len(set(sizes)) > kills // 2
             assert committed.items() <= manifests(storage).items(), "a committed unit was done again"
+            assert len(again) == len(manifests(storage)), "the log does not name every unit and every pack"
+            assert sum(again) > 0, "no kill met a worker at work"
+            print(f"{len(again)} units and packs; {sum(again)} begun again, of at most {lost}")
             return output.splitlines()[-1]
+
+
+def starts(log: Path) -> list[str]:
+    return log.read_text().splitlines() if log.exists() else []
 
 
 def _cmdline(process: psutil.Process) -> list[str]:
@@ -221,7 +249,7 @@ def test_twenty_kills_on_a_folder(large: Path, tmp_path: Path, run_config: Make)
     clean = run_config(large, storage__root=str(tmp_path / "clean"))
     dataset = prepare(clean, open_storage(clean.storage))
     config = run_config(large)
-    assert f"digest {dataset.digest}" in run_through_kills(config, 20, 15, seed=1)
+    assert f"digest {dataset.digest}" in run_through_kills(config, 20, 15, seed=1, log=tmp_path / "starts")
     assert objects(open_storage(config.storage)) == objects(open_storage(clean.storage))
     assert not list(Path(config.storage.root).rglob("*.tmp-*"))
 
@@ -235,7 +263,7 @@ def test_twenty_kills_on_a_faulty_s3(large: Path, tmp_path: Path, bucket: tuple[
     dataset = prepare(clean, open_storage(clean.storage))
     with FaultyS3(endpoint) as proxy:
         config = run_config(large, storage__root=f"s3://{name}/killed", storage__endpoint_url=proxy.url, **fewer)
-        assert f"digest {dataset.digest}" in run_through_kills(config, 20, 3, seed=2)
+        assert f"digest {dataset.digest}" in run_through_kills(config, 20, 3, seed=2, log=tmp_path / "starts")
         assert proxy.faults > 50
     direct = run_config(large, storage__root=f"s3://{name}/killed", storage__endpoint_url=endpoint)
     assert objects(open_storage(direct.storage)) == objects(open_storage(clean.storage))

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from data_prep.mapping import map_in_process, map_on_ray
 from data_prep.prepare import identity, prepare
+from data_prep.records import PrepareProgress
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.manifest import DatasetManifest
@@ -132,6 +133,38 @@ def test_a_rerun_changes_nothing(jsonl: Path, run_config: Make) -> None:
     assert identity(config, storage) == dataset.identity
 
 
+def test_committed_units_are_not_sent_out_again_and_not_counted_as_this_runs_work(
+    jsonl: Path, run_config: Make
+) -> None:
+    config = run_config(jsonl)
+    storage = open_storage(config.storage)
+    dataset = prepare(config, storage)
+    storage.delete(f"datasets/{dataset.identity}/dataset.json")
+    first, *others = storage.list("datasets/units")
+    lost = json.loads(storage.read(first.path))
+    storage.delete(first.path)
+    sent: dict[str, list[Any]] = {}
+    seen: list[PrepareProgress] = []
+
+    def sending(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        sent[function.func.__name__] = list(items)
+        return map_in_process(function, items)
+
+    assert prepare(config, storage, map_units=sending, report=seen.append).digest == dataset.digest
+    assert [unit.id for unit in sent["_tokenize_unit"]] == [lost["id"]]
+    begin, end = (at for at in seen if at.phase == "tokenize")
+    total = len(others) + 1
+    assert (begin.units_done, begin.units_total, begin.units_before, begin.eta_seconds) == (
+        total - 1,
+        total,
+        total - 1,
+        None,
+    )
+    assert (end.units_done, end.text_bytes, end.documents) == (total, lost["text_bytes"], lost["counts"]["docs_in"])
+    assert end.eta_seconds == 0.0
+    assert PrepareProgress("tokenize", 6, 10, 0, 0, 0, 0, 8.0, 2).eta_seconds == 8.0
+
+
 def test_the_same_files_elsewhere_are_the_same_dataset(jsonl: Path, tmp_path: Path, run_config: Make) -> None:
     moved = tmp_path / "elsewhere" / "texts"
     moved.parent.mkdir()
@@ -140,6 +173,13 @@ def test_the_same_files_elsewhere_are_the_same_dataset(jsonl: Path, tmp_path: Pa
     jsonl.rename(moved)
     second = run_config(moved, storage__root=str(tmp_path / "second"))
     assert prepare(second, open_storage(second.storage)).digest == dataset.digest
+
+
+def test_all_goes_into_the_storage_that_is_given(jsonl: Path, tmp_path: Path, run_config: Make) -> None:
+    config = run_config(jsonl)
+    elsewhere = open_storage(config.storage.model_copy(update={"root": str(tmp_path / "elsewhere")}))
+    assert prepare(config, elsewhere) == prepare(config, open_storage(config.storage))
+    assert objects(elsewhere) == objects(open_storage(config.storage))
 
 
 def test_folder_and_s3_give_the_same_objects(jsonl: Path, bucket: tuple[str, str], run_config: Make) -> None:

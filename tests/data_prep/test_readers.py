@@ -164,6 +164,46 @@ def test_parquet_text_types(kind: pa.DataType) -> None:
     assert [text for _, text in outcome(read("a.parquet", data))] == ["ä", "b"]
 
 
+def test_parquet_pages_that_do_not_fit_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value larger than PAGE_BYTES costs its row group, by name; large column chunks of small pages are streamed."""
+    texts = [f"{row} " + "word " * 100 for row in range(400)]
+    pages = {"row_group_size": 100, "data_page_size": 4000, "write_batch_size": 5, "use_dictionary": False}
+    whole = parquet(pa.table({"text": texts, "id": range(400)}), **pages)
+    large = [*texts[:150], "x" * 30_000, *texts[150:]]
+    data = parquet(pa.table({"text": large}), **pages)
+    settings = ReaderSettings("auto", "text", None, 10_000)
+    assert [record.reason for record in read("a.parquet", data, settings) if record.reason] == ["too_large"]
+    monkeypatch.setattr(readers, "PAGE_BYTES", 20_000)
+    monkeypatch.setattr(readers, "BATCH_BYTES", 10_000)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(readers, "READ_BYTES", 500)
+    assert outcome(read("a.parquet", whole, settings)) == [(f"a.parquet#{row}", text) for row, text in enumerate(texts)]
+    records = read("a.parquet", data, settings)
+    (bad,) = [record for record in records if record.reason]
+    assert (bad.location, bad.reason) == ("a.parquet#100", "page_too_large")
+    assert b"column text has a page of 32," in bad.excerpt
+    assert [record.text.decode() for record in records if not record.reason] == large[:100] + large[200:]
+
+
+def test_a_dictionary_that_every_row_repeats_is_read_in_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 rows of 9 kB are 2 MB in memory, but 9 kB in the file."""
+    data = parquet(pa.table({"text": ["y" * 9000] * 200}))
+    monkeypatch.setattr(readers, "BATCH_BYTES", 20_000)
+    seen = []
+    rows = readers._rows
+
+    def counted(path: str, row: int, batch: pa.RecordBatch, settings: ReaderSettings) -> object:
+        seen.append(batch.num_rows)
+        return rows(path, row, batch, settings)
+
+    monkeypatch.setattr(readers, "_rows", counted)
+    assert len(read("a.parquet", data, ReaderSettings("auto", "text", None, 10_000))) == 200
+    assert max(seen) == 2
+    monkeypatch.setattr(readers, "PAGE_BYTES", 8_000)
+    (record,) = read("a.parquet", data)
+    assert record.reason == "page_too_large"
+
+
 def test_parquet_bad_columns() -> None:
     assert [text for _, text in outcome(read("a.parquet", parquet(pa.table({"body": ["a", "b"]}))))] == [
         "!missing_field"
@@ -202,6 +242,10 @@ def test_text_files() -> None:
     assert outcome(read("a.md", b"")) == [("a.md", "!empty_document")]
     assert outcome(read("a.md", b"caf\xe9")) == [("a.md", "!invalid_utf8")]
     assert outcome(read("a.md", b"x" * 1001)) == [("a.md", "!too_large")]
+    for name, compress in (("a.md.gz", gzip.compress), ("a.md.zst", zstandard.ZstdCompressor().compress)):
+        assert outcome(read(name, compress(b"x" * 1000))) == [(name, "x" * 1000)]
+        assert outcome(read(name, compress(b"x" * 1001))) == [(name, "!too_large")]
+        assert outcome(read(name, b"this is not compressed")) == [(name, "!corrupt_file")]
 
 
 def test_fields_are_configurable() -> None:
@@ -255,3 +299,25 @@ def test_a_two_gigabyte_line_needs_little_memory(tmp_path: Path) -> None:
         [sys.executable, "-c", program, str(path)], capture_output=True, check=True, cwd=Path(__file__).parents[2]
     )
     assert int(done.stdout) * 1024 < 400 << 20
+
+
+@pytest.mark.long
+def test_a_huge_parquet_value_needs_little_memory(tmp_path: Path) -> None:
+    """600 MB in one value, in a file of 60 kB."""
+    path = tmp_path / "a.parquet"
+    schema = pa.schema([("text", pa.large_string())])
+    with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False, write_statistics=False) as writer:
+        for text in ("first", "x" * (600 << 20), "last"):
+            writer.write_table(pa.table({"text": pa.array([text], pa.large_string())}, schema=schema))
+    program = (
+        "import sys\nfrom data_prep.plan import Slice\nfrom data_prep.readers import *\n"
+        "path = sys.argv[1]\n"
+        "found = read_slice(Slice('a.parquet', 1, ''), open(path, 'rb'), ReaderSettings('auto', 'text', None, 64 << 20))\n"
+        "found = [r.reason or r.text.decode() for r in found]\n"
+        "assert found == ['first', 'page_too_large', 'last'], found\n"
+        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path)], capture_output=True, check=True, cwd=Path(__file__).parents[2]
+    )
+    assert int(done.stdout) * 1024 < 300 << 20

@@ -182,6 +182,9 @@ MUTATIONS: dict[str, Mutation] = {
     "schedule switched on in Git": Mutation(put(CRON, "spec.suspend", False), "must be suspended"),
     "schedule without a starting deadline": Mutation(drop(CRON, "spec.startingDeadlineSeconds"), "startingDeadlineSeconds"),
     "parameter that the template lacks": Mutation(put(CRON, "spec.workflowSpec.arguments.parameters.0.name", "conf"), "does not exist"),
+    "retries that wait for hours": Mutation(drop(RUN, "spec.templates.1.retryStrategy.backoff.cap"), "backoff without cap"),
+    "weights that are no answer": Mutation(put(CRON, "spec.workflowSpec.arguments.parameters.3.value", "latest"), "neither promoted nor"),
+    "override that no configuration has": Mutation(put(CRON, "spec.workflowSpec.arguments.parameters.1.value", "schedule.total_token=1"), "schedule.total_token: unknown key"),
     "priority that does not exist": Mutation(put(CRON, "spec.workflowSpec.arguments.parameters.2.value", "moonlight-urgent"), "no WorkloadPriorityClass"),
     "task that depends on nothing known": Mutation(put(RUN, "spec.templates.0.dag.tasks.1.depends", "prepared"), "does not exist"),
     "tag that refers to nothing": Mutation(put(RUN, "spec.templates.1.container.env.1.value", "{{workflow.parameters.confg}}"), "refers to nothing"),
@@ -201,6 +204,13 @@ MUTATIONS: dict[str, Mutation] = {
         put(RUN, "spec.templates.-", {"name": "wait", "resource": {"action": "get", "failureCondition": "status.jobStatus == FAILED"}}), "fact 6"
     ),
     "PromQL that does not parse": Mutation(put("PrometheusRule/moonlight", "spec.groups.0.rules.0.expr", "max by (a (x)"), "MoonlightTrainingStalled"),
+    "panel on a metric that nobody exports": Mutation(
+        lambda objects: find(objects, "ConfigMap", "grafana-moonlight")["data"].update(
+            {"moonlight.json": find(objects, "ConfigMap", "grafana-moonlight")["data"]["moonlight.json"].replace("moonlight_loss", "moonlight_los")}
+        ),
+        "Loss: no exporter has a metric ray_moonlight_los",
+    ),
+    "alert on a metric that we renamed": Mutation(put("PrometheusRule/moonlight", "spec.groups.0.rules.0.expr", "ray_moonlight_skipped_steps_total > 0"), "no exporter"),
     "alert on a metric that nobody exports": Mutation(put("PrometheusRule/moonlight", "spec.groups.0.rules.0.expr", "ray_moonlight_stepp > 0"), "no exporter"),
     "monitor of a port that nobody has": Mutation(put("PodMonitor/moonlight/ray-nodes", "spec.podMetricsEndpoints.0.port", "metrix"), "no container has a port"),
     "monitor that Prometheus does not see": Mutation(drop("PodMonitor/moonlight/ray-nodes", "metadata.labels.release"), "does not see it"),

@@ -35,6 +35,8 @@ GITOPS = {
     "production synced by itself": (put("Application/moonlight", "spec.syncPolicy.automated", {}), "by hand"),
     "Argo CD owning runs": (put("AppProject/moonlight", "spec.namespaceResourceBlacklist", []), "must not own"),
     "Argo CD pushing the kill switch back": (drop("Application/moonlight", "spec.ignoreDifferences.1"), "ignoreDifferences"),
+    "alerts on a namespace that Prometheus renames": (drop("Application/argo-workflows", "spec.source.helm.valuesObject.controller.metricsConfig.honorLabels"), "honorLabels"),
+    "Kueue's metrics unseen": (drop("Application/kube-prometheus-stack", "spec.source.helm.valuesObject.prometheus.prometheusSpec.serviceMonitorSelectorNilUsesHelmValues"), "would not scrape"),
     "Argo's own containers unhardened": (drop("Application/argo-workflows", "spec.source.helm.valuesObject.executor.securityContext"), "executor.securityContext differs"),
     "templates of anybody's making": (put("Application/argo-workflows", "spec.source.helm.valuesObject.controller.workflowRestrictions.templateReferencing", "Secure"), "controller.workflowRestrictions differs"),
 }  # fmt: skip

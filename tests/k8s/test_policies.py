@@ -92,10 +92,10 @@ def test_kind_takes_images_by_tag() -> None:
 def test_templates_are_changed_only_by_those_who_may_update_rayjobs(operation: str) -> None:
     objects = render("k8s/overlays/prod")
     template = find(objects, "RayJob", "template-train")
-    assert denials(objects, template, operation=operation, rights={"update"}) == []
+    assert denials(objects, template, operation=operation, rights={"update rayjobs"}) == []
     assert any(
         "through Git" in denial
-        for denial in denials(objects, template, operation=operation, rights={"create", "delete"})
+        for denial in denials(objects, template, operation=operation, rights={"create rayjobs", "delete rayjobs"})
     )
     assert (
         denials(
@@ -114,8 +114,9 @@ def test_clusters_of_the_job_workspace_are_kuberays() -> None:
         "metadata": {"name": "x", "namespace": "moonlight"},
         "spec": spec,
     }
-    assert denials(objects, cluster, username=KUBERAY) == []
-    assert any("made by KubeRay" in denial for denial in denials(objects, cluster))
+    assert denials(objects, cluster, rights=KUBERAY) == []
+    everything_else = {f"{verb} rayjobs" for verb in ("create", "update", "delete")} | {"create rayclusters"}
+    assert any("made by KubeRay" in denial for denial in denials(objects, cluster, rights=everything_else))
 
 
 def test_clusters_of_the_submit_workspace_are_authenticated() -> None:

@@ -37,6 +37,16 @@ def test_gradients_that_are_expanded_tensors():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_rows_at_all(dtype):
+    x = torch.empty(0, 8, dtype=dtype, requires_grad=True)
+    weight = torch.randn(2, 16, 8).to(dtype).requires_grad_()
+    out = grouped_linear(x, weight, offsets([0, 0]))
+    out.backward(torch.empty(0, 16, dtype=dtype))
+    assert (out.shape, out.dtype, x.grad.shape) == ((0, 16), dtype, (0, 8))
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shapes_are_inferred_without_data(dtype):
     """What torch.compile and the meta device rely on."""
     x = torch.empty(5, 8, dtype=dtype, device="meta", requires_grad=True)

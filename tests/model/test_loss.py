@@ -19,7 +19,7 @@ def draws(N=70, D=16, V=50, dtype=torch.float32):
 
 @pytest.mark.parametrize("upstream", [1.0, 1 / 37, -3.5])
 def test_sum_and_gradients_equal_cross_entropy(upstream, monkeypatch):
-    monkeypatch.setattr(loss_module, "CPU_CHUNK_TOKENS", 16)
+    monkeypatch.setattr(loss_module, "TILES", (16,))
     monkeypatch.setattr(loss_module, "CPU_CHUNK_NUMBERS", 16 * 50)  # several chunks, the last one short
     x, weight, labels = draws()
     ours = cross_entropy_sum(x, weight, labels)
@@ -65,7 +65,7 @@ def test_all_logits_are_never_held(monkeypatch):
                     self.numel = max(self.numel, tensor.numel())
             return out
 
-    monkeypatch.setattr(loss_module, "CPU_CHUNK_TOKENS", 16)
+    monkeypatch.setattr(loss_module, "TILES", (16,))
     monkeypatch.setattr(loss_module, "CPU_CHUNK_NUMBERS", 16 * 200)
     x, weight, labels = draws(N=512, D=8, V=200)
     with Largest() as largest:

@@ -51,6 +51,8 @@ def test_a_restart_writes_the_same_files(tmp_path):
 
 
 def test_pace_counts_what_is_left():
-    progress = Pace(tokens=0, steps=50, total_tokens=5000).progress(record(10), time.monotonic() + 5)
+    progress = Pace(tokens=0, steps=50, total_tokens=5000).progress(record(10), time.monotonic() + 5, checkpoint_step=8)
     assert (progress.step, progress.steps, progress.tokens, progress.loss) == (10, 50, 1000, 2.0)
+    assert (progress.learning_rate, progress.gradient_norm, progress.expert_load) == (0.01, 1.5, 2.0)
+    assert (progress.skipped_steps, progress.checkpoint_step) == (3, 8)
     assert progress.eta_s * progress.tokens_per_second == pytest.approx(4000)

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.config.load import ConfigError, load_config
+from pipeline.training.initial import QUESTIONS
 from tests.k8s.manifests import Manifest, canonical, label, select
 
 TAG = re.compile(r"\{\{(=?)(.*?)\}\}", re.S)
@@ -75,6 +77,8 @@ def _one(template: dict[str, Any], templates: dict[str, Any], parameters: set[st
     if retry := template.get("retryStrategy"):
         if "maxDuration" in retry.get("backoff", {}):
             yield "backoff.maxDuration becomes a deadline of the waiting pod"
+        if "backoff" in retry and "cap" not in retry["backoff"]:
+            yield "backoff without cap: the tenth try would wait for hours"
         expression = retry.get("expression", "")
         if retry.get("retryPolicy") != "Always" or "lastRetry" not in expression:
             yield "retryStrategy must be Always with an expression over lastRetry: a verdict on the stage is final, an evicted pod is not"
@@ -158,7 +162,15 @@ def _cron(objects: list[Manifest], item: Manifest) -> Iterator[str]:
     if template is None:
         yield f"no WorkflowTemplate {reference}"
         return
-    known = {entry["name"] for entry in template["spec"]["arguments"]["parameters"]}
+    values = {entry["name"]: entry["value"] for entry in template["spec"]["arguments"]["parameters"]}
     for entry in spec["workflowSpec"].get("arguments", {}).get("parameters", []):
-        if entry["name"] not in known:
+        if entry["name"] not in values:
             yield f"parameter {entry['name']} does not exist in {reference}"
+        values[entry["name"]] = entry["value"]
+    weights = values.get("initial-weights", "")
+    if weights not in ("", *QUESTIONS) and "/" not in weights:
+        yield f"initial-weights {weights!r} is neither {' nor '.join(QUESTIONS)} nor a folder"
+    try:
+        load_config(values["config"], [*values["overrides"].split(), f"run_id={item['metadata']['name']}-1767225600"])
+    except ConfigError as error:
+        yield f"config and overrides: {error}"

@@ -11,6 +11,7 @@ from tests.k8s.manifests import REPOSITORY, Manifest, label, select
 from tests.k8s.rules import pods
 
 PINNED = {"kuberay-operator": "1.7.0", "kueue": "0.19.2"}  # a pair: Kueue 0.19 speaks KubeRay 1.6's types (fact 19)
+SELECTS_ALL = "serviceMonitorSelectorNilUsesHelmValues"  # false: Prometheus takes every ServiceMonitor
 GATES = {
     "RayClusterStatusConditions": True,
     "RayJobDeletionPolicy": True,
@@ -75,6 +76,10 @@ def _application(application: Manifest, project: Manifest) -> Iterator[str]:
         yield from _kueue_configuration(ours)
     if chart == "argo-workflows":
         yield from _argo_values(values)
+        if values["controller"].get("metricsConfig", {}).get("honorLabels") is not True:
+            yield "metricsConfig.honorLabels is off: the label namespace would be the controller's, and no alert would match"
+    if chart == "kube-prometheus-stack" and values["prometheus"]["prometheusSpec"].get(SELECTS_ALL) is not False:
+        yield "Kueue's ServiceMonitor has no release label: Prometheus would not scrape it"
     if name == "moonlight":
         if "automated" in spec["syncPolicy"]:
             yield "production is synced by hand"

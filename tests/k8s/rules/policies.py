@@ -11,7 +11,7 @@ from celpy import celtypes
 from tests.k8s.manifests import Manifest, label, select
 from tests.k8s.rules.kueue import _selects
 
-KUBERAY = "system:serviceaccount:kuberay-system:kuberay-operator"
+KUBERAY = {"update rayclusters/status"}  # rights that only the operator has
 PLURALS = {"RayJob": "rayjobs", "RayCluster": "rayclusters", "Workflow": "workflows"}
 
 
@@ -20,7 +20,7 @@ def check(objects: list[Manifest]) -> list[str]:
     found = []
     for item in objects:
         if item["kind"] in PLURALS:
-            found += [f"{label(item)}: {denial}" for denial in denials(objects, item, rights={"update"})]
+            found += [f"{label(item)}: {denial}" for denial in denials(objects, item, rights={"update rayjobs"})]
     policies = {item["metadata"]["name"] for item in select(objects, "ValidatingAdmissionPolicy")}
     bindings = {item["spec"]["policyName"] for item in select(objects, "ValidatingAdmissionPolicyBinding")}
     found += [f"ValidatingAdmissionPolicy/{name}: not bound" for name in sorted(policies - bindings)]
@@ -42,7 +42,7 @@ def denials(
     username: str = "somebody",
     rights: set[str] = frozenset(),  # type: ignore[assignment]
 ) -> list[str]:
-    """Messages with which the policies among `objects` refuse this request; `rights` are the user's verbs on rayjobs."""
+    """Messages with which the policies among `objects` refuse this request; `rights` are the user's: `update rayjobs`, ..."""
     namespace = next(select(objects, "Namespace", item["metadata"].get("namespace")), None)
     found = []
     for binding in select(objects, "ValidatingAdmissionPolicyBinding"):
@@ -89,8 +89,9 @@ def _denials(policy: Manifest, context: dict[str, Any], rights: list[str]) -> li
     functions = {
         "group": lambda subject, name: name,
         "resource": lambda subject, name: name,
-        "namespace": lambda subject, name: name,
-        "check": lambda subject, verb: celtypes.BoolType(str(verb) in rights),
+        "subresource": lambda resource, name: celtypes.StringType(f"{resource}/{name}"),
+        "namespace": lambda resource, name: resource,
+        "check": lambda resource, verb: celtypes.BoolType(f"{verb} {resource}" in rights),
         "allowed": lambda decision: decision,
     }
 

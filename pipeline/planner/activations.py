@@ -1,0 +1,51 @@
+"""What one token leaves behind in forward for backward, in bytes: arithmetic on the network's shapes.
+
+Counted is what autograd saves, tensor by tensor, each storage once, as the blocks in `pipeline/model` compute it:
+
+- "none": every input of a matmul, of attention, of a norm, of an activation or a permutation;
+- "selective": the inputs of a block's pieces and the outputs of matmuls and attention (pipeline/model/recomputation.py);
+- "full": the block's input.
+
+A checkpointed block needs, besides, what "none" keeps, while its own backward runs: `block_bytes(..., "none")` once.
+tests/planner/test_activations.py counts what autograd really saves and compares. The attention of CUDA is meant, which
+keeps no scores; torch.compile keeps less, since it computes elementwise steps again.
+
+Legend: D hidden, H heads, Q query/key width, V value width, C latent, K experts per token, E experts, F expert width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pipeline.config.schema import ModelConfig
+
+Checkpointing = Literal["none", "selective", "full"]
+FP32, INDEX = 4, 8
+
+
+def block_bytes(model: ModelConfig, *, moe: bool, checkpointing: Checkpointing, itemsize: int) -> int:
+    """Bytes a token that one block keeps until backward; `itemsize` of the compute dtype."""
+    D, H, K = model.hidden_size, model.num_attention_heads, model.num_experts_per_tok
+    Q, V, C = model.qk_head_dim, model.v_head_dim, model.kv_lora_rank
+    latent = C + model.qk_rope_head_dim
+    keys_values = H * (model.qk_nope_head_dim + V)
+    width = model.shared_intermediate_size if moe else model.intermediate_size
+    F, E = model.moe_intermediate_size, model.n_routed_experts
+    if checkpointing == "full":
+        return D * itemsize
+    log_sum_exp = H * FP32
+    if checkpointing == "selective":
+        attention = H * Q + latent + keys_values + H * V + D
+        feed_forward = 2 * width + D
+        routed = K * (2 * F + 2 * D) if moe else 0  # rows, gate, up, result
+        router = (E + K) * FP32 + 2 * K * INDEX if moe else 0  # scores; weights, order, where rows went
+        return (D + attention + feed_forward + routed) * itemsize + router + log_sum_exp
+    # x and its norm, twice; the latent and its norm; query, key, value, output
+    attention = 4 * D + latent + C + 2 * H * Q + keys_values + H * V
+    feed_forward = 4 * width  # gate, up, silu(gate), their product
+    norms = 3 * FP32
+    if not moe:
+        return (attention + feed_forward) * itemsize + norms + log_sum_exp
+    routed = K * (2 * D + 4 * F)  # rows, gate, up, silu, product, result
+    router = (D + E + 2 * K + 2) * FP32 + 3 * K * INDEX  # its input in fp32, scores, weights; choice and order
+    return (attention + feed_forward + routed) * itemsize + router + norms + log_sum_exp

@@ -1,0 +1,118 @@
+"""What a rank of a training run holds at its peak, in bytes, as arithmetic on the configuration.
+
+    parameters   fp32 shards (the optimizer's masters) and their fp32 gradients
+    optimizer    Muon 4 bytes an element, AdamW 8
+    gathered     whole weights in the compute dtype: the head (kept), the embedding, and two blocks, the one at work and
+                 the next; on the way back one unit's gradients in the compute dtype and in fp32, to be reduced
+    activations  what the blocks keep for backward (activations.py), what one checkpointed block needs while it is
+                 computed again, and a chunk of logits with its gradient
+    exchange     Muon's buffers: two buckets in flight and the workspace of Newton-Schulz (pipeline/optim/muon.py)
+
+`activations` and `gathered` are at their peak together, at the start of backward; `exchange` comes after both are gone,
+so the peak is the larger of the two. Loads of experts are taken as even; a rank whose experts draw r times the mean
+keeps r times the routed part. Not counted: CUDA's context and NCCL's buffers (2 to 4 GB) and what the allocator wastes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pipeline.config.schema import RunConfig
+from pipeline.model.loss import CUDA_CHUNK
+from pipeline.planner.activations import block_bytes
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Elements of the network: everything but experts, the experts, and the parts that are gathered as units."""
+
+    dense: int
+    experts: int
+    matrices: int  # of `dense`, what Muon trains
+    embedding: int  # equal to the head
+    dense_of_block: int  # of a MoE block
+    experts_of_block: int
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.experts
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest rank."""
+
+    parameters: int
+    optimizer: int
+    gathered: int
+    activations: int
+    exchange: int
+
+    @property
+    def peak(self) -> int:
+        return self.parameters + self.optimizer + max(self.gathered + self.activations, self.exchange)
+
+
+def sizes_of(shapes: dict[str, tuple[int, ...]]) -> Sizes:
+    """From the network's parameters by name."""
+    count = {name: math.prod(shape) for name, shape in shapes.items()}
+    experts = {name: size for name, size in count.items() if ".mlp.experts." in name}
+    blocks = {name.split(".")[1] for name in experts}
+    block = f"layers.{min(blocks, key=int)}." if blocks else "layers.0."
+    return Sizes(
+        dense=sum(count.values()) - sum(experts.values()),
+        experts=sum(experts.values()),
+        matrices=sum(size for name, size in count.items() if name.startswith("layers.") and len(shapes[name]) == 2),
+        embedding=count["embed_tokens.weight"],
+        dense_of_block=sum(size for name, size in count.items() if name.startswith(block) and name not in experts),
+        experts_of_block=sum(size for name, size in experts.items() if name.startswith(block)),
+    )
+
+
+def memory(config: RunConfig, sizes: Sizes, itemsize: int) -> Memory:
+    """The fullest rank; `itemsize` of the compute dtype."""
+    parallelism, muon = config.parallelism, config.optimizer.muon
+    stored = -(-sizes.total // parallelism.shard)
+    by_adamw = sizes.dense - sizes.matrices if config.optimizer.name == "muon" else sizes.total
+    state = FP32 * (-(-(sizes.total - by_adamw) // parallelism.shard)) + 2 * FP32 * (-(-by_adamw // parallelism.shard))
+    return Memory(
+        parameters=2 * FP32 * stored,
+        optimizer=state,
+        gathered=_gathered(config, sizes, itemsize),
+        activations=_activations(config, itemsize),
+        exchange=_exchange(config, sizes, 2 if muon.wire_dtype == "bf16" else FP32),
+    )
+
+
+def _gathered(config: RunConfig, sizes: Sizes, itemsize: int) -> int:
+    block = sizes.dense_of_block + sizes.experts_of_block // config.parallelism.ep
+    blocks = 2 if config.training.reshard_after_forward else config.model.num_hidden_layers
+    weights = (2 * sizes.embedding + blocks * block) * itemsize
+    gradients = max(sizes.embedding, block) * (itemsize + FP32)
+    return weights + gradients
+
+
+def _activations(config: RunConfig, itemsize: int) -> int:
+    model, training = config.model, config.training
+    tokens = training.micro_batch * training.sequence_length
+    dense = model.first_k_dense_replace
+    kind = training.activation_checkpointing
+    kept = dense * block_bytes(model, moe=False, checkpointing=kind, itemsize=itemsize)
+    kept += (model.num_hidden_layers - dense) * block_bytes(model, moe=True, checkpointing=kind, itemsize=itemsize)
+    if kind != "none":
+        kept += block_bytes(model, moe=dense < model.num_hidden_layers, checkpointing="none", itemsize=itemsize)
+    logits = 2 * min(CUDA_CHUNK, tokens) * model.vocab_size * FP32
+    return tokens * kept + logits
+
+
+def _exchange(config: RunConfig, sizes: Sizes, wire: int) -> int:
+    if config.optimizer.name != "muon":
+        return 0
+    share = -(-(sizes.matrices + sizes.experts) // config.parallelism.shard) * wire
+    bucket = min(config.optimizer.muon.bucket_bytes, share)
+    in_flight = 2 * 3 * bucket
+    fp32_copies = 3 * bucket * FP32 // wire
+    return in_flight + fp32_copies + 4 * bucket

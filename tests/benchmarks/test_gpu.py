@@ -1,0 +1,58 @@
+"""The parts of the GPU benchmark that need no GPU."""
+
+import pytest
+import torch
+
+from benchmarks.gpu import layers_that_fit, peak_flops, shrink_to_fit
+from pipeline.config.load import load_config
+
+
+@pytest.mark.parametrize(
+    ("chip", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA H20", 148),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+    ],
+)
+def test_peaks_are_those_of_the_data_sheets(chip, teraflops):
+    assert peak_flops(chip) == teraflops * 1e12
+
+
+def test_a_chip_that_is_not_in_the_table_has_no_peak():
+    assert peak_flops("NVIDIA T4") is None
+
+
+def test_layers_fill_the_memory():
+    """2.28 GB a mixture layer (571 M parameters, weight and gradient in bf16) and 1.39 GB of activations at 8,192 tokens."""
+    config = load_config("moonlight-16b-a3b").model
+    assert layers_that_fit(config, 8192, 10**9) == 2
+    assert layers_that_fit(config, 8192, 85 * 10**9) == 1 + int((0.85 * 85 - 3.02) / 3.68)
+    assert layers_that_fit(config, 8192, 10**12) == 27
+
+
+def test_fewer_layers_are_tried_until_they_fit():
+    tried = []
+
+    def measure(count: int) -> tuple[float, int]:
+        tried.append(count)
+        if count > 4:
+            raise torch.OutOfMemoryError
+        return 0.5, 100
+
+    assert shrink_to_fit(measure, 9) == (3, 0.5, 100)
+    assert tried == [9, 7, 5, 3]
+
+
+def test_memory_too_small_for_two_layers_is_reported():
+    def measure(count: int) -> tuple[float, int]:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        shrink_to_fit(measure, 5)
