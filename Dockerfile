@@ -2,9 +2,9 @@
 #
 #   docker build --build-arg GIT_COMMIT=$(git rev-parse HEAD) -t moonlight-pipeline .
 #
-# torch comes from PyPI with the CUDA it was built for (2.13: CUDA 13.0, Triton 3.7), whatever CUDA the base has; the nodes' driver
-# must know it. For another one: PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cu126" (of one version pip takes the
-# build with a tag). For a cluster without GPUs: BASE=rayproject/ray:2.60.0-py311 and the index .../whl/cpu.
+# torch comes with the CUDA that its wheel was built for (2.13: CUDA 13.0, Triton 3.7), whatever CUDA the base has; the nodes'
+# driver must know it. PIP_ARGS="--extra-index-url ..." with PyTorch's index of another CUDA version takes that one (of one version
+# pip takes the build with a tag). For a cluster without GPUs: BASE=rayproject/ray:2.60.0-py311 and PyTorch's CPU index.
 #
 # Everything installs from wheels, so nothing here needs a compiler and none is added. `training.compile` needs one when it runs:
 # Triton builds its driver module with gcc at the first kernel (ptxas is in its wheel). Ray's GPU bases keep g++ and Python's
