@@ -10,12 +10,13 @@ On a folder: temporary file + fsync + link/rename. On S3: one PUT with `If-None-
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +27,7 @@ from pipeline.config.schema import StorageConfig
 
 CHUNK = 8 * 1024 * 1024
 UPLOAD_PART = 16 * 1024 * 1024
+DELETIONS = 100  # of its folder that one write outlasts
 
 
 class StorageError(ValueError):
@@ -104,10 +106,7 @@ class Storage:
         if self.config.is_s3:
             self.fs.pipe_file(self.key(path), data)
             return
-        with self._temporary(path) as temporary:
-            temporary.write_bytes(data)
-            _sync(temporary)
-            os.replace(temporary, self.key(path))
+        self._place(path, lambda temporary: temporary.write_bytes(data), os.replace)
 
     def create(self, path: str, data: bytes) -> bool:
         """Put the object if there is none; False if there is. Of concurrent writers exactly one gets True.
@@ -116,13 +115,10 @@ class Storage:
         """
         if self.config.is_s3:
             return self._put_if(path, data, IfNoneMatch="*")
-        with self._temporary(path) as temporary:
-            temporary.write_bytes(data)
-            _sync(temporary)
-            try:
-                os.link(temporary, self.key(path))
-            except FileExistsError:
-                return False
+        try:
+            self._place(path, lambda temporary: temporary.write_bytes(data), os.link)
+        except FileExistsError:
+            return False
         return True
 
     def swap(self, path: str, data: bytes, etag: str | None) -> bool:
@@ -160,18 +156,26 @@ class Storage:
             # 64 MiB in flight; s3fs aborts a multipart upload that fails
             self.fs.put_file(str(local), self.key(path), chunksize=UPLOAD_PART, max_concurrency=4)
             return
-        with self._temporary(path) as temporary:
+
+        def fill(temporary: Path) -> None:
             try:
                 os.link(local, temporary)
             except OSError:  # another file system
                 shutil.copyfile(local, temporary)
-            _sync(temporary)
-            os.replace(temporary, self.key(path))
+
+        self._place(path, fill, os.replace)
 
     def delete(self, prefix: str) -> None:
-        """Remove an object or everything below a folder. Nothing there is fine."""
-        with contextlib.suppress(FileNotFoundError):
-            self.fs.rm(self.key(prefix), recursive=True)
+        """Remove an object or everything below a folder. Nothing there is fine; what others put there meanwhile may stay."""
+        if self.config.is_s3:
+            with contextlib.suppress(FileNotFoundError):
+                self.fs.rm(self.key(prefix), recursive=True)
+            return
+        target = Path(self.key(prefix))
+        try:
+            target.unlink(missing_ok=True)
+        except (IsADirectoryError, PermissionError):  # macOS answers the second
+            shutil.rmtree(target, onerror=_unless_shared)
 
     def sweep(self, prefix: str) -> None:
         """Remove what killed processes of this machine left half-written below a folder. On S3 there is nothing to see."""
@@ -196,15 +200,23 @@ class Storage:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _temporary(self, path: str) -> Iterator[Path]:
+    def _place(self, path: str, fill: Callable[[Path], object], place: Callable[[Path, Path], object]) -> None:
+        """On a folder: fill a temporary file beside the object, sync it, then `place` it (link or rename) in one step."""
         target = Path(self.key(path))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f"{target.name}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}")
-        try:
-            yield temporary
-        finally:
-            temporary.unlink(missing_ok=True)
+        for left in reversed(range(DELETIONS)):
+            temporary = target.with_name(f"{target.name}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}")
+            try:
+                with contextlib.suppress(FileExistsError):  # raised, too, when it is deleted while we look at it
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                fill(temporary)
+                _sync(temporary)
+                place(temporary, target)
+                return
+            except FileNotFoundError:  # somebody deleted the folder between two of these lines
+                if not left:
+                    raise
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def _put_if(self, path: str, data: bytes, **condition: str) -> bool:
         from botocore.exceptions import ClientError
@@ -249,6 +261,12 @@ def _etag(info: dict[str, Any]) -> str:
     if "ETag" in info:
         return str(info["ETag"]).strip('"')
     return f"{info['size']}-{info.get('mtime', 0)!r}"
+
+
+def _unless_shared(function: object, path: str, error: tuple[type, BaseException, object]) -> None:
+    """For rmtree: another process deletes the same folder, or writes there."""
+    if getattr(error[1], "errno", None) not in {errno.ENOENT, errno.ENOTEMPTY}:
+        raise error[1]
 
 
 def _sync(path: Path) -> None:

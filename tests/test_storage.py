@@ -259,3 +259,21 @@ def test_no_credentials(s3_server: str, no_credentials: None) -> None:
     endpoint = s3_server.replace("127.0.0.1", "localhost")
     storage = open_storage(StorageConfig(root="s3://bucket/root", endpoint_url=endpoint, region="us-east-1"))
     assert "NoCredentialsError: Unable to locate credentials" in refusal(storage)
+
+
+def test_writers_outlast_whoever_deletes_their_folder(storage: Storage) -> None:
+    def write(writer: int) -> None:
+        for number in range(30):
+            storage.create(f"shared/folder/{writer}-{number}", b"x")
+            storage.write(f"shared/folder/{writer}", b"y")
+
+    def delete(_: int) -> None:
+        for _ in range(60):
+            storage.delete("shared/folder")
+
+    with ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(write, number) for number in range(4)] + [pool.submit(delete, 0) for _ in range(4)]
+        for call in calls:
+            call.result()
+    storage.delete("shared")
+    assert names(storage) == []

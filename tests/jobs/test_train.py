@@ -55,12 +55,15 @@ class DiesOnce:
             os._exit(1)
 
 
+RUN = "scraped"  # of its own: the agent also serves, for a while, what workers of earlier runs have left
+
+
 def exported() -> dict[str, float]:
-    """Our series as Prometheus would read them from this node."""
+    """The series of `RUN` as Prometheus would read them from this node."""
     port = ray.nodes()[0]["MetricsExportPort"]
     text = urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-    return {sample.name: sample.value for sample in samples if sample.labels.get("run") == "tiny"}
+    return {sample.name: sample.value for sample in samples if sample.labels.get("run") == RUN}
 
 
 class ScrapesAtTheEnd:
@@ -95,12 +98,12 @@ def test_a_dead_worker_costs_no_more_than_an_interval(tmp_path, cluster):
 
 def test_prometheus_sees_the_run(tmp_path, cluster):
     started = time.time()
-    config = tiny(str(tmp_path))
+    config = tiny(str(tmp_path), run_id=RUN)
     storage = Storage(config.storage)
     train_with_ray(config, tiny_dataset(storage), storage, ScrapesAtTheEnd(str(tmp_path)))
     found = json.loads((tmp_path / "exported.json").read_text())
     assert found.keys() == {f"ray_moonlight_{name}" for name in TRAINING}
-    last = json.loads(storage.read("runs/tiny/train/metrics/00000004.jsonl").splitlines()[-1])
+    last = json.loads(storage.read(f"runs/{RUN}/train/metrics/00000004.jsonl").splitlines()[-1])
     stored = {
         name: last[name] for name in ("step", "tokens", "loss", "learning_rate", "gradient_norm", "skipped_steps")
     }
@@ -112,7 +115,7 @@ def test_prometheus_sees_the_run(tmp_path, cluster):
 
 def test_prometheus_sees_prepare(cluster):
     at = PrepareProgress("tokenize", 3, 8, 0, documents=5, text_bytes=7, tokens=11, seconds=1.0)
-    gauges = PrepareGauges("tiny")
+    gauges = PrepareGauges(RUN)
     gauges(at)
     wanted = {
         "ray_moonlight_prepare_units": 8,
