@@ -11,7 +11,7 @@ from tests.optim import ranks
 def checkpoint(tmp_path_factory):
     """Four ranks run their cases and leave a checkpoint that other world sizes read."""
     folder = str(tmp_path_factory.mktemp("checkpoint"))
-    run_distributed(ranks.four_ranks, 4, folder, timeout=200)
+    run_distributed(ranks.four_ranks, 4, folder, timeout=280)
     return folder
 
 
@@ -21,7 +21,7 @@ def test_four_ranks(checkpoint):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_two_and_three_ranks(world, checkpoint):
-    run_distributed({2: ranks.two_ranks, 3: ranks.three_ranks}[world], world, checkpoint, timeout=200)
+    run_distributed({2: ranks.two_ranks, 3: ranks.three_ranks}[world], world, checkpoint, timeout=280)
 
 
 def test_one_rank():

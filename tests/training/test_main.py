@@ -63,7 +63,7 @@ def test_torchrun(run):
         "-m",
         "pipeline.training",
     ]
-    done = subprocess.run([*command, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*command, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     manifest = TrainManifest.model_validate_json(storage.read("runs/tiny/train/manifest.json"))
     assert manifest.checkpoint.world_size == 2
@@ -79,7 +79,7 @@ def test_sigterm_saves_and_leaves(run):
     assert process.stdout is not None
     assert process.stdout.readline().startswith("step 1/20000  loss 4.")
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=200)
     assert process.returncode == 3, errors
     (manifest,) = committed(storage, "tiny")
     assert f"stopped after step {manifest.step};" in errors
