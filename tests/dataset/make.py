@@ -126,6 +126,20 @@ def packed_bytes(tokens: np.ndarray, doc_lens: list[list[int]], group: int) -> b
     return out.getvalue()
 
 
+def write_packed(storage: Storage, path: str, tokens: np.ndarray, doc_lens: list[list[int]], group: int) -> PackedFile:
+    """The file in storage, and its entry in a manifest."""
+    data = packed_bytes(tokens, doc_lens, group)
+    storage.write(path, data)
+    return PackedFile(
+        path=path,
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        rows=len(tokens),
+        tokens=sum(map(sum, doc_lens)),
+        group_crc32=group_crc32(io.BytesIO(data)),
+    )
+
+
 def documents(rng: np.random.Generator, row_tokens: int) -> list[int]:
     """Lengths of the documents of one row; some rows end in padding."""
     lengths = []
@@ -152,18 +166,6 @@ def write(
                 tokens[r, sum(lengths) :] = EOS
                 tokens[r, :2] = s, row + r
             row += rows
-            data = packed_bytes(tokens, doc_lens, group)
-            path = f"datasets/test/packed/s{s}-{f}.parquet"
-            storage.write(path, data)
-            files.append(
-                PackedFile(
-                    path=path,
-                    bytes=len(data),
-                    sha256=hashlib.sha256(data).hexdigest(),
-                    rows=rows,
-                    tokens=sum(map(sum, doc_lens)),
-                    group_crc32=group_crc32(io.BytesIO(data)),
-                )
-            )
+            files.append(write_packed(storage, f"datasets/test/packed/s{s}-{f}.parquet", tokens, doc_lens, group))
         sources.append(files)
     return manifest(sources, row_tokens, group, dtype)

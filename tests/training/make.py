@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 from typing import Any
 
 import numpy as np
 
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
-from pipeline.manifest import CheckpointManifest, DatasetManifest, PackedFile, TrainManifest
-from pipeline.packed import group_crc32
+from pipeline.manifest import CheckpointManifest, DatasetManifest, TrainManifest
 from pipeline.storage import Storage
 from pipeline.training.metrics import TrainProgress
 from pipeline.training.trainer import train
-from tests.dataset.make import documents, manifest, packed_bytes
+from tests.dataset.make import documents, manifest, write_packed
 
 VOCABULARY = 64
 SEQUENCE = 16
@@ -69,21 +66,7 @@ def tiny_dataset(storage: Storage, rows: int = 64) -> DatasetManifest:
             for length in lengths:
                 tokens[row, at : at + length - 1] = 2 + (rng.integers(62) + (1 + s) * np.arange(length - 1)) % 62
                 at += length
-        data = packed_bytes(tokens, doc_lens, 4)
-        path = f"datasets/tiny/packed/s{s}.parquet"
-        storage.write(path, data)
-        sources.append(
-            [
-                PackedFile(
-                    path=path,
-                    bytes=len(data),
-                    sha256=hashlib.sha256(data).hexdigest(),
-                    rows=rows,
-                    tokens=sum(map(sum, doc_lens)),
-                    group_crc32=group_crc32(io.BytesIO(data)),
-                )
-            ]
-        )
+        sources.append([write_packed(storage, f"datasets/tiny/packed/s{s}.parquet", tokens, doc_lens, 4)])
     found = manifest(sources, SEQUENCE, 4, "uint16")
     tokenizer = found.tokenizer.model_copy(update={"vocab_size": VOCABULARY, "eos_id": EOS})
     return found.model_copy(update={"tokenizer": tokenizer})
