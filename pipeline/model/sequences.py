@@ -52,7 +52,7 @@ def sequence_layout(
     if device.type == "cuda":
         zero = torch.zeros(1, dtype=torch.int64)
         document_ends = to_device(torch.cat([zero, ends]).int(), device)
-        return SequenceLayout(cos, sin, document_ends=document_ends, longest_document=int(lengths.max()))
+        return SequenceLayout(cos, sin, document_ends=document_ends, longest_document=max(map(max, rows)))
     document_BS = torch.arange(len(lengths)).repeat_interleave(lengths, output_size=batch * length).view(batch, length)
     same_BSS = document_BS[:, :, None] == document_BS[:, None, :]
     return SequenceLayout(cos, sin, mask_B1SS=same_BSS.tril_().unsqueeze(1).to(device))
