@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from pipeline.config.schema import ModelConfig
+from pipeline.config.schema import ModelConfig, StorageConfig
 from pipeline.model.moonlight import Moonlight
 from pipeline.model.safetensors import TensorFiles
 from pipeline.parallel.local import local_part, local_tensor
@@ -74,17 +74,24 @@ def hf_shapes(model: Moonlight) -> dict[str, tuple[int, ...]]:
 
 @torch.no_grad()
 def load_hf(model: Moonlight, folder: str | Path, storage: Storage | None = None) -> None:
-    """Fill the model from the safetensors files of `folder`: local, or below the root of `storage`.
+    """Fill the model from the safetensors files of `folder`: a local path, or with `storage` one below its root ("": the root).
 
     Raises ValueError that names the tensor or setting, what was found and expected, and the remedy, before anything is
     changed.
     """
-    names, read = _open_folder(folder, storage)
+    if storage is None:
+        folder, storage = "", Storage(StorageConfig(root=str(folder)))
+    where, prefix = storage.uri(str(folder)), f"{folder}/" if folder else ""
+    names = {info.path.removeprefix(prefix) for info in storage.list(str(folder))}
+
+    def read(name: str) -> IO[bytes]:
+        return storage.open(prefix + name)
+
     if "config.json" in names:
         with read("config.json") as file:
-            _check_config(model.config, json.load(file), f"{folder}/config.json")
-    source = TensorFiles(_weight_files(names, read, str(folder)), read)
-    _check(hf_shapes(model), source, str(folder))
+            _check_config(model.config, json.load(file), f"{where}/config.json")
+    source = TensorFiles(_weight_files(names, read, where), read)
+    _check(hf_shapes(model), source, where)
     for name, tensor in _state(model):
         target, part = local_tensor(tensor), local_part(tensor)
         if tensor.dim() == 3:
@@ -148,28 +155,17 @@ def _state(model: Moonlight) -> Iterator[tuple[str, Tensor]]:
     yield from model.state_dict().items()
 
 
-def _open_folder(folder: str | Path, storage: Storage | None) -> tuple[list[str], Callable[[str], IO[bytes]]]:
-    """The names of its files, and how to open one."""
-
-    def read(name: str) -> IO[bytes]:
-        return (Path(folder) / name).open("rb") if storage is None else storage.open(f"{folder}/{name}")
-
-    if storage is None:
-        return sorted(path.name for path in Path(folder).iterdir()) if Path(folder).is_dir() else [], read
-    return [info.path.removeprefix(f"{folder}/") for info in storage.list(str(folder))], read
-
-
-def _weight_files(names: list[str], read: Callable[[str], IO[bytes]], folder: str) -> list[str]:
+def _weight_files(names: set[str], read: Callable[[str], IO[bytes]], folder: str) -> list[str]:
     if "model.safetensors.index.json" in names:
         with read("model.safetensors.index.json") as index:
             files = sorted(set(json.load(index)["weight_map"].values()))
-        missing = sorted(set(files) - set(names))
+        missing = sorted(set(files) - names)
         if missing:
             raise ValueError(
                 f"{folder}: {missing[0]} is named in model.safetensors.index.json but not there; fetch it again"
             )
     else:
-        files = [name for name in names if name.endswith(".safetensors")]
+        files = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
     if not files:
         raise ValueError(f"{folder}: no *.safetensors file; give a Hugging Face model folder")
     return files
