@@ -136,6 +136,7 @@ def test_compiled_pieces_give_the_same_step(mode, doc_lens):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)  # its C++ compiler, on a busy machine
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_inductor_gives_the_same_step(mode):
     assert_compiled_is_eager(mode, "inductor", DOCUMENTS)
