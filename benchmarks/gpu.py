@@ -4,23 +4,25 @@
     python -m benchmarks.gpu --device cpu --tiny   # a run-through without a GPU: its figures mean nothing
 
 layers       embedding, one dense layer, as many mixture layers as fit, head and loss: forward and backward in bf16 of
-             one sequence of 8,192 random tokens (4,096 second), routed as the router likes. Eager, compiled, and compiled
+             one sequence of 8,192 random tokens (4,096 last), routed as the router likes. Eager, compiled, and compiled
              with selective checkpointing, the preset's way. TFLOP/s and MFU by pipeline/training/flops.py, which counts
              nothing that is computed twice; neither optimizer nor communication.
 attention    16 heads of 192/128 at 8,192 tokens, causal, forward and backward, by every kernel that takes them
-newton-schulz the five steps of Muon for each matrix shape of the model: batched against one matrix after the other,
-             plain and Gram form
+newton-schulz the five steps of Muon for each matrix shape of the model: one matrix after the other, batched, and batched
+             in Gram form; TFLOP/s of the plain form's FLOPs
 Medians of calls that follow each other without waiting, by CUDA events; the first calls are not timed. Memory is the
-allocator's peak. Every row is printed when it is known. One that cannot be measured says why and the others go on; rows
-that would begin after BUDGET_S are left out.
+allocator's peak. A row is printed when it is known, for people and as a line of JSON; the last line is the list of all.
+Rows run in a process apart (benchmarks/isolated.py): one that fails, crashes or hangs says so and the others go on.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -30,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.isolated import Row, measure_rows, report, show
 from pipeline.config.load import load_config
 from pipeline.config.schema import ModelConfig
 from pipeline.model.block import Block
@@ -56,7 +59,8 @@ PEAK_BF16 = {  # dense, from data sheets; the first name found in the device's c
 MFU_TARGET = 0.40
 MEMORY_SHARE = 0.85  # of the device, for weights, gradients and activations
 ACTIVATION_BYTES = 170_000  # of one mixture layer and token at real width, bf16: sets how many layers are tried first
-BUDGET_S = 360.0  # no row begins later; compilation, the longest part of a row, takes about a minute
+BUDGET_S = 330.0  # no row begins later
+ROW_S = 140.0  # a row that takes longer is ended; compilation, its longest part, takes about a minute
 
 
 class Mode(NamedTuple):
@@ -72,22 +76,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="the debug preset's sizes")
+    parser.add_argument("--child-from", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"torch {torch.__version__} sees no GPU here; --device cpu --tiny runs through without one")
     if device.index is not None:
         torch.cuda.set_device(device)
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    peak = peak_flops(chip)
-    show(f"{chip}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; bf16 peak {peak and peak / 1e12} TFLOP/s")
-    config = load_config("debug" if arguments.tiny else "moonlight-16b-a3b").model
-    length = 64 if arguments.tiny else 8192
-    deadline = time.monotonic() + BUDGET_S
-    results = layers(config, length, device, peak, deadline)
-    attention(config, length, device, deadline)
-    results += newton_schulz(config, device, deadline)
-    if not arguments.tiny:
-        results += layers(config, length // 2, device, peak, deadline)
-    show(json.dumps(results))
+    rows = all_rows(device, arguments.tiny)
+    if arguments.child_from is not None:
+        measure_rows(rows, arguments.child_from)
+        return
+    child = [sys.executable, "-m", "benchmarks.gpu", "--device", arguments.device, *(["--tiny"] * arguments.tiny)]
+    slow = 10 if device.type == "cpu" else 1  # Inductor's C++ compiler
+    show(f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    show(json.dumps(report([*child, "--child-from"], list(rows), budget_s=slow * BUDGET_S, row_s=slow * ROW_S)))
+
+
+def all_rows(device: torch.device, tiny: bool) -> dict[str, Row]:
+    """The report, in order: what matters most comes first."""
+    config = load_config("debug" if tiny else "moonlight-16b-a3b").model
+    length = 64 if tiny else 8192
+    rows: dict[str, Row] = {"chip": functools.partial(chip, device)}
+    for mode in MODES:
+        rows[f"layers {length} {mode.name}"] = functools.partial(layers, config, length, device, mode)
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        rows[f"attention {backend.name}"] = functools.partial(attention, config, length, device, backend)
+    for name, shape in matrix_shapes(config).items():
+        rows[f"newton-schulz {name}"] = functools.partial(newton_schulz, name, *shape, device)
+    for mode in MODES:
+        rows[f"layers {length // 2} {mode.name}"] = functools.partial(layers, config, length // 2, device, mode)
+    return rows
+
+
+def chip(device: torch.device) -> None:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    peak = peak_flops(name)
+    show(f"{name}: bf16 peak {f'{peak / 1e12:.0f} TFLOP/s' if peak else 'not in the table, hence no MFU'}")
 
 
 def peak_flops(chip: str) -> float | None:
@@ -95,62 +120,33 @@ def peak_flops(chip: str) -> float | None:
     return next((flops for name, flops in PEAK_BF16.items() if name in chip), None)
 
 
-def show(line: str) -> None:
-    print(line, flush=True)
-
-
-def late(name: str, deadline: float) -> bool:
-    if time.monotonic() < deadline:
-        return False
-    show(f"{name:24} left out: more than {BUDGET_S:.0f} s have passed")
-    return True
-
-
-def first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
-
-
-def layers(
-    config: ModelConfig, length: int, device: torch.device, peak: float | None, deadline: float
-) -> list[dict[str, Any]]:
-    results = []
-    count = config.num_hidden_layers
+def layers(config: ModelConfig, length: int, device: torch.device, mode: Mode) -> dict[str, Any]:
+    count, peak = config.num_hidden_layers, None
     if device.type == "cuda":
         count = layers_that_fit(config, length, torch.cuda.mem_get_info(device)[0])
-    show(f"\nlayers: forward and backward of {length} tokens, hidden {config.hidden_size}")
-    show(f"{'':10}{'layers':>8}{'ms':>10}{'tokens/s':>12}{'TFLOP/s':>10}{'MFU':>8}{'memory':>12}")
-    for mode in MODES:
-        if late(mode.name, deadline):
-            continue
-        try:
-            count, seconds, memory = shrink_to_fit(
-                lambda count, mode=mode: time_layers(with_layers(config, count), length, device, mode), count
-            )
-        except RuntimeError as error:  # of CUDA, of a kernel, of the compiler
-            show(f"{mode.name:10} not measured: {first_line(error)}")
-            continue
-        speed = length / seconds
-        flops = speed * flops_per_token(with_layers(config, count), length)
-        mfu = flops / peak if peak else None
-        shown = f"{mfu:8.1%}" if mfu is not None else f"{'-':>8}"
-        show(
-            f"{mode.name:10}{count:8}{seconds * 1e3:10.1f}{speed:12.0f}{flops / 1e12:10.3g}{shown}{memory / 2**30:8.1f} GiB"
-        )
-        results.append(
-            {
-                "benchmark": f"gpu/layers/{length}/{mode.name}",
-                "ours": mfu,
-                "peer": 1.0,
-                "ratio": mfu,
-                "target": MFU_TARGET,
-                "met": mfu is not None and mfu >= MFU_TARGET,
-                "unit": "model FLOPs utilisation",
-                "tokens_per_second": round(speed),
-                "layers": count,
-                "peak_bytes": memory,
-            }
-        )
-    return results
+        peak = peak_flops(torch.cuda.get_device_name(device))
+    count, seconds, memory = shrink_to_fit(
+        lambda count: time_layers(with_layers(config, count), length, device, mode), count
+    )
+    speed = length / seconds
+    flops = speed * flops_per_token(with_layers(config, count), length)
+    mfu = flops / peak if peak else None
+    show(
+        f"{f'layers {length} {mode.name}':32}{count:4} layers{seconds * 1e3:10.1f} ms{speed:10.0f} tokens/s"
+        f"{flops / 1e12:8.3g} TFLOP/s, MFU {f'{mfu:.1%}' if mfu is not None else '?'}, peak {memory / 2**30:.1f} GiB"
+    )
+    return {
+        "benchmark": f"gpu/layers/{length}/{mode.name}",
+        "ours": mfu,
+        "peer": 1.0,
+        "ratio": mfu,
+        "target": MFU_TARGET,
+        "met": mfu is not None and mfu >= MFU_TARGET,
+        "unit": "model FLOPs utilisation",
+        "tokens_per_second": round(speed),
+        "layers": count,
+        "peak_bytes": memory,
+    }
 
 
 def with_layers(config: ModelConfig, count: int) -> ModelConfig:
@@ -215,7 +211,7 @@ def time_layers(config: ModelConfig, length: int, device: torch.device, mode: Mo
     return seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
-def attention(config: ModelConfig, length: int, device: torch.device, deadline: float) -> None:
+def attention(config: ModelConfig, length: int, device: torch.device, backend: SDPBackend) -> None:
     heads, width, value_width = config.num_attention_heads, config.qk_head_dim, config.v_head_dim
     flops = 3 * 2 * heads * length**2 // 2 * (width + value_width)  # causal half, backward twice the forward
 
@@ -223,75 +219,64 @@ def attention(config: ModelConfig, length: int, device: torch.device, deadline: 
         return torch.randn(1, heads, length, numbers, device=device, dtype=torch.bfloat16, requires_grad=True)
 
     q, k, v = draw(width), draw(width), draw(value_width)
-    show(f"\nattention: {heads} heads of {width}/{value_width}, {length} tokens, forward and backward")
-    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-        if late(backend.name, deadline):
-            continue
-        padded = backend == SDPBackend.FLASH_ATTENTION  # takes one width only
+    padded = backend == SDPBackend.FLASH_ATTENTION  # takes one width only
 
-        def step(backend: SDPBackend = backend, padded: bool = padded) -> None:
-            with sdpa_kernel(backend):
-                value = F.pad(v, (0, width - value_width)) if padded else v
-                out = F.scaled_dot_product_attention(q, k, value, is_causal=True)
-            out.backward(out.detach())
+    def step() -> None:
+        with sdpa_kernel(backend):
+            value = F.pad(v, (0, width - value_width)) if padded else v
+            out = F.scaled_dot_product_attention(q, k, value, is_causal=True)
+        out.backward(out.detach())
 
-        try:
-            seconds = timed(step, device, warmup=2, rounds=5)
-        except RuntimeError as error:
-            show(f"{backend.name:24} not measured: {first_line(error)}")
-            continue
-        show(f"{backend.name:24}{seconds * 1e3:10.2f} ms{flops / seconds / 1e12:10.1f} TFLOP/s")
+    seconds = timed(step, device, warmup=2, rounds=5)
+    what = f"{heads} heads of {width}/{value_width}, {length} tokens"
+    show(f"{f'attention {backend.name}':32}{seconds * 1e3:10.2f} ms{flops / seconds / 1e12:8.3g} TFLOP/s ({what})")
 
 
-def newton_schulz(config: ModelConfig, device: torch.device, deadline: float) -> list[dict[str, Any]]:
+def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
+    """(matrices in a batch, rows, columns) of each kind of matrix that Muon trains."""
     hidden, heads, latent = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
-    shapes = {
+    return {
         "expert": (config.n_routed_experts, config.moe_intermediate_size, hidden),
         "shared": (6, config.shared_intermediate_size, hidden),
+        "dense": (3, config.intermediate_size, hidden),
         "q_proj": (6, heads * config.qk_head_dim, hidden),
         "kv_a": (6, latent + config.qk_rope_head_dim, hidden),
         "kv_b": (6, heads * (config.qk_nope_head_dim + config.v_head_dim), latent),
         "o_proj": (6, hidden, heads * config.v_head_dim),
+        "router": (26, config.n_routed_experts, hidden),
     }
+
+
+def newton_schulz(name: str, batch: int, rows: int, columns: int, device: torch.device) -> dict[str, Any]:
     schedule = coefficients("moonlight", 5)
-    dtype = torch.bfloat16
-    results = []
-    show("\nNewton-Schulz, five steps, bf16: TFLOP/s of the plain form's FLOPs")
-    show(f"{'':10}{'matrices':>20}{'looped':>10}{'batched':>10}{'gram':>10}")
-    for name, (batch, rows, columns) in shapes.items():
-        if late(name, deadline):
-            continue
-        x_BMN = torch.randn(batch, rows, columns, device=device).to(dtype)
+    x_BMN = torch.randn(batch, rows, columns, device=device).bfloat16()
 
-        def looped(x_BMN: Tensor = x_BMN) -> None:
-            for matrix in x_BMN.split(1):
-                orthogonalize(matrix, schedule)
+    def looped() -> None:
+        for matrix in x_BMN.split(1):
+            orthogonalize(matrix, schedule)
 
-        def batched(x_BMN: Tensor = x_BMN) -> None:
-            orthogonalize(x_BMN, schedule)
+    def batched() -> None:
+        orthogonalize(x_BMN, schedule)
 
-        def gram(x_BMN: Tensor = x_BMN) -> None:
-            orthogonalize(x_BMN, schedule, "gram")
+    def gram() -> None:
+        orthogonalize(x_BMN, schedule, "gram")
 
-        work = batch * newton_schulz_flops(rows, columns, 5) / 1e12
-        try:
-            speeds = [work / timed(run, device, warmup=2, rounds=5) for run in (looped, batched, gram)]
-        except RuntimeError as error:
-            show(f"{name:10} not measured: {first_line(error)}")
-            continue
-        show(f"{name:10}{f'{batch} of {rows} x {columns}':>20}" + "".join(f"{speed:10.3g}" for speed in speeds))
-        results.append(
-            {
-                "benchmark": f"gpu/newton_schulz/{name}",
-                "ours": round(max(speeds[1:]), 3),
-                "peer": round(speeds[0], 3),
-                "ratio": round(max(speeds[1:]) / speeds[0], 3),
-                "target": 1.0,
-                "met": max(speeds[1:]) >= speeds[0],
-                "unit": "TFLOP/s, batched against looped",
-            }
-        )
-    return results
+    work = batch * newton_schulz_flops(rows, columns, 5) / 1e12
+    speeds = [work / timed(run, device, warmup=2, rounds=5) for run in (looped, batched, gram)]
+    shape = f"{batch} of {rows} x {columns}"
+    show(
+        f"{f'newton-schulz {name}':32}{shape:>20}: looped {speeds[0]:.3g}, batched {speeds[1]:.3g}, Gram {speeds[2]:.3g} TFLOP/s"
+    )
+    return {
+        "benchmark": f"gpu/newton_schulz/{name}",
+        "ours": round(speeds[1], 3),
+        "peer": round(speeds[0], 3),
+        "ratio": round(speeds[1] / speeds[0], 3),
+        "target": 1.0,
+        "met": speeds[1] >= speeds[0],
+        "unit": "TFLOP/s, batched against looped",
+        "gram": round(speeds[2], 3),
+    }
 
 
 def timed(run: Callable[[], None], device: torch.device, *, warmup: int, rounds: int) -> float:

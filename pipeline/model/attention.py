@@ -68,7 +68,9 @@ class Attention(nn.Module):
         k_rope_BS1R = rotate_pairs(k_rope_BSR.unsqueeze(2), layout)
         k_BSHQ = torch.cat([k_nope, k_rope_BS1R.expand(-1, -1, self.heads, -1)], dim=-1)
         if self.observe_max_logits:  # a maximum, so seeing a batch again in a recomputed block changes nothing
-            observed_H = largest_logits(q_BSHQ.detach(), k_BSHQ.detach(), self.scale, layout)
+            observed_H = largest_logits(
+                q_BSHQ.detach(), k_BSHQ.detach(), self.scale, layout.mask_B1SS, layout.document_ends
+            )
             self.max_logits.copy_(torch.maximum(self.max_logits, observed_H))
 
         o_BSHV = attend(q_BSHQ, k_BSHQ, v_BSHV, self.scale, layout)
@@ -113,28 +115,36 @@ def attend(q_BSHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, scale: float, layout:
     return o[..., :value_width].transpose(1, 2)
 
 
-@torch.no_grad()
-def largest_logits(q_BSHQ: Tensor, k_BSHQ: Tensor, scale: float, layout: SequenceLayout) -> Tensor:
+@torch.library.custom_op("moonlight::largest_logits", mutates_args=())
+def largest_logits(
+    q_BSHQ: Tensor, k_BSHQ: Tensor, scale: float, mask_B1SS: Tensor | None, document_ends: Tensor | None
+) -> Tensor:
     """The largest scaled attention logit of each head over all pairs that may attend, fp32 [H].
 
     A side computation: 2*H*Q*S^2 FLOPs a sequence (the score half of a non-causal forward pass; about a sixth of what
-    attention costs forward and backward) and B*H*QUERY_CHUNK*S numbers of memory.
+    attention costs forward and backward) and B*H*QUERY_CHUNK*S numbers of memory. One operator, so that selective
+    checkpointing keeps its H numbers rather than the logits, which are products, and does not compute them again.
     """
     B, S, H, _ = q_BSHQ.shape
     k_BHQS = k_BSHQ.permute(0, 2, 3, 1)
-    document_B1S = None if layout.document_ends is None else _documents(layout.document_ends, B, S)
+    document_B1S = None if document_ends is None else _documents(document_ends, B, S)
     columns = torch.arange(S, device=q_BSHQ.device)
     largest = torch.full((H,), -torch.inf, device=q_BSHQ.device)
     for start in range(0, S, QUERY_CHUNK):
         rows = columns[start : start + QUERY_CHUNK, None]
         allowed = (columns <= rows)[None, None]
-        if layout.mask_B1SS is not None:
-            allowed = layout.mask_B1SS[:, :, start : start + QUERY_CHUNK]
+        if mask_B1SS is not None:
+            allowed = mask_B1SS[:, :, start : start + QUERY_CHUNK]
         elif document_B1S is not None:
             allowed = allowed & (document_B1S[:, :, start : start + QUERY_CHUNK, None] == document_B1S[:, :, None])
         logits_BHTS = (q_BSHQ[:, start : start + QUERY_CHUNK].transpose(1, 2) @ k_BHQS).float() * scale
         largest = torch.maximum(largest, logits_BHTS.masked_fill(~allowed, -torch.inf).amax((0, 2, 3)))
     return largest
+
+
+@largest_logits.register_fake
+def _(q_BSHQ: Tensor, k_BSHQ: Tensor, scale: float, mask_B1SS: Tensor | None, document_ends: Tensor | None) -> Tensor:
+    return q_BSHQ.new_empty(q_BSHQ.shape[2], dtype=torch.float32)
 
 
 def _documents(document_ends: Tensor, B: int, S: int) -> Tensor:

@@ -25,7 +25,7 @@ from pipeline.model.grouped import ALIGNMENT, grouped_linear
 from pipeline.model.matmul import Linear
 from pipeline.model.recomputation import keeping_matmuls
 from pipeline.model.router import Router
-from pipeline.parallel.dispatch import LocalDispatch
+from pipeline.parallel.dispatch import LocalDispatch, inverse_permutation
 from pipeline.parallel.local import local_tensor
 
 
@@ -129,8 +129,7 @@ class MoE(nn.Module):
         """All that happens on this rank before the rows go to their experts."""
         routing = self.router(x_BSD)
         order_M = routing.experts_NK.flatten().argsort(stable=True)
-        inverse_M = torch.empty_like(order_M)
-        inverse_M[order_M] = torch.arange(order_M.numel(), device=order_M.device)
+        inverse_M = inverse_permutation(order_M)
         return SortedRows(
             SortRows.apply(x_BSD.flatten(0, 1), order_M, inverse_M),
             order_M,
@@ -180,6 +179,6 @@ class WeightedSum(torch.autograd.Function):
         rows_MD, weights_NK, order_M = ctx.saved_tensors
         grad_MD = grad_ND.index_select(0, order_M // weights_NK.shape[1])
         grad_rows_MD = (grad_MD * weights_NK.flatten()[order_M].unsqueeze(-1)).to(rows_MD.dtype)
-        grad_weights_M = torch.empty_like(weights_NK).flatten()
-        grad_weights_M[order_M] = (rows_MD * grad_MD).sum(-1, dtype=weights_NK.dtype)
+        grad_sorted_M = (rows_MD * grad_MD).sum(-1, dtype=weights_NK.dtype)
+        grad_weights_M = torch.empty_like(grad_sorted_M).scatter_(0, order_M, grad_sorted_M)
         return grad_rows_MD, grad_weights_M.view_as(weights_NK), None, None

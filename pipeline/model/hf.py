@@ -7,14 +7,15 @@ Both ways are streamed. Import reads, for each parameter, only what this rank ke
 experts; else the tensor, of which a shard is kept). Export gathers one parameter at a time; with sharded parameters
 every rank must walk through `hf_tensors` to the end, because each gather is a collective.
 
-A folder must hold exactly the model's tensors. Rotary `inv_freq` buffers, which older exports contain, are ignored.
-The router bias is fp32 here; the release stores it in bf16.
+A folder must hold exactly the model's tensors, and its config.json, if there is one, must describe the same network: heads
+of another width, another rope_theta or another scaling factor fit the same shapes. Rotary `inv_freq` buffers, which older
+exports contain, are ignored. The router bias is fp32 here; the release stores it in bf16.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,13 +23,17 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from pipeline.config.schema import ModelConfig
+from pipeline.config.schema import ModelConfig, StorageConfig
 from pipeline.model.moonlight import Moonlight
 from pipeline.model.safetensors import TensorFiles
 from pipeline.parallel.local import local_part, local_tensor
 from pipeline.storage import Storage
 
 NAMES_SHOWN = 5
+NOT_OF_THE_WEIGHTS = {  # settings of config.json that may differ: they say nothing about what the weights compute
+    "architectures", "attention_dropout", "bos_token_id", "eos_token_id", "ep_size", "initializer_range",
+    "max_position_embeddings", "torch_dtype", "use_cache",
+}  # fmt: skip
 
 
 def hf_name(name: str) -> str:
@@ -69,12 +74,24 @@ def hf_shapes(model: Moonlight) -> dict[str, tuple[int, ...]]:
 
 @torch.no_grad()
 def load_hf(model: Moonlight, folder: str | Path, storage: Storage | None = None) -> None:
-    """Fill the model from the safetensors files of `folder`: local, or below the root of `storage`.
+    """Fill the model from the safetensors files of `folder`: a local path, or with `storage` one below its root ("": the root).
 
-    Raises ValueError that names the tensor, what was found and expected, and the remedy, before anything is changed.
+    Raises ValueError that names the tensor or setting, what was found and expected, and the remedy, before anything is
+    changed.
     """
-    source = _open_folder(folder, storage)
-    _check(hf_shapes(model), source, str(folder))
+    if storage is None:
+        folder, storage = "", Storage(StorageConfig(root=str(folder)))
+    where, prefix = storage.uri(str(folder)), f"{folder}/" if folder else ""
+    names = {info.path.removeprefix(prefix) for info in storage.list(str(folder))}
+
+    def read(name: str) -> IO[bytes]:
+        return storage.open(prefix + name)
+
+    if "config.json" in names:
+        with read("config.json") as file:
+            _check_config(model.config, json.load(file), f"{where}/config.json")
+    source = TensorFiles(_weight_files(names, read, where), read)
+    _check(hf_shapes(model), source, where)
     for name, tensor in _state(model):
         target, part = local_tensor(tensor), local_part(tensor)
         if tensor.dim() == 3:
@@ -138,27 +155,35 @@ def _state(model: Moonlight) -> Iterator[tuple[str, Tensor]]:
     yield from model.state_dict().items()
 
 
-def _open_folder(folder: str | Path, storage: Storage | None) -> TensorFiles:
-    def read(name: str) -> IO[bytes]:
-        return (Path(folder) / name).open("rb") if storage is None else storage.open(f"{folder}/{name}")
-
-    if storage is None:
-        found = sorted(path.name for path in Path(folder).iterdir()) if Path(folder).is_dir() else []
-    else:
-        found = [info.path.removeprefix(f"{folder}/") for info in storage.list(str(folder))]
-    if "model.safetensors.index.json" in found:
+def _weight_files(names: set[str], read: Callable[[str], IO[bytes]], folder: str) -> list[str]:
+    if "model.safetensors.index.json" in names:
         with read("model.safetensors.index.json") as index:
             files = sorted(set(json.load(index)["weight_map"].values()))
-        missing = sorted(set(files) - set(found))
+        missing = sorted(set(files) - names)
         if missing:
             raise ValueError(
                 f"{folder}: {missing[0]} is named in model.safetensors.index.json but not there; fetch it again"
             )
     else:
-        files = [name for name in found if name.endswith(".safetensors")]
+        files = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
     if not files:
         raise ValueError(f"{folder}: no *.safetensors file; give a Hugging Face model folder")
-    return TensorFiles(files, read)
+    return files
+
+
+def _check_config(config: ModelConfig, found: dict[str, Any], where: str) -> None:
+    rope = found.get("rope_parameters") or {}  # as transformers >= 5 writes it
+    if rope:
+        scaling = None if rope.get("rope_type", "default") == "default" else rope
+        found = found | {"rope_theta": rope.get("rope_theta"), "rope_scaling": scaling}
+    problems = []
+    for name, expected in hf_config(config, bos_token_id=None, eos_token_id=0).items():
+        if name in NOT_OF_THE_WEIGHTS or found.get(name, expected) == expected:
+            continue
+        remedy = f"set model.{name}" if name in ModelConfig.model_fields else "this network has no other"
+        problems.append(f"{name} is {found[name]!r} there and {expected!r} here ({remedy})")
+    if problems:
+        raise ValueError(f"{where} describes another network: {'; '.join(problems)}")
 
 
 def _check(expected: dict[str, tuple[int, ...]], source: TensorFiles, folder: str) -> None:

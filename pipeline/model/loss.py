@@ -1,13 +1,14 @@
 """The output head and its loss, without ever holding all logits.
 
-The tokens are taken in chunks: logits of a chunk, its loss, and at once its gradients with respect to hidden states and
-weight, which backward only scales. Memory: chunk x vocabulary instead of tokens x vocabulary (8192 x 163,840 fp32
-logits would be 5.4 GB, and twice that with their gradient).
+The tokens are taken in chunks: logits of a chunk in fp32, its loss, and at once its gradients with respect to hidden
+states and weight, which backward only scales; logits are computed once. Memory: chunk x vocabulary instead of tokens x
+vocabulary (8192 x 163,840 fp32 logits would be 5.4 GB, and twice that with their gradient), and the weight's gradient
+from the forward pass on.
 
-On CUDA this is `torch.nn.functional.linear_cross_entropy`. Its own choice of chunk, 64 rows for the real model, re-reads
-the weight 128 times a sequence; here a chunk has 1024 rows. Its summed form adds up bf16 losses in bf16, off by about
-one per cent after a hundred chunks, so the losses come token by token and are summed in fp32; backward then computes the
-logits once more. In fp32 on a CPU the same algorithm runs on the faster product of pipeline/model/matmul.py.
+Whatever the weights' dtype, logits, losses, their sum and the softmax are fp32, and what arrives in backward (one over
+the number of tokens) multiplies unrounded. In bf16 the products' operands are bf16, and so is the weight's gradient, to
+which a chunk is added at a time. `torch.nn.functional.linear_cross_entropy` returns losses in bf16 instead: summed they
+are off by about one per cent, and one by one they cost the logits a second time in backward.
 
 Legend: B rows, S tokens, N = B*S, C tokens of a chunk, D hidden, V vocabulary.
 """
@@ -17,13 +18,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.model.matmul import TILES, is_cpu_fp32, linear, outer, product
 
 IGNORE = -100  # label of a token that has no loss
-CUDA_CHUNK = 1024  # tokens
+CUDA_CHUNK = 1024  # tokens: 640 MiB of logits of the real model
 CPU_CHUNK_NUMBERS = 1 << 22  # logits: 16 MiB at most, in whole tiles, which the product needs not put together
 
 
@@ -48,11 +48,8 @@ class Head(nn.Module):
 
 def cross_entropy_sum(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
     """Sum over tokens with a label of -log softmax(W x)[label], fp32 scalar."""
-    if is_cpu_fp32(x_ND):
-        return _CrossEntropySum.apply(x_ND, weight_VD, labels_N)
-    options = nn.LinearCrossEntropyOptions(batch_chunk_size=CUDA_CHUNK)
-    loss_N = F.linear_cross_entropy(x_ND, weight_VD, labels_N, reduction="none", ignore_index=IGNORE, options=options)
-    return loss_N.float().sum()
+    loss: Tensor = _CrossEntropySum.apply(x_ND, weight_VD, labels_N)
+    return loss
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -60,31 +57,70 @@ class _CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
-        (N, _), V = x_ND.shape, weight_VD.shape[0]
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        loss = x_ND.new_zeros(())
-        grad_x_ND = torch.empty_like(x_ND) if wanted else None
-        # Summed transposed: `outer` lays out its first factor anew, and hidden states are narrower than logits.
-        grad_weight_DV = weight_VD.new_zeros(weight_VD.shape[1], V) if wanted else None
-        chunk = next((tile for tile in TILES if tile * V <= CPU_CHUNK_NUMBERS), TILES[-1])
-        for start in range(0, N, chunk):
-            x_CD, labels_C = x_ND[start : start + chunk], labels_N[start : start + chunk, None]
-            counted_C = labels_C != IGNORE
-            index_C = labels_C.where(counted_C, 0)
-            logits_CV = product(x_CD, weight_VD)
+        loss = x_ND.new_zeros((), dtype=torch.float32)
+        chunk = _chunk(x_ND, weight_VD.shape[0])
+        grad_x_ND = torch.empty_like(x_ND)
+        grad_weight = _WeightGradient(weight_VD) if wanted else None
+        for x_CD, labels_C1, grad_x_CD in zip(
+            x_ND.split(chunk), labels_N.unsqueeze(1).split(chunk), grad_x_ND.split(chunk)
+        ):
+            counted_C1 = labels_C1 != IGNORE
+            index_C1 = labels_C1.where(counted_C1, 0)
+            logits_CV = _logits(x_CD, weight_VD)
             logits_CV -= logits_CV.amax(1, keepdim=True)
-            chosen_C = logits_CV.gather(1, index_C)
-            total_C = logits_CV.exp_().sum(1, keepdim=True)
-            loss += ((total_C.log() - chosen_C) * counted_C).sum()
-            if grad_x_ND is not None and grad_weight_DV is not None:
-                grad_CV = logits_CV.mul_(counted_C / total_C)
-                grad_CV.scatter_add_(1, index_C, -counted_C.to(grad_CV))
-                grad_x_ND[start : start + chunk] = product(grad_CV, weight_VD.T)
-                grad_weight_DV += outer(x_CD, grad_CV)
-        ctx.save_for_backward(grad_x_ND, None if grad_weight_DV is None else grad_weight_DV.T.contiguous())
+            chosen_C1 = logits_CV.gather(1, index_C1)
+            total_C1 = logits_CV.exp_().sum(1, keepdim=True)
+            loss += ((total_C1.log() - chosen_C1) * counted_C1).sum()
+            if grad_weight is not None:
+                grad_CV = logits_CV.mul_(counted_C1 / total_C1)
+                grad_CV.scatter_add_(1, index_C1, -counted_C1.to(grad_CV))
+                grad_CV = grad_CV.to(x_ND.dtype)
+                grad_x_CD.copy_(product(grad_CV, weight_VD.T) if is_cpu_fp32(x_ND) else grad_CV @ weight_VD)
+                grad_weight.add(grad_CV, x_CD)
+        if grad_weight is not None:
+            ctx.save_for_backward(grad_x_ND, grad_weight.result())
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_x_ND, grad_weight_VD = ctx.saved_tensors
         return grad_x_ND * grad, grad_weight_VD * grad, None
+
+
+class _WeightGradient:
+    """The sum over chunks of grad^T x, in the weight's dtype.
+
+    On a CPU it is summed transposed: `outer` lays out its first factor anew, and hidden states are narrower than logits.
+    """
+
+    def __init__(self, weight_VD: Tensor) -> None:
+        self.transposed = is_cpu_fp32(weight_VD)
+        self.sum = torch.zeros_like(
+            weight_VD.T if self.transposed else weight_VD, memory_format=torch.contiguous_format
+        )
+
+    def add(self, grad_CV: Tensor, x_CD: Tensor) -> None:
+        if self.transposed:
+            self.sum += outer(x_CD, grad_CV)
+        else:
+            self.sum.addmm_(grad_CV.T, x_CD)
+
+    def result(self) -> Tensor:
+        return self.sum.T.contiguous() if self.transposed else self.sum
+
+
+def _chunk(x_ND: Tensor, vocabulary: int) -> int:
+    """Tokens of a chunk."""
+    if not is_cpu_fp32(x_ND):
+        return CUDA_CHUNK
+    return next((tile for tile in TILES if tile * vocabulary <= CPU_CHUNK_NUMBERS), TILES[-1])
+
+
+def _logits(x_CD: Tensor, weight_VD: Tensor) -> Tensor:
+    """fp32 [C, V]; operands in bf16 are multiplied as such and summed in fp32."""
+    if is_cpu_fp32(x_CD):
+        return product(x_CD, weight_VD)
+    if x_CD.is_cuda and x_CD.dtype != torch.float32:
+        return torch.mm(x_CD, weight_VD.T, out_dtype=torch.float32)
+    return x_CD.float() @ weight_VD.float().T

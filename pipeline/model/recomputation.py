@@ -24,6 +24,7 @@ KEPT = {  # by name: the module that registers an operator may not have been loa
     "moonlight::linear",
     "moonlight::grouped_rows",
     "moonlight::causal_attention",
+    "moonlight::largest_logits",
     "torch_attn::_varlen_attn",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",

@@ -47,13 +47,13 @@ def sequence_layout(
     lengths = torch.tensor([n for row in rows for n in row], dtype=torch.int64)
     ends = lengths.cumsum(0)
     starts = ends - lengths
-    positions = torch.arange(batch * length) - starts.repeat_interleave(lengths)
+    positions = torch.arange(batch * length) - starts.repeat_interleave(lengths, output_size=batch * length)
     cos, sin = rotary_tables(to_device(positions.view(batch, length), device), rope_dim, rope_theta)
     if device.type == "cuda":
         zero = torch.zeros(1, dtype=torch.int64)
         document_ends = to_device(torch.cat([zero, ends]).int(), device)
-        return SequenceLayout(cos, sin, document_ends=document_ends, longest_document=int(lengths.max()))
-    document_BS = torch.arange(len(lengths)).repeat_interleave(lengths).view(batch, length)
+        return SequenceLayout(cos, sin, document_ends=document_ends, longest_document=max(map(max, rows)))
+    document_BS = torch.arange(len(lengths)).repeat_interleave(lengths, output_size=batch * length).view(batch, length)
     same_BSS = document_BS[:, :, None] == document_BS[:, None, :]
     return SequenceLayout(cos, sin, mask_B1SS=same_BSS.tril_().unsqueeze(1).to(device))
 

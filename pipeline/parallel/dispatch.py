@@ -54,17 +54,20 @@ class AllToAllDispatch:
         arriving_We = arriving_E.view(W, -1)
         sent_W, received_W = torch.stack([counts_E.view(W, -1).sum(1), arriving_We.sum(1)]).tolist()
         by_expert_M = _by_expert(arriving_We, sum(received_W))
-        by_source_M = torch.empty_like(by_expert_M)
-        by_source_M[by_expert_M] = torch.arange(by_expert_M.numel(), device=by_expert_M.device)
+        by_source_M = inverse_permutation(by_expert_M)
         arrived_MD = ExchangeRows.apply(x_MD, sent_W, received_W, self.group)
         rows_MD = Permute.apply(arrived_MD, by_expert_M, by_source_M)
         return rows_MD, arriving_We.sum(0), ExchangePlan(sent_W, received_W, by_source_M)
 
     def combine(self, x_MD: Tensor, handle: ExchangePlan) -> Tensor:
-        by_expert_M = torch.empty_like(handle.by_source_M)
-        by_expert_M[handle.by_source_M] = torch.arange(by_expert_M.numel(), device=by_expert_M.device)
-        by_source_MD = Permute.apply(x_MD, handle.by_source_M, by_expert_M)
+        by_source_MD = Permute.apply(x_MD, handle.by_source_M, inverse_permutation(handle.by_source_M))
         return ExchangeRows.apply(by_source_MD, handle.received_W, handle.sent_W, self.group)
+
+
+def inverse_permutation(index_M: Tensor) -> Tensor:
+    """`inverse[index[m]] = m`; no sort, and no wait for the device."""
+    positions_M = torch.arange(index_M.numel(), device=index_M.device)
+    return torch.empty_like(index_M).scatter_(0, index_M, positions_M)
 
 
 def _by_expert(arriving_We: Tensor, rows: int) -> Tensor:

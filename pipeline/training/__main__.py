@@ -3,17 +3,23 @@
 Trains without Ray, in one process or under `torchrun --nproc-per-node N -m pipeline.training ...`. The dataset must
 exist; `--dataset` is the path of its manifest below the storage root (`datasets/<digest>/dataset.json`).
 
-Exit code 0: the run is complete. 2: the configuration or the data is wrong, one line says how. 3: stopped by SIGTERM or
-SIGINT after committing a checkpoint; the same command goes on from it.
+The same command goes on from the newest checkpoint, on any number of ranks. Exit codes of a rank (torchrun's own is 1
+whatever its ranks' were):
+  0  the run is complete
+  1  the run cannot go on by itself, one line says why
+  2  the configuration or the data is wrong, one line says how
+  3  stopped by SIGTERM or SIGINT after committing a checkpoint
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
 import threading
+import warnings
 from typing import Any
 
 import torch
@@ -25,18 +31,25 @@ from pipeline.config.schema import RunConfig
 from pipeline.manifest import DatasetManifest
 from pipeline.storage import Storage, open_storage
 from pipeline.training import initial
+from pipeline.training.commits import committed
+from pipeline.training.guard import TooManySkippedSteps
 from pipeline.training.metrics import TrainProgress
 from pipeline.training.trainer import TrainingStopped, train
 
-BAD_INPUT, STOPPED = 2, 3
+FAILED, BAD_INPUT, STOPPED = 1, 2, 3
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.training", description="Train a run without Ray.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="preset name or YAML file")
     parser.add_argument("--dataset", required=True, help="path of dataset.json below the storage root")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings in place of the configuration's"
+    )
     given = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a checkpoint of one process is meant
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -48,13 +61,15 @@ def main(arguments: list[str] | None = None) -> int:
         config = initial.pin(config, storage)
         initial.check(config, storage, dataset.tokenizer.sha256)
         join_ranks(config)
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(start_line(config, storage), flush=True)
         manifest = train(config, dataset, storage, report=show, should_stop=stop.is_set)
     except TrainingStopped as stopped:
         print(stopped, file=sys.stderr)
         return STOPPED
-    except ValueError as error:
+    except (ValueError, TooManySkippedSteps) as error:
         print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return BAD_INPUT if isinstance(error, ValueError) else FAILED
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -76,7 +91,14 @@ def read_dataset(storage: Storage, path: str) -> DatasetManifest:
 def join_ranks(config: RunConfig) -> None:
     """Join the group that torchrun's environment describes; one process needs none on CPU, and a group of one on CUDA."""
     if config.cluster.use_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"cluster.use_gpu true: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs here, but rank "
+                f"{local_rank} of this machine wants one; start fewer ranks, use a machine and a build of torch with CUDA, "
+                "or set cluster.use_gpu=false"
+            )
+        torch.cuda.set_device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if config.cluster.use_gpu else "gloo"
     options: dict[str, Any] = {}
     if "RANK" not in os.environ:
@@ -88,12 +110,34 @@ def join_ranks(config: RunConfig) -> None:
     dist.init_process_group(backend, **options)
 
 
+def start_line(config: RunConfig, storage: Storage) -> str:
+    """Which run, on what, from where."""
+    parallelism = config.parallelism
+    saved = committed(storage, config.run_id)
+    return (
+        f"run {config.run_id}: {config.schedule.total_tokens:,} tokens on {parallelism.world_size} "
+        f"{'GPUs' if config.cluster.use_gpu else 'CPU ranks'} (replicate {parallelism.replicate}, shard {parallelism.shard}, "
+        f"ep {parallelism.ep}), " + (f"going on after step {saved[-1].step}" if saved else "from the beginning")
+    )
+
+
 def show(progress: TrainProgress) -> None:
+    skipped = f"  {progress.skipped_steps} skipped" if progress.skipped_steps else ""
     print(
         f"step {progress.step}/{progress.steps}  loss {progress.loss:.4f}  "
-        f"{progress.tokens_per_second:,.0f} tokens/s  {progress.eta_s:,.0f} s left",
+        f"{progress.tokens_per_second:,.0f} tokens/s  {duration(progress.eta_s)} left{skipped}",
         flush=True,
     )
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min 5 s`, `7 h 30 min`, `12 d 4 h`; `?` where it is not known."""
+    if not math.isfinite(seconds):
+        return "?"
+    for unit, size, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if seconds >= size:
+            return f"{seconds // size:.0f} {unit} {seconds % size // part:.0f} {smaller}"
+    return f"{seconds:.0f} s"
 
 
 if __name__ == "__main__":

@@ -97,13 +97,13 @@ class Step:
         """Apply the gradients unless the guard objects. Nothing here reads a device value on the host."""
         gradients = local_gradients(self.parameters)
         squares = local_squared_norm(gradients, self.meshes.replicas)
-        counts_LE = torch.stack([router.tokens_per_expert for router in self.routers.values()]).double()
+        counts = [router.tokens_per_expert.double() for router in self.routers.values()]
         stopping = torch.full((), float(stop), dtype=torch.float64, device=self.device)
-        packed = torch.cat([torch.stack([loss.double(), aux_loss.double(), stopping, squares]), counts_LE.flatten()])
+        packed = torch.cat([torch.stack([loss.double(), aux_loss.double(), stopping, squares]), *counts])
         if self.meshes.world_size > 1:
             dist.all_reduce(packed)
         loss, aux_loss, stopping, squares = packed[:4].unbind()
-        counts_LE = packed[4:].view_as(counts_LE)
+        counts_LE = packed[4:].view(-1, self.model.config.n_routed_experts)
 
         norm = squares.sqrt()
         ok = self.guard.judge(loss, norm)

@@ -106,4 +106,4 @@ def test_largest_logits_are_those_of_pairs_that_attend(documents, monkeypatch):
     allowed = causal(2, 12) if documents is None else layout.mask_B1SS[:, 0]
     logits = torch.einsum("bshq,bthq->bhst", q, k) * 0.3
     expected = logits.masked_fill(~allowed[:, None], -torch.inf).amax((0, 2, 3))
-    torch.testing.assert_close(largest_logits(q, k, 0.3, layout), expected)
+    torch.testing.assert_close(largest_logits(q, k, 0.3, layout.mask_B1SS, layout.document_ends), expected)

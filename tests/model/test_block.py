@@ -1,5 +1,7 @@
 """Activation checkpointing and torch.compile change memory and speed, never numbers or counts."""
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor, fx
@@ -8,6 +10,7 @@ from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
+from pipeline.model.qk_clip import observe_max_logits, take_max_logits
 from pipeline.model.recomputation import KEPT
 from tests.model.oracle import random_model, small_config
 
@@ -48,17 +51,19 @@ def step(mode: str, backend=None, doc_lens=None):
         block.activation_checkpointing = mode
         if backend is not None:
             block.compile(backend=backend)
+    observe_max_logits(model, True)
     ids = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(0))
     out = model(ids, ids, doc_lens)
     (out.loss_sum + out.aux_loss).backward()
     counts = [router.tokens_per_expert.clone() for _, router in model.routers()]
-    return out, {name: p.grad for name, p in model.named_parameters()}, counts
+    return out, {name: p.grad for name, p in model.named_parameters()}, counts, take_max_logits(model)
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_checkpointing_gives_the_same_step_and_counts_once(mode):
-    plain, gradients, counts = step("none")
-    out, same, recounted = step(mode)
+    plain, gradients, counts, max_logits = step("none")
+    out, same, recounted, observed = step(mode)
+    assert torch.equal(observed, max_logits)
     assert torch.equal(out.loss_sum, plain.loss_sum)
     assert torch.equal(out.aux_loss, plain.aux_loss)
     assert all(torch.equal(same[name], gradients[name]) for name in gradients)
@@ -87,6 +92,20 @@ def test_full_checkpointing_keeps_less():
     assert saved_bytes("full") < 0.6 * saved_bytes("none")
 
 
+def test_observed_logits_are_not_kept():
+    """They are products, which selective checkpointing keeps; of these it may keep their largest only."""
+    model = random_model(small_config())
+    observe_max_logits(model, True)
+    for block in model.layers:
+        block.activation_checkpointing = "selective"
+    rows, heads = 2, model.config.num_attention_heads
+    ids = torch.randint(0, 96, (rows, 40), generator=torch.Generator().manual_seed(0))
+    out = model(ids, ids)
+    held = [t for t in gc.get_objects() if isinstance(t, Tensor) and t.shape[-2:] == (40, 40)]
+    assert not any(t.numel() == rows * heads * 40 * 40 for t in held)
+    out.loss_sum.backward()
+
+
 def test_counts_add_up_over_micro_batches_and_not_in_evaluation():
     model = random_model(small_config())
     ids = torch.randint(0, 96, (2, 24))
@@ -98,8 +117,9 @@ def test_counts_add_up_over_micro_batches_and_not_in_evaluation():
 
 
 def assert_compiled_is_eager(mode: str, backend, doc_lens) -> None:
-    plain, gradients, counts = step("none", doc_lens=doc_lens)
-    out, same, recounted = step(mode, backend, doc_lens)
+    plain, gradients, counts, max_logits = step("none", doc_lens=doc_lens)
+    out, same, recounted, observed = step(mode, backend, doc_lens)
+    torch.testing.assert_close(observed, max_logits)
     assert counters["stats"]["unique_graphs"] == 4  # dense; to the experts, their products, and back: for all layers
     assert out.loss_sum.item() == pytest.approx(plain.loss_sum.item(), rel=1e-6)
     for name, gradient in gradients.items():
@@ -116,6 +136,7 @@ def test_compiled_pieces_give_the_same_step(mode, doc_lens):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)  # its C++ compiler, on a busy machine
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_inductor_gives_the_same_step(mode):
     assert_compiled_is_eager(mode, "inductor", DOCUMENTS)

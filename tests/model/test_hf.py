@@ -138,6 +138,38 @@ def test_folders_that_do_not_fit_are_refused_before_anything_changes(tmp_path, e
     assert torch.equal(model.norm.weight, random_model(small_config(), seed=1).norm.weight)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_theta": 10000.0}, r"rope_theta is 10000.0 there and 50000.0 here \(set model.rope_theta\)"),
+        ({"routed_scaling_factor": 2.5}, r"routed_scaling_factor is 2.5 there and 2.446 here"),
+        ({"num_attention_heads": 4}, r"num_attention_heads is 4 there and 2 here"),
+        ({"n_group": 8}, r"n_group is 8 there and 1 here \(this network has no other\)"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4}},
+            r"rope_scaling is \{'type': 'yarn', 'factor': 4\} there and None",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+            r"rope_scaling is .*yarn.*; rope_theta is 10000.0",
+        ),
+        ({"tie_word_embeddings": True}, r"tie_word_embeddings is True there and False here"),
+    ],
+)
+def test_a_config_of_another_network_is_refused(tmp_path, change, message):
+    """All of these have tensors of the same names and shapes."""
+    folder = saved(random_model(small_config()), tmp_path / "other")
+    described = hf_config(small_config(), bos_token_id=163584, eos_token_id=163586)
+    (folder / "config.json").write_text(json.dumps(described | {"max_position_embeddings": 8192, "auto_map": {}}))
+    model = random_model(small_config(), seed=1)
+    load_hf(model, folder)
+    model = random_model(small_config(), seed=1)
+    (folder / "config.json").write_text(json.dumps(described | change))
+    with pytest.raises(ValueError, match=message):
+        load_hf(model, folder)
+    assert torch.equal(model.norm.weight, random_model(small_config(), seed=1).norm.weight)
+
+
 def test_damaged_folders_are_refused(tmp_path):
     model = random_model(small_config())
     with pytest.raises(ValueError, match=r"no \*.safetensors file; give a Hugging Face model folder"):

@@ -1,5 +1,6 @@
 """`python -m pipeline.training`: exit codes and one-line errors, alone and under torchrun."""
 
+import math
 import os
 import signal
 import subprocess
@@ -7,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.config.load import dump_yaml
 from pipeline.manifest import TrainManifest
 from pipeline.storage import Storage
-from pipeline.training.__main__ import main
+from pipeline.training import trainer
+from pipeline.training.__main__ import duration, main
 from pipeline.training.commits import committed
 from tests.training.make import tiny, tiny_dataset
 
@@ -41,6 +44,13 @@ def run(tmp_path):
         (["parallelism.shard=2"], "replicate 1 * shard 2 = 2 ranks, but 1 are running"),
         (["corpus.sources.0.max_epochs=0.01"], "max_epochs is 0.01"),
         (["training.compute_dtype=bf16"], "start with torchrun --nproc-per-node 1"),
+        (["training.initial_weights=/nowhere"], "/nowhere: no *.safetensors file; give a Hugging Face model folder"),
+        (["model.vocab_size=32"], "model.vocab_size 32 is too small for the dataset, whose tokenizer has 64 tokens"),
+        pytest.param(
+            ["cluster.use_gpu=true"],
+            "sees 0 GPUs here, but rank 0 of this machine wants one",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_wrong_input_is_one_line(run, capsys, change, message):
@@ -49,6 +59,40 @@ def test_wrong_input_is_one_line(run, capsys, change, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_too_many_skipped_steps_are_one_line(run, capsys, monkeypatch):
+    """Weights that have become infinite: no step can happen any more."""
+    _, arguments = run(training__max_skipped_steps=2)
+    build = trainer.build
+
+    def damaged(*args):
+        model, optimizer = build(*args)
+        model.norm.weight.data.fill_(torch.inf)
+        return model, optimizer
+
+    monkeypatch.setattr(trainer, "build", damaged)
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: step 2: the last 2 steps had a non-finite loss or gradient and were skipped")
+    assert error.count("\n") == 1
+
+
+def test_says_where_it_is(run, capsys):
+    _, arguments = run()
+    for expected in ("from the beginning", "going on after step 4"):
+        assert main(arguments) == 0
+        first, *_, last = capsys.readouterr().out.splitlines()
+        assert first == f"run tiny: 512 tokens on 1 CPU ranks (replicate 1, shard 1, ep 1), {expected}"
+        assert last.startswith("complete: 4 steps, checkpoint ")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(0.4, "0 s"), (59, "59 s"), (725, "12 min 5 s"), (27000, "7 h 30 min"), (1051200, "12 d 4 h"), (math.inf, "?")],
+)
+def test_durations(seconds, expected):
+    assert duration(seconds) == expected
 
 
 def test_torchrun(run):
@@ -77,6 +121,7 @@ def test_sigterm_saves_and_leaves(run):
     command = [sys.executable, "-m", "pipeline.training", *arguments, "checkpoint.every_steps=100000"]
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
+    assert process.stdout.readline().startswith("run tiny: ")
     assert process.stdout.readline().startswith("step 1/20000  loss 4.")
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=200)

@@ -10,6 +10,7 @@ Routing is discrete: a token whose next expert is as good to within 1e-6 may tak
 losses not visibly. `SEED` is one where 20 steps hold no such tie (about every third seed has one).
 """
 
+import math
 from unittest import mock
 
 import pytest
@@ -77,14 +78,14 @@ def all_trained(root: str, dataset: DatasetManifest, cases: list[dict]) -> list[
 MECHANICS = {"parallelism", "training__micro_batch", "training__activation_checkpointing"}
 
 
-def compare(root: str, world: int, cases: list[dict]) -> None:
+def compare(root: str, world: int, cases: list[dict], timeout: float = 280.0) -> None:
     """`cases` on `world` ranks against the plain run of this process: whole batches, no checkpointing, no mesh."""
     dataset = tiny_dataset(Storage(tiny(root).storage))
     plain: dict[str, Outcome] = {}
     if world == 1:
         by_rank = [all_trained(root, dataset, cases)]
     else:
-        by_rank = run_distributed(all_trained, world, root, dataset, cases, timeout=280)
+        by_rank = run_distributed(all_trained, world, root, dataset, cases, timeout=timeout)
     for index, case in enumerate(cases):
         reference = {key: value for key, value in case.items() if key not in MECHANICS}
         if str(reference) not in plain:
@@ -145,29 +146,31 @@ def test_four_ranks(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    "mesh", [FSDP2, EP2, EP2_EFSDP2, HSDP, {"parallelism": {"shard": 4}}, {"parallelism": {"shard": 4, "ep": 4}}]
-)
+    "mesh",
+    [{"parallelism": {}}, FSDP2, EP2, EP2_EFSDP2, HSDP, {"parallelism": {"shard": 4}}, {"parallelism": {"shard": 4, "ep": 4}}],
+    ids=lambda mesh: " ".join(f"{axis} {size}" for axis, size in mesh["parallelism"].items()) or "world 1",
+)  # fmt: skip
 def test_every_way(tmp_path, mesh):
-    world = mesh["parallelism"]["shard"] * mesh["parallelism"].get("replicate", 1)
+    world = math.prod(mesh["parallelism"].get(axis, 1) for axis in ("replicate", "shard"))
     ways = [{**save, **accumulated(steps, world)} for save in ({}, FULL, SELECTIVE) for steps in (1, 4)]
-    compare(str(tmp_path), world, [{**mesh, **way} for way in ways] + [{**mesh, **ways[0], **EXACT}])
+    compare(str(tmp_path), world, [{**mesh, **way} for way in ways] + [{**mesh, **ways[0], **EXACT}], timeout=1700)
 
 
-def compiled(root: str, dataset: DatasetManifest, modes: list[str]) -> list[list[float]]:
+def compiled(root: str, dataset: DatasetManifest, mode: str) -> list[float]:
     case = {"training__compile": True, "training__document_mask": True, "parallelism": {"shard": 2, "ep": 2}}
-    return [
-        [record.loss for record in trained(root, dataset, {**case, "training__activation_checkpointing": mode})[0]]
-        for mode in modes
-    ]
+    return [record.loss for record in trained(root, dataset, {**case, "training__activation_checkpointing": mode})[0]]
 
 
 @pytest.mark.long
-def test_compiled_blocks(tmp_path):
+@pytest.mark.timeout(1800)  # Inductor's C++ compiler, on a busy machine
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_compiled_blocks(tmp_path, mode):
     dataset = tiny_dataset(Storage(tiny(str(tmp_path)).storage))
     expected = [record.loss for record in trained(str(tmp_path), dataset, {"training__document_mask": True})[0]]
-    for losses in run_distributed(compiled, 2, str(tmp_path), dataset, ["none", "selective", "full"], timeout=280)[0]:
-        assert losses == pytest.approx(expected, abs=TOLERANCE)
+    losses = run_distributed(compiled, 2, str(tmp_path), dataset, mode, timeout=1700)[0]
+    assert losses == pytest.approx(expected, abs=TOLERANCE)
 
 
 def reduced(root: str, dataset: DatasetManifest) -> list[float]:

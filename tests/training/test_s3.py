@@ -1,10 +1,15 @@
 """The same run on an S3 server as in a folder: same contents, same manifests, and it resumes there."""
 
+import pytest
+import torch
+from safetensors.torch import save
+
+from pipeline.model.hf import hf_tensors
 from pipeline.storage import Storage
 from pipeline.training.commits import committed
-from pipeline.training.trainer import TrainingStopped
+from pipeline.training.trainer import Run, TrainingStopped
 from tests.distributed import run_distributed
-from tests.training.make import Watched, tiny
+from tests.training.make import Watched, tiny, tiny_dataset
 
 PARALLELISM = {"shard": 2, "ep": 2}
 
@@ -26,3 +31,23 @@ def test_as_in_a_folder(tmp_path, s3_root):
     on_s3 = run_distributed(started, 2, bucket, False)[0]
     in_folder = run_distributed(started, 2, folder, False)[0]
     assert on_s3 == in_folder  # digests, metrics and files alike
+
+
+def test_starts_from_published_weights(tmp_path, s3_root):
+    """`s3://` as the place of the weights, whatever the run's own root; and a folder there that holds none."""
+    bucket = {"storage__root": s3_root.root, "storage__endpoint_url": s3_root.endpoint_url}
+    storage = Storage(tiny("", **bucket).storage)
+    dataset = tiny_dataset(storage)
+    source = Run(tiny("", **bucket), dataset, storage)
+    tensors = {name: tensor.contiguous() for name, tensor in hf_tensors(source.model)}
+    storage.write("release/model.safetensors", save(tensors))
+    source.close()
+
+    elsewhere = {"storage__root": str(tmp_path), "storage__endpoint_url": s3_root.endpoint_url, "seed": 7}
+    config = tiny("", training__initial_weights=f"{s3_root.root}/release", **elsewhere)
+    run = Run(config, tiny_dataset(Storage(config.storage)), Storage(config.storage))
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in hf_tensors(run.model))
+    run.close()
+    config = tiny("", training__initial_weights=f"{s3_root.root}/nothing", **elsewhere)
+    with pytest.raises(ValueError, match=r"s3://.*/nothing: no \*.safetensors file; give a Hugging Face model folder"):
+        Run(config, dataset, Storage(config.storage))

@@ -1,5 +1,6 @@
 """The optimizer step: what a bad gradient may not do, what the host may not wait for, and what the loss is."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -144,6 +145,14 @@ def test_the_loss_is_the_mean_over_valid_tokens(tmp_path):
     assert counts.min() < counts.max()
     assert run.advance(False).fetch().loss == pytest.approx(expected.item(), rel=1e-6)
     run.close()
+
+
+def test_a_network_without_experts(tmp_path):
+    """Dense layers only: nothing to balance, no rule for experts, no loads to report."""
+    watched = Watched()
+    watched.train(tiny(str(tmp_path), model__first_k_dense_replace=2))
+    assert watched.losses[-1] < watched.losses[0]
+    assert math.isnan(watched.progress[-1].expert_load)
 
 
 def test_starts_from_published_weights(tmp_path):

@@ -1,0 +1,150 @@
+"""What only CUDA runs, without one: fake tensors that say they are on a GPU take its branches and know shapes, dtypes,
+strides and devices, but no values. So a read on the host, a tensor left on the CPU, an operand that a kernel refuses or a
+dtype that is not the intended one fails here. Nothing is computed; autograd needs a build with CUDA, so what backward
+calls is called by itself.
+"""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from pipeline.config.schema import ModelConfig, OptimizerConfig
+from pipeline.model import grouped, sequences
+from pipeline.model.loss import _CrossEntropySum
+from pipeline.model.moonlight import Moonlight
+from pipeline.model.qk_clip import observe_max_logits
+from pipeline.optim.muon import build_optimizer
+from pipeline.optim.rules import moonlight_rules
+from pipeline.parallel.dispatch import _by_expert, inverse_permutation
+from pipeline.parallel.mesh import Meshes
+from pipeline.training.guard import Guard
+from pipeline.training.step import Step
+
+CUDA = torch.device("cuda", 0)
+BF16 = torch.bfloat16
+MODEL = ModelConfig(
+    vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, kv_lora_rank=32, intermediate_size=96,
+    moe_intermediate_size=48, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, max_position_embeddings=64,
+)  # fmt: skip
+
+
+def getitem(x: Tensor, index: Any) -> Tensor:
+    """x[index] for ints, slices, None and an ellipsis from plain operators. The method itself asks for a CUDA build, whatever the tensor."""
+    dim = 0
+    parts = index if isinstance(index, tuple) else (index,)
+    for position, part in enumerate(parts):
+        if part is Ellipsis:
+            dim = x.dim() - len(parts[position + 1 :])
+        elif isinstance(part, int):
+            x = torch.ops.aten.select.int(x, dim, part)
+        elif part is None:
+            x, dim = torch.ops.aten.unsqueeze.default(x, dim), dim + 1
+        else:
+            assert isinstance(part, slice), part
+            x, dim = torch.ops.aten.slice.Tensor(x, dim, part.start, part.stop, part.step or 1), dim + 1
+    return x
+
+
+@pytest.fixture(autouse=True)
+def fake() -> Iterator[None]:
+    with (
+        torch.no_grad(),
+        FakeTensorMode(),
+        mock.patch.object(sequences, "to_device", lambda x, device: x.to(device)),  # fake memory is never pinned
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
+        mock.patch.object(Tensor, "__getitem__", getitem),
+        mock.patch.object(Tensor, "__invert__", lambda x: torch.ops.aten.bitwise_not.default(x)),
+        mock.patch.object(Tensor, "copy_", lambda x, source: torch.ops.aten.copy_.default(x, source)),
+    ):
+        yield
+
+
+def on_cuda(dtype: torch.dtype) -> Moonlight:
+    with torch.device("meta"):
+        model = Moonlight(MODEL, aux_loss_weight=1e-4)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=CUDA)))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=CUDA))
+    return model
+
+
+def test_fake_tensors_refuse_host_reads():
+    with pytest.raises(DataDependentOutputException):
+        torch.empty((), device=CUDA).item()
+
+
+@pytest.mark.parametrize("documents", [None, [[30, 20], [64]]])
+@pytest.mark.parametrize("observe", [False, True])
+def test_forward(documents, observe):
+    model = on_cuda(BF16)
+    observe_max_logits(model, observe)
+    ids_BS = torch.empty(2, 64, dtype=torch.int64, device=CUDA)
+    out = model(ids_BS, ids_BS, documents)
+    assert {(t.device, t.dtype) for t in (out.loss_sum, out.aux_loss)} == {(CUDA, torch.float32)}
+    assert model(ids_BS, None, documents).dtype == torch.float32
+
+
+def test_precisions():
+    """Router and combination weights in fp32, rows and results of experts in bf16."""
+    model = on_cuda(BF16)
+    mixture = model.layers[1].mlp
+    rows = mixture.sort(torch.empty(2, 64, 64, dtype=BF16, device=CUDA))
+    assert (rows.x_MD.dtype, rows.shared_BSD.dtype) == (BF16, BF16)
+    assert (rows.weights_NK.dtype, rows.aux_loss.dtype) == (torch.float32, torch.float32)
+    assert rows.tokens_per_expert_E.dtype == torch.int64
+    out_MD = mixture.experts(rows.x_MD, rows.tokens_per_expert_E)
+    assert (out_MD.dtype, mixture.collect(rows, out_MD).dtype) == (BF16, BF16)
+
+
+def test_gradients_of_the_loss():
+    saved: list[Tensor] = []
+    context = SimpleNamespace(needs_input_grad=(True, True, False), save_for_backward=lambda *t: saved.extend(t))
+    x_ND, weight_VD = torch.empty(2048, 64, dtype=BF16, device=CUDA), torch.empty(512, 64, dtype=BF16, device=CUDA)
+    loss = _CrossEntropySum.forward(context, x_ND, weight_VD, torch.empty(2048, dtype=torch.int64, device=CUDA))
+    assert (loss.dtype, loss.device) == (torch.float32, CUDA)
+    assert [(t.shape, t.dtype, t.device) for t in saved] == [(t.shape, BF16, CUDA) for t in (x_ND, weight_VD)]
+
+
+@pytest.mark.parametrize(("capability", "rows"), [((9, 0), 24), ((10, 0), 24), ((9, 0), 0)])
+def test_grouped_products_take_their_operands(capability, rows):
+    """Forward and both gradients; torch's own shape inference checks what the kernel asks of strides."""
+    x_MI, grad_MO = (torch.empty(rows, n, dtype=BF16, device=CUDA) for n in (64, 48))
+    weight_eOI = torch.empty(4, 48, 64, dtype=BF16, device=CUDA)
+    offsets_e = torch.empty(4, dtype=torch.int32, device=CUDA)
+    with mock.patch.object(torch.cuda, "get_device_capability", return_value=capability):
+        assert grouped._rows._init_fn(x_MI, weight_eOI, offsets_e, True).shape == (rows, 48)
+        assert grouped._rows._init_fn(grad_MO, weight_eOI, offsets_e, False).shape == (rows, 64)
+        assert grouped._outer._init_fn(grad_MO, x_MI, offsets_e).shape == (4, 48, 64)
+    narrow = torch.empty(4, 44, 64, dtype=BF16, device=CUDA)
+    if rows:
+        with pytest.raises(RuntimeError, match="16"):  # the check is there
+            grouped._rows._init_fn(torch.empty(rows, 44, dtype=BF16, device=CUDA), narrow, offsets_e, False)
+
+
+def test_rows_that_arrive_are_sorted_without_a_read():
+    by_expert_M = _by_expert(torch.empty(2, 3, dtype=torch.int64, device=CUDA), 40)
+    assert (by_expert_M.shape, by_expert_M.device) == ((40,), CUDA)
+    assert inverse_permutation(by_expert_M).device == CUDA
+
+
+@pytest.mark.parametrize("muon", [{}, {"backend": "gram", "newton_schulz": "polar_express"}, {"blocks": "per_head"}])
+def test_update(muon):
+    """fp32 masters: norm, verdict, clipping, Muon, AdamW, router bias and QK-clip."""
+    model = on_cuda(torch.float32)
+    config = OptimizerConfig.model_validate({"muon": muon, "qk_clip": 100.0})
+    optimizer = build_optimizer(model.named_parameters(), config, moonlight_rules(MODEL, config))
+    step = Step(model, optimizer, Guard(CUDA), Meshes(None, None), config, CUDA)
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    loss = torch.empty((), device=CUDA)
+    figures = step.update(loss, loss, 1e-3, 1e-3, False)
+    assert (figures.shape, figures.dtype, figures.device) == ((7,), torch.float64, CUDA)
+    assert all(parameter.grad is None for parameter in model.parameters())
