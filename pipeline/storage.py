@@ -26,8 +26,10 @@ import fsspec
 from pipeline.config.schema import StorageConfig
 
 CHUNK = 8 * 1024 * 1024
-UPLOAD_PART = 16 * 1024 * 1024
+UPLOAD_PART = 16 * 1024 * 1024  # files of two and more are uploaded in parts
+UPLOADS = 3  # that are tried for one file
 DELETIONS = 100  # of its folder that one write outlasts
+DELETED_AT_ONCE = 1000  # S3's limit for one request
 
 
 class StorageError(ValueError):
@@ -153,9 +155,13 @@ class Storage:
     def upload(self, local: Path, path: str) -> None:
         """Put a local file (multipart on S3 where large), replacing any. Atomic. The file must not change afterwards."""
         if self.config.is_s3:
-            # 64 MiB in flight; s3fs aborts a multipart upload that fails
-            self.fs.put_file(str(local), self.key(path), chunksize=UPLOAD_PART, max_concurrency=4)
-            return
+            for left in reversed(range(UPLOADS)):
+                try:  # 64 MiB in flight; s3fs aborts a multipart upload that fails
+                    self.fs.put_file(str(local), self.key(path), chunksize=UPLOAD_PART, max_concurrency=4)
+                    return
+                except FileNotFoundError:  # the answer to the last request was lost, and the upload is over when asked again
+                    if not left:
+                        raise
 
         def fill(temporary: Path) -> None:
             try:
@@ -168,8 +174,9 @@ class Storage:
     def delete(self, prefix: str) -> None:
         """Remove an object or everything below a folder. Nothing there is fine; what others put there meanwhile may stay."""
         if self.config.is_s3:
-            with contextlib.suppress(FileNotFoundError):
-                self.fs.rm(self.key(prefix), recursive=True)
+            keys = self.fs.find(self.key(prefix))
+            for start in range(0, len(keys), DELETED_AT_ONCE):
+                self._delete_keys(keys[start : start + DELETED_AT_ONCE])
             return
         target = Path(self.key(prefix))
         try:
@@ -217,6 +224,14 @@ class Storage:
                     raise
             finally:
                 temporary.unlink(missing_ok=True)
+
+    def _delete_keys(self, keys: list[str]) -> None:
+        """Delete up to 1,000 objects in one request, whose answer may be 200 and yet hold errors of single objects."""
+        bucket = keys[0].partition("/")[0]
+        names = [{"Key": key.partition("/")[2]} for key in keys]
+        answer = self.fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": names, "Quiet": True})
+        for error in answer.get("Errors", []):
+            raise OSError(f"s3://{bucket}/{error.get('Key')} was not deleted: {error.get('Code')} {error.get('Message')}")
 
     def _put_if(self, path: str, data: bytes, **condition: str) -> bool:
         from botocore.exceptions import ClientError

@@ -23,7 +23,7 @@ from pipeline.storage import open_storage
 
 def main() -> None:
     config = RunConfig.model_validate_json(sys.argv[1])
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
     on_ray = map_on_ray(config.cluster)
 
     def logging_starts(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
