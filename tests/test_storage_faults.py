@@ -113,3 +113,18 @@ def test_an_object_that_may_not_be_deleted_is_named(faulty: tuple[Storage, Fault
     with pytest.raises(OSError, match=r"/root/a/b was not deleted: AccessDenied Access Denied"):
         storage.delete("a")
     assert storage.exists("a/b")
+
+
+def test_a_conflict_of_conditional_writes_is_not_a_lost_race(faulty: tuple[Storage, FaultyS3]) -> None:
+    """409: another one is under way, and may fail. Only 412 says that somebody was faster."""
+    storage, proxy = faulty
+    proxy.script = ["409", "409"]
+    assert storage.create("a", b"1")
+    proxy.script = ["409", "412"]
+    assert not storage.create("b", b"1")
+    proxy.script = ["409"] * 100
+    with pytest.raises(OSError, match="conflicting conditional operation"):
+        storage.create("c", b"1")
+    proxy.script = ["403"]
+    with pytest.raises(PermissionError):
+        storage.create("d", b"1")

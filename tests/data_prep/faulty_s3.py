@@ -18,11 +18,11 @@ ANSWERS = {
     "500": ("InternalError", "We encountered an internal error"),
     "503": ("SlowDown", "Please reduce your request rate"),
     "403": ("AccessDenied", "Access Denied"),
+    "409": ("ConditionalRequestConflict", "A conflicting conditional operation is in progress"),
+    "412": ("PreconditionFailed", "At least one of the pre-conditions you specified did not hold"),
     "404": ("NoSuchUpload", "The specified upload does not exist"),
 }
-NOT_DELETED = (
-    b"<DeleteResult><Error>%s<Code>AccessDenied</Code><Message>Access Denied</Message></Error></DeleteResult>"
-)
+NOT_DELETED = b"<DeleteResult><Error>%s<Code>AccessDenied</Code><Message>Access Denied</Message></Error></DeleteResult>"
 FATES = ("500", "503", "cut before", "cut after", "cut within", "reset before", "reset after", "reset within")
 
 

@@ -192,6 +192,8 @@ def run_through_kills(config: RunConfig, kills: int, stride: int, seed: int, log
             while len(now := manifests(storage)) < target and driver.poll() is None:
                 time.sleep(0.05)
                 relatives = family(driver) or relatives
+            if driver.poll() is not None:
+                break  # by itself
             assert committed.items() <= now.items(), "a committed unit was done again"
             committed = now
             time.sleep(rng.uniform(0, 0.3))

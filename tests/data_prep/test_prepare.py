@@ -112,7 +112,9 @@ def test_rows_are_read_back_after_writing(tmp_path: Path) -> None:
     writers = []
     for fill in (1, 2):
         (tmp_path / str(fill)).mkdir()
-        writer = PackedWriter(tmp_path / str(fill), "x", 64, "<u2", fill, rows_per_group=2, groups_per_file=4, zstd_level=3)
+        writer = PackedWriter(
+            tmp_path / str(fill), "x", 64, "<u2", fill, rows_per_group=2, groups_per_file=4, zstd_level=3
+        )
         writer.add([np.arange(30, dtype="<u2")], [30])
         writer.add([np.arange(7, dtype="<u2"), np.arange(50, dtype="<u2")], [7, 50])
         writers.append(writer)
