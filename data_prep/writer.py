@@ -8,7 +8,6 @@ otherwise). Files are built in a local folder, re-read, hashed, then put.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from data_prep.records import shard_path
 from pipeline.manifest import FileEntry, PackedFile
@@ -104,7 +104,7 @@ class PackedWriter:
         self._doc_lens: list[list[int]] = []
         self._writer: pq.ParquetWriter | None = None
         self._groups = 0  # in the open file
-        self._checksum = 0  # crc32 of the open file's token bytes
+        self._written = xxhash.xxh3_128()  # of the open file's token bytes
         self.files: list[tuple[Path, int, int]] = []  # path, rows, tokens
         self.rest: tuple[Path, int, int] | None = None
         self.padding = 0
@@ -150,7 +150,7 @@ class PackedWriter:
         tokens = int(lens.sum())
         self.files[-1] = (path, rows_before + rows, tokens_before + tokens)
         self.padding += rows * length - tokens
-        self._checksum = zlib.crc32(data, self._checksum)
+        self._written.update(data)
         self._groups += 1
         self._doc_lens = []
         self._tokens_RL[:] = self._fill
@@ -161,18 +161,18 @@ class PackedWriter:
         if self._writer is None:
             return
         self._writer.close()
-        verify_packed(self.files[-1][0], self._checksum)
-        self._writer, self._groups, self._checksum = None, 0, 0
+        verify_packed(self.files[-1][0], self._written.digest())
+        self._writer, self._groups, self._written = None, 0, xxhash.xxh3_128()
 
 
-def verify_packed(path: Path, checksum: int) -> None:
+def verify_packed(path: Path, written: bytes) -> None:
     """Read every page back, with its checksum; the token bytes must be those that were written."""
-    found = 0
+    found = xxhash.xxh3_128()
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         for group in range(file.metadata.num_row_groups):
             column = file.read_row_group(group, columns=["tokens"], use_threads=False).column(0).combine_chunks()
-            found = zlib.crc32(column.buffers()[1], found)
-    if found != checksum:
+            found.update(column.buffers()[1])
+    if found.digest() != written:
         raise OSError(
             f"{path.name}: what was read back differs from what was written; the local disk or memory is faulty"
         )

@@ -5,8 +5,9 @@
     python -m jobs.inspect --config <preset or path> mixture         what the run would draw from each source
     python -m jobs.inspect --config <preset or path> row web-en 17   row 17 of a source, as text
 
-Each takes `--dataset <identity>` (default: the dataset of this configuration) and `section.key=value ...`: try other
-weights with `mixture`. Exit code 2: wrong configuration, or no such dataset, step, source or row.
+Each takes `--dataset <identity>` (default: the dataset of this configuration) and `section.key=value ...`. Other weights can
+be tried with `mixture`; where the tokenizer is trained on the corpus, weights decide the dataset, too: name it then. Exit code
+2: wrong configuration, or no such dataset, step, sequence, source or row.
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"step {parsed.step}: sequences {first} to {first + count - 1}")
             lines = sequence_lines(order, storage, range(first, first + count))
         elif parsed.what == "sequence":
+            total = total_sequences(config.schedule, order.sequence_length)
+            if not 0 <= parsed.number < total:
+                raise ValueError(f"sequence {parsed.number} is not one of the run's sequences 0 to {total - 1}")
             lines = sequence_lines(order, storage, range(parsed.number, parsed.number + 1))
         elif parsed.what == "mixture":
             lines = mixture_lines(config, order)

@@ -8,6 +8,7 @@ manifest says; 1: something is not; 2: wrong configuration, or no such dataset.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import pyarrow as pa
 import ray
 
 from jobs.cli import parser
+from jobs.cluster import connect
 from jobs.dataset import open_dataset
 from pipeline.config.load import load_config
 from pipeline.config.schema import StorageConfig
@@ -36,11 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(parsed.config, parsed.overrides)
         storage = open_storage(config.storage)
         dataset = open_dataset(config, storage, parsed.dataset)
+        with contextlib.nullcontext() if ray.is_initialized() else connect(config):
+            result = verify(dataset, storage, map_tasks=on_ray, report=Progress(dataset))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    progress = Progress(dataset)
-    result = verify(dataset, storage, map_tasks=on_ray, report=progress)
     print(summary(dataset, result))
     return 0 if result.ok else 1
 
@@ -48,9 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 def on_ray(
     dataset: DatasetManifest, heldout: HeldoutIndex, storage: Storage, tasks: list[Task]
 ) -> Iterator[FileReport]:
-    """Checks each file in a Ray task; at most two per core wait at a time."""
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False)
+    """Checks each file in a Ray task on an initialised Ray; at most two per core wait at a time."""
     shared = ray.put((dataset.to_json(), heldout, storage.config))
     remote = ray.remote(num_cpus=1, max_retries=3)(_check)
     waiting = list(reversed(tasks))

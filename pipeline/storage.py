@@ -13,8 +13,10 @@ import contextlib
 import errno
 import hashlib
 import os
+import random
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,8 +28,11 @@ import fsspec
 from pipeline.config.schema import StorageConfig
 
 CHUNK = 8 * 1024 * 1024
-UPLOAD_PART = 16 * 1024 * 1024
+UPLOAD_PART = 16 * 1024 * 1024  # files of two and more are uploaded in parts
+CONFLICTS = 10  # of one conditional write with others
+UPLOADS = 3  # that are tried for one file
 DELETIONS = 100  # of its folder that one write outlasts
+DELETED_AT_ONCE = 1000  # S3's limit for one request
 
 
 class StorageError(ValueError):
@@ -153,9 +158,15 @@ class Storage:
     def upload(self, local: Path, path: str) -> None:
         """Put a local file (multipart on S3 where large), replacing any. Atomic. The file must not change afterwards."""
         if self.config.is_s3:
-            # 64 MiB in flight; s3fs aborts a multipart upload that fails
-            self.fs.put_file(str(local), self.key(path), chunksize=UPLOAD_PART, max_concurrency=4)
-            return
+            for left in reversed(range(UPLOADS)):
+                try:  # 64 MiB in flight; s3fs aborts a multipart upload that fails
+                    self.fs.put_file(str(local), self.key(path), chunksize=UPLOAD_PART, max_concurrency=4)
+                    return
+                except (
+                    FileNotFoundError
+                ):  # the answer to the last request was lost, and the upload is over when asked again
+                    if not left:
+                        raise
 
         def fill(temporary: Path) -> None:
             try:
@@ -168,8 +179,9 @@ class Storage:
     def delete(self, prefix: str) -> None:
         """Remove an object or everything below a folder. Nothing there is fine; what others put there meanwhile may stay."""
         if self.config.is_s3:
-            with contextlib.suppress(FileNotFoundError):
-                self.fs.rm(self.key(prefix), recursive=True)
+            keys = self.fs.find(self.key(prefix))
+            for start in range(0, len(keys), DELETED_AT_ONCE):
+                self._delete_keys(keys[start : start + DELETED_AT_ONCE])
             return
         target = Path(self.key(prefix))
         try:
@@ -218,16 +230,29 @@ class Storage:
             finally:
                 temporary.unlink(missing_ok=True)
 
-    def _put_if(self, path: str, data: bytes, **condition: str) -> bool:
-        from botocore.exceptions import ClientError
+    def _delete_keys(self, keys: list[str]) -> None:
+        """Delete up to 1,000 objects in one request, whose answer may be 200 and yet hold errors of single objects."""
+        bucket = keys[0].partition("/")[0]
+        names = [{"Key": key.partition("/")[2]} for key in keys]
+        answer = self.fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": names, "Quiet": True})
+        for error in answer.get("Errors", []):
+            raise OSError(
+                f"s3://{bucket}/{error.get('Key')} was not deleted: {error.get('Code')} {error.get('Message')}"
+            )
 
+    def _put_if(self, path: str, data: bytes, **condition: str) -> bool:
         bucket, _, name = self.key(path).partition("/")
-        try:
-            self.fs.call_s3("put_object", Bucket=bucket, Key=name, Body=data, **condition)
-        except (ClientError, FileExistsError, OSError) as error:
-            if _is_lost_race(error):
-                return False
-            raise
+        for left in reversed(range(CONFLICTS)):
+            try:
+                self.fs.call_s3("put_object", Bucket=bucket, Key=name, Body=data, **condition)
+                break
+            except Exception as error:
+                code = _condition_code(error)
+                if code == "PreconditionFailed":
+                    return False
+                if code != "ConditionalRequestConflict" or not left:
+                    raise
+                time.sleep(random.uniform(0, 0.2))  # another conditional write is under way: ask again who won
         self.fs.invalidate_cache(self.fs._parent(self.key(path)))
         return True
 
@@ -274,15 +299,15 @@ def _sync(path: Path) -> None:
         os.fsync(handle.fileno())
 
 
-def _is_lost_race(error: BaseException) -> bool:
-    """412 PreconditionFailed and 409 ConditionalRequestConflict, however deep s3fs wrapped them."""
+def _condition_code(error: BaseException | None) -> str:
+    """PreconditionFailed (HTTP 412) or ConditionalRequestConflict (409), however deep s3fs wrapped it; '' for anything else."""
+    names = {"412": "PreconditionFailed", "409": "ConditionalRequestConflict"}
     while error is not None:
-        code = getattr(error, "response", {}).get("Error", {}).get("Code") if hasattr(error, "response") else None
-        if code in {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"} or isinstance(
-            error, FileExistsError
-        ):
-            return True
-        if getattr(error, "errno", None) is not None and "PreconditionFailed" in str(error):
-            return True
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return False
+        code = str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
+        code = names.get(code, code)
+        if code in names.values():
+            return code
+        if isinstance(error, FileExistsError) or (isinstance(error, OSError) and "PreconditionFailed" in str(error)):
+            return "PreconditionFailed"
+        error = error.__cause__ or error.__context__
+    return ""

@@ -15,7 +15,7 @@ import boto3
 import pytest
 
 from pipeline.config.schema import StorageConfig
-from pipeline.storage import Storage, StorageError, open_storage, sha256_of
+from pipeline.storage import UPLOAD_PART, Storage, StorageError, open_storage, sha256_of
 
 WRITERS = 8
 
@@ -71,7 +71,7 @@ def test_open_reads_ranges(storage: Storage) -> None:
         assert sha256_of(file) == hashlib.sha256(data).hexdigest()
 
 
-@pytest.mark.parametrize("size", [0, 1000, 20_000_000])  # the last in parts, on S3
+@pytest.mark.parametrize("size", [0, 1000, 2 * UPLOAD_PART + 1000])  # the last in parts, on S3
 def test_upload(storage: Storage, tmp_path: Path, size: int) -> None:
     local = tmp_path / "local"
     local.write_bytes(os.urandom(size))

@@ -59,7 +59,7 @@ class StorageConfig(Section):
 class TokenizerConfig(Section):
     """Train a byte-level BPE with Moonlight's split pattern, or load one (`tokenizer.json` or Moonshot's `tiktoken.model`)."""
 
-    path: str | None = None  # folder or file to load; None trains one on the corpus
+    path: Uri | None = None  # folder or file to load; None trains one on the corpus
     vocab_size: PositiveInt = 8192  # includes the special tokens
     training_bytes: PositiveInt = 40_000_000  # text sampled from the corpus, spread over its sources by weight
     special_tokens: tuple[str, ...] = ("[BOS]", "[EOS]", "[PAD]", "[UNK]")
@@ -311,7 +311,7 @@ class TrainingConfig(Section):
     reshard_after_forward: bool = True
     document_mask: bool = False  # attention stays inside a document of a packed row
     aux_loss_weight: NonNegativeFloat = 1e-4  # sequence-wise balance loss
-    initial_weights: str | None = None  # a Hugging Face folder, promoted or promoted-or-fresh (training/initial.py)
+    initial_weights: Uri | None = None  # a Hugging Face folder, promoted or promoted-or-fresh (training/initial.py)
     skip_sequences: tuple[tuple[int, int], ...] = ()  # ranges [from, to) of global positions left out
     max_skipped_steps: PositiveInt = 10  # non-finite steps in a row before the run stops
     step_timeout_s: PositiveFloat = 1800.0  # heartbeat watchdog

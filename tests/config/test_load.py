@@ -146,7 +146,10 @@ def test_bad_input_is_one_line_that_names_the_key(override: str, message: str) -
     assert message in refusal(override)
 
 
-@pytest.mark.parametrize("key", ["storage.root", "storage.endpoint_url", "corpus.sources.0.path"])
+@pytest.mark.parametrize(
+    "key",
+    ["storage.root", "storage.endpoint_url", "corpus.sources.0.path", "tokenizer.path", "training.initial_weights"],
+)
 @pytest.mark.parametrize("scheme", ["s3", "https"])
 def test_credentials_in_a_uri_are_refused_and_not_repeated(key: str, scheme: str) -> None:
     message = refusal(f"{key}={scheme}://name:secret@host/x")

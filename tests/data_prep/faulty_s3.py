@@ -1,27 +1,43 @@
 """An HTTP proxy that makes an S3 server worse: some requests get 500 or 503 SlowDown, some connections are cut.
 
 A connection is cut before the request reaches the server, or after it did its work (the answer is lost), or in the middle of
-the answer's body.
+the answer's body; half of the cuts are resets.
 """
 
 from __future__ import annotations
 
 import http.client
 import random
+import re
+import socket
+import struct
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate</Message></Error>"
-INTERNAL = b"<Error><Code>InternalError</Code><Message>We encountered an internal error</Message></Error>"
+ANSWERS = {
+    "500": ("InternalError", "We encountered an internal error"),
+    "503": ("SlowDown", "Please reduce your request rate"),
+    "403": ("AccessDenied", "Access Denied"),
+    "409": ("ConditionalRequestConflict", "A conflicting conditional operation is in progress"),
+    "412": ("PreconditionFailed", "At least one of the pre-conditions you specified did not hold"),
+    "404": ("NoSuchUpload", "The specified upload does not exist"),
+}
+NOT_DELETED = b"<DeleteResult><Error>%s<Code>AccessDenied</Code><Message>Access Denied</Message></Error></DeleteResult>"
+FATES = ("500", "503", "cut before", "cut after", "cut within", "reset before", "reset after", "reset within")
 
 
 class FaultyS3:
-    """A context manager; `url` is the endpoint. `faults` counts what was done to how many `requests`."""
+    """A context manager; `url` is the endpoint. `faults` counts what was done to how many `requests`.
+
+    `script`: fates of the next requests, instead of drawn ones: one of FATES or ANSWERS, "not deleted" (a delete
+    request that the server refuses for its first object), or "served".
+    """
 
     def __init__(self, upstream: str, error_rate: float = 0.05, drop_rate: float = 0.02, seed: int = 0) -> None:
         self.upstream = upstream.removeprefix("http://")
         self.error_rate, self.drop_rate = error_rate, drop_rate
         self.requests, self.faults = 0, 0
+        self.script: list[str] = []
         self._random = random.Random(seed)
         self._lock = threading.Lock()
         proxy = self
@@ -32,19 +48,21 @@ class FaultyS3:
             def handle_any(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 fate = proxy._fate()
-                if fate == "500":
-                    return self._answer(500, INTERNAL)
-                if fate == "503":
-                    return self._answer(503, SLOW_DOWN)
-                if fate == "cut before":
-                    return self._cut()
+                if fate in ANSWERS:
+                    code, message = ANSWERS[fate]
+                    body = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
+                    return self._answer(int(fate), body.encode())
+                if fate == "not deleted":
+                    return self._answer(200, NOT_DELETED % re.findall(rb"<Key>.*?</Key>", body)[0])
+                if fate.endswith("before"):
+                    return self._cut(fate)
                 connection = http.client.HTTPConnection(proxy.upstream, timeout=60)
                 connection.request(self.command, self.path, body, dict(self.headers))
                 answer = connection.getresponse()
                 data = answer.read()
                 connection.close()
-                if fate == "cut after":
-                    return self._cut()
+                if fate.endswith("after"):
+                    return self._cut(fate)
                 self.send_response(answer.status)
                 for name, value in answer.getheaders():
                     if name.lower() not in {"transfer-encoding", "connection", "content-length"}:
@@ -54,9 +72,9 @@ class FaultyS3:
                 self.end_headers()
                 if self.command == "HEAD":
                     return None
-                if fate == "cut within" and data:
+                if fate.endswith("within") and data:
                     self.wfile.write(data[: len(data) // 2])
-                    return self._cut()
+                    return self._cut(fate)
                 self.wfile.write(data)
                 return None
 
@@ -69,10 +87,14 @@ class FaultyS3:
                 if self.command != "HEAD":
                     self.wfile.write(body)
 
-            def _cut(self) -> None:
+            def _cut(self, fate: str) -> None:
                 self.close_connection = True
                 self.wfile.flush()
-                self.connection.shutdown(2)
+                if fate.startswith("reset"):
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    self.connection.close()
+                else:
+                    self.connection.shutdown(socket.SHUT_RDWR)
 
             def log_message(self, format: str, *arguments: object) -> None:
                 pass
@@ -89,13 +111,16 @@ class FaultyS3:
     def _fate(self) -> str:
         with self._lock:
             self.requests += 1
-            draw, kind = self._random.random(), self._random.random()
-            if draw >= self.error_rate + self.drop_rate:
+            if self.script:
+                fate = self.script.pop(0)
+            elif self._random.random() < self.error_rate:
+                fate = self._random.choice(FATES[:2])
+            elif self._random.random() < self.drop_rate:
+                fate = self._random.choice(FATES[2:])
+            else:
                 return "served"
-            self.faults += 1
-            if draw < self.error_rate:
-                return "500" if kind < 0.5 else "503"
-            return "cut before" if kind < 1 / 3 else "cut after" if kind < 2 / 3 else "cut within"
+            self.faults += fate != "served"
+            return fate
 
     def __enter__(self) -> FaultyS3:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()

@@ -23,7 +23,7 @@ from pipeline.storage import open_storage
 
 def main() -> None:
     config = RunConfig.model_validate_json(sys.argv[1])
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+    start_ray()
     on_ray = map_on_ray(config.cluster)
 
     def logging_starts(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
@@ -36,6 +36,19 @@ def main() -> None:
         report=lambda progress: print(progress.line(), flush=True),
     )
     print("digest", dataset.digest, flush=True)
+
+
+def start_ray(attempts: int = 10) -> None:
+    """Ray gives its node 30 s to start (ray/_private/node.py); a busy machine may need several of them."""
+    for left in reversed(range(attempts)):
+        try:
+            ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+            return
+        except Exception as error:
+            if not left:
+                raise
+            print(f"Ray did not start: {error}", flush=True)
+            ray.shutdown()
 
 
 def logged(log: Path, function: Callable[[Any], Any], item: Any) -> Any:

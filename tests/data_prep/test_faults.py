@@ -116,7 +116,7 @@ def test_the_marker_of_a_worker_that_died_after_its_commit(jsonl: Path, run_conf
 
 
 @pytest.mark.long
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1800)
 def test_a_deadly_unit_on_ray(jsonl: Path, tmp_path: Path, run_config: Make) -> None:
     config = run_config(jsonl)
     poison(jsonl)
@@ -127,7 +127,7 @@ def test_a_deadly_unit_on_ray(jsonl: Path, tmp_path: Path, run_config: Make) -> 
     prepared = run_config(jsonl)
     train_tokenizer_only(prepared)
     done = start(config, environment)
-    output, _ = done.communicate(timeout=240)
+    output, _ = done.communicate(timeout=1700)
     assert done.returncode == 0, output
     storage = open_storage(config.storage)
     dataset = prepare(config, storage)
@@ -192,6 +192,8 @@ def run_through_kills(config: RunConfig, kills: int, stride: int, seed: int, log
             while len(now := manifests(storage)) < target and driver.poll() is None:
                 time.sleep(0.05)
                 relatives = family(driver) or relatives
+            if driver.poll() is not None:
+                break  # by itself
             assert committed.items() <= now.items(), "a committed unit was done again"
             committed = now
             time.sleep(rng.uniform(0, 0.3))
@@ -206,7 +208,7 @@ def run_through_kills(config: RunConfig, kills: int, stride: int, seed: int, log
             kill([relatives[0]] if what == "driver" else relatives[::-1])
             lost, killed = lost + 2, True
             break
-        output, _ = driver.communicate(timeout=600)
+        output, _ = driver.communicate(timeout=3600)
         kill(relatives[::-1])
         assert killed or driver.returncode == 0, output
         again = [count - 1 for count in Counter(line.rsplit(" ", 1)[0] for line in starts(log)).values()]
@@ -244,7 +246,7 @@ def large(tmp_path: Path, texts: list[str]) -> Path:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(7200)
 def test_twenty_kills_on_a_folder(large: Path, tmp_path: Path, run_config: Make) -> None:
     clean = run_config(large, storage__root=str(tmp_path / "clean"))
     dataset = prepare(clean, open_storage(clean.storage))
@@ -255,7 +257,7 @@ def test_twenty_kills_on_a_folder(large: Path, tmp_path: Path, run_config: Make)
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(7200)
 def test_twenty_kills_on_a_faulty_s3(large: Path, tmp_path: Path, bucket: tuple[str, str], run_config: Make) -> None:
     endpoint, name = bucket
     fewer = {"corpus__unit_bytes": 1_000_000, "data__groups_per_file": 256}  # requests: moto is slow
