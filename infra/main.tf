@@ -20,7 +20,7 @@ module "vpc" {
   public_subnets  = [for index, _ in var.availability_zones : cidrsubnet(var.cidr, 8, 240 + index)]
 
   enable_nat_gateway   = true
-  single_nat_gateway   = true # only images and AWS APIs pass it; data takes the S3 endpoint below
+  single_nat_gateway   = true # only AWS APIs and public registries pass it; data and ECR's layers take the S3 endpoint below
   enable_dns_hostnames = true
   private_subnet_tags  = { "karpenter.sh/discovery" = var.name }
 }
@@ -48,9 +48,10 @@ module "eks" {
   enabled_log_types            = ["api", "audit", "authenticator"]
 
   addons = {
-    coredns                = {}
-    kube-proxy             = {}
-    eks-pod-identity-agent = { before_compute = true }
+    coredns                   = {}
+    kube-proxy                = {}
+    eks-node-monitoring-agent = {} # sees a broken GPU or EFA, which node_repair_config below acts on
+    eks-pod-identity-agent    = { before_compute = true }
     vpc-cni = {
       before_compute       = true
       configuration_values = jsonencode({ enableNetworkPolicy = "true" }) # without it k8s/base/network-policies.yaml is only paper
@@ -84,10 +85,11 @@ module "eks" {
       taints         = group.taints
       subnet_ids     = pool == "system" ? module.vpc.private_subnets : [module.vpc.private_subnets[0]]
 
-      enable_efa_support     = group.efa
-      create_placement_group = group.efa
-      node_repair_config     = { enabled = true }
-      metadata_options       = { http_endpoint = "enabled", http_tokens = "required", http_put_response_hop_limit = 1 }
+      network_interfaces = group.network_interfaces
+      placement          = group.placement_group == null ? null : { group_name = group.placement_group }
+      node_repair_config = { enabled = true }
+      update_config      = { max_unavailable = 1, update_strategy = group.update_strategy }
+      metadata_options   = { http_endpoint = "enabled", http_tokens = "required", http_put_response_hop_limit = 1 }
 
       instance_market_options = group.capacity_type == "CAPACITY_BLOCK" ? { market_type = "capacity-block" } : null
       capacity_reservation_specification = group.reservation_id == null ? null : {
@@ -129,6 +131,10 @@ module "bucket" {
   bucket                                = var.bucket
   versioning                            = { enabled = true }
   lifecycle_rule                        = module.plan.lifecycle_rules
+  block_public_acls                     = true
+  block_public_policy                   = true
+  ignore_public_acls                    = true
+  restrict_public_buckets               = true
   attach_deny_insecure_transport_policy = true
   server_side_encryption_configuration = {
     rule = { apply_server_side_encryption_by_default = { sse_algorithm = "AES256" } }

@@ -42,10 +42,11 @@ variable "storage_prefix" {
 variable "gpu_train" {
   description = "The training gang's hosts, see modules/plan."
   type = object({
-    instance_type  = string
-    hosts          = number
-    capacity       = optional(string, "on-demand")
-    reservation_id = optional(string)
+    instance_type   = string
+    hosts           = number
+    capacity        = optional(string, "on-demand")
+    reservation_id  = optional(string)
+    placement_group = optional(string)
   })
 }
 
@@ -56,7 +57,7 @@ variable "efa" {
 }
 
 variable "api_access_cidrs" {
-  description = "Who may reach the API server's public endpoint; empty: nobody, it is private."
+  description = "Who may reach the API server's public endpoint; empty: it is private, and kubectl works only from inside the VPC."
   type        = list(string)
   default     = []
 }
@@ -68,9 +69,12 @@ variable "researcher_role_arns" {
 }
 
 variable "admin_role_arns" {
-  description = "IAM roles with cluster administration."
+  description = "IAM roles with cluster administration. Whoever applies this gets in only as one of them."
   type        = list(string)
-  default     = []
+  validation {
+    condition     = length(var.admin_role_arns) > 0
+    error_message = "admin_role_arns must name at least one IAM role: without one nobody could administer the cluster."
+  }
 }
 
 variable "cost_center" {

@@ -11,16 +11,49 @@ import os
 import sys
 from functools import partial
 
+from botocore.exceptions import BotoCoreError
+
 from jobs import stages
 from jobs.summary import print_summary
 from pipeline.config.schema import RunConfig
 from pipeline.storage import Storage
-from pipeline.workflow.rayjobs import StageFailed, StageStatus, connect, options_from, run_stage
-from pipeline.workflow.record import STAGES, add_event
+from pipeline.workflow.rayjobs import Outcome, StageFailed, StageStatus, connect, options_from, run_stage
+from pipeline.workflow.record import STAGES, add_event, note_waiting
 
 
 def run_on_kuberay(config: RunConfig, storage: Storage, given: argparse.Namespace) -> int:
     """Run the wanted stages; returns the exit code (`rayjobs.Outcome`)."""
+    try:
+        return _run(config, storage, given)
+    except StageFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.outcome)
+    except (OSError, BotoCoreError) as error:  # storage answered when we began; RayJobs that were made go on
+        print(f"error: storage.root {storage.uri()}: {type(error).__name__}: {error}", file=sys.stderr)
+        return int(Outcome.USAGE if isinstance(error, PermissionError) else Outcome.INFRASTRUCTURE)
+
+
+def show(storage: Storage, run_id: str, status: StageStatus) -> None:
+    """One state of a RayJob for people: a line here, an event, and `progress.json` unless the stage itself writes there."""
+    detail = f"{status.reason} {status.message}".strip()
+    where = f"  dashboard {status.dashboard_url}" if status.dashboard_url else ""
+    line = f"{status.name}: {status.phase}  {detail}{where}".rstrip()
+    print(f"{status.stage:<9} {line}", flush=True)
+    add_event(
+        storage,
+        run_id,
+        "rayjob",
+        status.stage,
+        name=status.name,
+        phase=status.phase,
+        detail=detail,
+        dashboard=status.dashboard_url,
+    )
+    if status.phase in ("queued", "starting", "retrying", "running"):
+        note_waiting(storage, run_id, status.stage, line, begun=status.phase == "running")
+
+
+def _run(config: RunConfig, storage: Storage, given: argparse.Namespace) -> int:
     api, options = connect(os.environ), options_from(os.environ)
     arguments = ["--config", given.config, *given.overrides]
 
@@ -33,29 +66,14 @@ def run_on_kuberay(config: RunConfig, storage: Storage, given: argparse.Namespac
 
     def report(status: StageStatus) -> None:
         followed.add(status.stage)
-        detail = f"{status.reason} {status.message}".strip()
-        where = f"  dashboard {status.dashboard_url}" if status.dashboard_url else ""
-        print(f"{status.stage:<9} {status.name}: {status.phase}  {detail}{where}".rstrip(), flush=True)
-        add_event(storage, config.run_id, "rayjob", status.stage, name=status.name, phase=status.phase, detail=detail)
+        show(storage, config.run_id, status)
 
     for stage in [given.only] if given.only else STAGES:
         if stage != "prepare":
             records = stages.find(config, storage, stage)
             if not records.done(stage):
                 stages.require_inputs(stage, config, storage, records)
-        try:
-            status = run_stage(
-                config,
-                stage,
-                arguments,
-                api=api,
-                done=partial(done, stage),
-                report=report,
-                options=options,
-            )
-        except StageFailed as error:
-            print(f"error: {error}", file=sys.stderr)
-            return int(error.outcome)
+        status = run_stage(config, stage, arguments, api=api, done=partial(done, stage), report=report, options=options)
         print(f"{stage:<9} {'up to date' if status is None else 'done'}", flush=True)
         if stage == "prepare" and status is None:  # one that was at work has done so itself
             stages.hold_dataset(config, storage, stages.find(config, storage))

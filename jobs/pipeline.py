@@ -17,6 +17,7 @@ import os
 import shlex
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from types import FrameType
@@ -34,6 +35,19 @@ from pipeline.training import initial
 from pipeline.workflow.record import STAGES, StageProgress, duration, read_progress
 
 LINE_EVERY_S = 5.0
+KUBERAY = """
+--backend kuberay makes one RayJob a stage, <run_id>-<stage>-<attempt>, from the template of that stage, in the cluster of KUBECONFIG or of
+the pod that this runs in. It can be killed and started again at any time, anywhere: it finds the RayJob and goes on watching.
+
+  MOONLIGHT_NAMESPACE      where templates and queues are (moonlight)
+  MOONLIGHT_PRIORITY       a WorkloadPriorityClass: moonlight-interactive, -scheduled or -release (moonlight-interactive)
+  MOONLIGHT_ATTEMPTS       RayJobs that one call may make of a stage, each with retries of its own (1)
+  MOONLIGHT_ON_TERMINATE   on SIGTERM: detach leaves the RayJob running, cancel deletes it (detach)
+
+Its exit codes: 0 done  2 wrong configuration, or template, queue or operator missing  10 the stage's program failed
+  11 a deadline passed  12 KubeRay lost the job, or the API server or the storage stayed away  13 the RayJob was refused
+  14 stopped  15 deleted  16 success without a manifest  17 Kueue gave up  143 SIGTERM, the job goes on
+  (docs/kubernetes.md, "Troubleshooting")"""
 
 
 class Interrupted(BaseException):
@@ -42,7 +56,14 @@ class Interrupted(BaseException):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     made = parser("pipeline", "Run prepare, train, evaluate and publish; what is done already is not done again.")
-    made.add_argument("--backend", choices=["ray", "kuberay"], default="ray", help="kuberay: one RayJob a stage")
+    made.formatter_class = argparse.RawDescriptionHelpFormatter
+    made.epilog = f"{textwrap.fill(made.epilog or '', 110)}\n{KUBERAY}"
+    made.add_argument(
+        "--backend",
+        choices=["ray", "kuberay"],
+        default="ray",
+        help="ray: jobs of the Ray cluster at RAY_ADDRESS or of a local one; kuberay: RayJobs, see below",
+    )
     made.add_argument("--only", choices=STAGES, help="this stage alone (its inputs must be there)")
     given = made.parse_args(arguments)
     try:

@@ -2,9 +2,10 @@
 IMAGE ?= moonlight-pipeline:e2e
 IMAGE_BASE ?= rayproject/ray:2.60.0-py311-gpu
 PIP_ARGS ?=
+OPERATORS ?= prometheus karpenter gpu-operator efa-device-plugin kuberay kueue argo-workflows
 VENV ?= .venv
 
-.PHONY: image k8s-check e2e e2e-kind
+.PHONY: image k8s-check operators e2e e2e-kind
 
 image: ## Build the one image of all stages
 	docker build --tag $(IMAGE) --build-arg BASE=$(IMAGE_BASE) --build-arg PIP_ARGS="$(PIP_ARGS)" \
@@ -13,6 +14,9 @@ image: ## Build the one image of all stages
 k8s-check: $(STAMP) ## Everything about k8s/ and infra/ that can be checked without a cluster
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/python -m pytest -m "long or not long" --override-ini addopts= -q \
 	  tests/k8s tests/infra tests/workflow/test_rayjobs_template.py
+
+operators: $(STAMP) ## Install the operators of k8s/gitops with helm, on the cluster of KUBECONFIG
+	$(VENV)/bin/python k8s/gitops/helm.py $(OPERATORS)
 
 e2e: ## The debug pipeline on the cluster of KUBECONFIG (IMAGE must be pullable there)
 	IMAGE=$(IMAGE) k8s/e2e/e2e.sh

@@ -6,3 +6,5 @@ bucket             = "moonlight-dev"
 storage_prefix     = "development"
 gpu_train          = { instance_type = "p5.48xlarge", hosts = 1 }
 efa                = false
+admin_role_arns    = ["arn:aws:iam::111122223333:role/platform-admin"]
+api_access_cidrs   = ["203.0.113.0/24"]

@@ -6,3 +6,5 @@ bucket             = "moonlight"
 storage_prefix     = "production"
 gpu_train          = { instance_type = "p5.48xlarge", hosts = 32, capacity = "block", reservation_id = "cr-0123456789abcdef0" }
 efa                = true
+admin_role_arns    = ["arn:aws:iam::111122223333:role/platform-admin"]
+api_access_cidrs   = ["203.0.113.0/24"]

@@ -6,8 +6,10 @@
 #   PIP_ARGS="--extra-index-url ..." make e2e-kind   with PyTorch's index of CPU builds: an image that is 5 GB smaller
 #   INSTALL_OPERATORS=no make e2e     leaves KubeRay, Kueue and Argo Workflows as they are
 #   k8s/e2e/e2e.sh retrain            after it: a second run, from the model that the first one published
+#   k8s/e2e/e2e.sh clean              takes our objects out of the cluster again; teardown deletes the kind cluster
 #
-# Each step is a function and can be run alone: k8s/e2e/e2e.sh verify
+# Each step is a function and can be run alone: k8s/e2e/e2e.sh verify. Everything may be run again: objects are applied anew, and what
+# earlier runs left is forgotten first.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -17,9 +19,14 @@ TIMEOUT=${TIMEOUT:-5400} # seconds for the whole run
 
 say() { printf '\n== %s\n' "$*"; }
 
+give_up() {
+  printf 'error: %s\n' "$*" >&2
+  exit 1
+}
+
 cluster() {
   say "kind cluster"
-  kind get clusters | grep -qx moonlight || kind create cluster --config k8s/e2e/kind.yaml --wait 5m
+  kind get clusters | grep -x moonlight || kind create cluster --config k8s/e2e/kind.yaml --wait 5m
   kind export kubeconfig --name moonlight # one that was there already may not be the current context
 }
 
@@ -35,7 +42,9 @@ operators() {
   say "operators on $(kubectl config current-context)"
   kubectl apply --filename k8s/base/namespaces.yaml
   if [ "${INSTALL_OPERATORS}" != yes ]; then
-    echo "as they are"
+    for crd in rayjobs.ray.io clusterqueues.kueue.x-k8s.io workflows.argoproj.io; do
+      kubectl get crd "${crd}" > /dev/null || give_up "INSTALL_OPERATORS=${INSTALL_OPERATORS}, but the cluster has no ${crd}: install its operator"
+    done
     return
   fi
   helm upgrade --install kuberay-operator kuberay-operator --repo https://ray-project.github.io/kuberay-helm --version 1.7.0 \
@@ -54,7 +63,7 @@ pipeline() {
   for try in 1 2 3 4 5 6; do
     kubectl kustomize k8s/overlays/kind | sed "s#moonlight-pipeline:e2e#${IMAGE}#" \
       | kubectl apply --server-side --force-conflicts --filename - && break
-    [ "${try}" = 6 ] && return 1
+    [ "${try}" -lt 6 ] || give_up "the objects were refused six times: are the operators' pods and webhooks ready?"
     sleep 20
   done
   kubectl --namespace moonlight-storage rollout status deployment/s3 --timeout 5m
@@ -88,13 +97,16 @@ follow() {
     phase=$(kubectl --namespace moonlight get workflow "${name}" --output jsonpath='{.status.phase}' || true)
     case "${phase}" in
       Succeeded) return 0 ;;
-      Failed | Error) break ;;
+      Failed | Error)
+        diagnose "${name}"
+        give_up "workflow ${name}: ${phase}"
+        ;;
     esac
     kubectl --namespace moonlight get rayjobs --selector "moonlight.ai/run-id=${name}" --no-headers 2>/dev/null || true
     sleep 20
   done
   diagnose "${name}"
-  return 1
+  give_up "workflow ${name}: ${phase:-no answer} after ${TIMEOUT} s"
 }
 
 verify() {
@@ -102,12 +114,27 @@ verify() {
   kubectl --namespace moonlight-storage exec --stdin deployment/s3 -- python - http://localhost:5000 moonlight e2e < k8s/e2e/verify.py
 }
 
-diagnose() {
-  say "what went wrong"
+diagnose() { # everything that may say why; what cannot be had is left out
+  local operator
+  say "what went wrong with ${1:-e2e}"
   kubectl --namespace moonlight get workflows,rayjobs,workloads,pods --output wide || true
   kubectl --namespace moonlight describe rayjobs --selector "moonlight.ai/run-id=${1:-e2e}" | tail -60 || true
-  kubectl --namespace moonlight logs --selector "workflows.argoproj.io/workflow=${1:-e2e}" --container main --tail 40 --prefix || true
+  kubectl --namespace moonlight describe workloads | tail -60 || true
   kubectl --namespace moonlight get events --sort-by .lastTimestamp | tail -40 || true
+  say "drivers and Ray's nodes"
+  kubectl --namespace moonlight logs --selector "workflows.argoproj.io/workflow=${1:-e2e}" --container main --tail 40 --prefix || true
+  kubectl --namespace moonlight logs --selector ray.io/is-ray-node=yes --all-containers --tail 40 --prefix || true
+  for operator in kuberay-system/kuberay-operator kueue-system/kueue-controller-manager argo/argo-workflows-workflow-controller; do
+    say "${operator}"
+    kubectl --namespace "${operator%/*}" logs "deployment/${operator#*/}" --tail 30 || true
+  done
+}
+
+clean() {
+  say "clean"
+  kubectl --namespace moonlight delete workflows --all
+  kubectl --namespace moonlight delete rayjobs --selector app.kubernetes.io/managed-by=moonlight-driver --timeout 5m
+  kubectl kustomize k8s/overlays/kind | kubectl delete --ignore-not-found --filename -
 }
 
 teardown() {

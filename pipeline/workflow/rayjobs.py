@@ -29,7 +29,7 @@ from enum import IntEnum
 from typing import Any, Literal
 
 from pipeline.config.schema import RunConfig
-from pipeline.workflow.rayjobs_api import ApiUnavailable, RayJobApi, Refused, connect
+from pipeline.workflow.rayjobs_api import ApiUnavailable, NotServed, RayJobApi, Refused, connect
 from pipeline.workflow.rayjobs_template import (
     ARGUMENTS_ANNOTATION,
     QUEUE_ANNOTATION,
@@ -46,9 +46,12 @@ from pipeline.workflow.rayjobs_template import (
 )
 
 __all__ = [
+    "ApiUnavailable",
+    "NotServed",
     "Options",
     "Outcome",
     "RayJobApi",
+    "Refused",
     "StageFailed",
     "StageStatus",
     "connect",
@@ -67,7 +70,7 @@ class Outcome(IntEnum):
     USAGE = 2  # no template, an unsafe one, no queue, another configuration under the same run_id
     APPLICATION = 10  # the stage's own program failed, backoffLimit used up
     DEADLINE = 11  # activeDeadlineSeconds or preRunningDeadlineSeconds
-    INFRASTRUCTURE = 12  # KubeRay lost the job, or the API server stayed away
+    INFRASTRUCTURE = 12  # KubeRay lost the job, or the API server or the storage stayed away
     VALIDATION = 13  # KubeRay, Kueue or an admission policy refused the object
     STOPPED = 14  # stopped from outside, or cancelled on SIGTERM
     DELETED = 15  # the RayJob was deleted before it finished
@@ -211,9 +214,9 @@ def run_stage(
                 attempt = attempt_of(job) + 1 if job else 1
                 name = job_name(config.run_id, stage, attempt)
                 job = _create(api, config, stage, attempt, arguments, options)
-            _check_same_request(job, stage, arguments)
             for remaining in reversed(range(options.attempts)):
                 name = job["metadata"]["name"]
+                _check_same_request(job, stage, arguments)
                 status, outcome = _follow(api, job, done, report)
                 if outcome == Outcome.SUCCEEDED:
                     return status
@@ -225,11 +228,13 @@ def run_stage(
             raise AssertionError("attempts is at least 1")
         except Refused as error:
             raise StageFailed(Outcome.VALIDATION, f"{stage}: the cluster refused the request: {error}") from error
+        except NotServed as error:
+            raise StageFailed(Outcome.USAGE, f"{stage}: {error}") from error
         except ApiUnavailable as error:
             raise StageFailed(Outcome.INFRASTRUCTURE, f"{stage}: {error}") from error
         except _Terminated:
             if options.on_terminate == "cancel" and name:
-                api.delete(name)
+                _cancel(api, stage, name)
                 raise StageFailed(Outcome.STOPPED, f"{stage}: cancelled on SIGTERM, {name} deleted") from None
             raise StageFailed(
                 Outcome.DETACHED, f"{stage}: SIGTERM; {name or 'its RayJob'} goes on, run the same command to follow it"
@@ -277,6 +282,16 @@ def _create(
     if job is None:
         raise StageFailed(Outcome.DELETED, f"{stage}: RayJob {name} was deleted while it was being created")
     return job
+
+
+def _cancel(api: RayJobApi, stage: str, name: str) -> None:
+    """Delete the job on the way out. Whoever sent SIGTERM will not wait for long: SIGKILL ends this if the API server is away."""
+    try:
+        api.delete(name)
+    except (ApiUnavailable, Refused) as error:
+        raise StageFailed(
+            Outcome.INFRASTRUCTURE, f"{stage}: SIGTERM, but {name} could not be deleted and goes on: {error}"
+        ) from error
 
 
 def _check_same_request(job: RayJob, stage: str, arguments: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """The few calls on the Kubernetes API that a driver needs, made to outlive an API server that is away for a while.
 
-Transient trouble (no connection, 401 while a token rotates, 408, 429, 5xx - a webhook that is down answers 500) is retried
-with growing pauses for `patience_s`. A create whose answer was lost is simply repeated: the second try finds the object,
+Transient trouble (no connection, 401 while a token rotates, 408, 429, 5xx - a webhook that is down answers 500; a 409 that is not
+AlreadyExists: quota counters in dispute) is retried with growing pauses for `patience_s`. A create whose answer was lost is simply repeated: the second try finds the object,
 because names are deterministic. `changes` turns get + watch into one stream of states; whenever a watch ends, for whatever
 reason (timeout, broken connection, 410 Gone), it reads the object afresh and watches from there, so it cannot miss the end.
 """
@@ -27,8 +27,10 @@ log = logging.getLogger(__name__)
 RAYJOBS: dict[str, Any] = {"group": "ray.io", "version": "v1", "plural": "rayjobs"}
 LOCAL_QUEUES: dict[str, Any] = {"group": "kueue.x-k8s.io", "version": "v1beta2", "plural": "localqueues"}
 WORKLOADS: dict[str, Any] = {"group": "kueue.x-k8s.io", "version": "v1beta2", "plural": "workloads"}
-TRANSIENT = {401, 408, 429, 500, 502, 503, 504}
+TRANSIENT = {401, 408, 409, 429, 500, 502, 503, 504}
+ORDINARY = {(404, "NotFound"), (409, "AlreadyExists")}  # answers, not errors
 CONNECT_S, READ_S = 5.0, 30.0
+PATIENCE_S = 900.0
 
 
 class ApiUnavailable(Exception):
@@ -39,13 +41,17 @@ class Refused(Exception):
     """The API server or an admission webhook said no; repeating will not help."""
 
 
+class NotServed(Exception):
+    """The API server knows no such kind: its operator is not installed, or in another version."""
+
+
 @dataclass
 class RayJobApi:
-    """RayJobs of one namespace. Retries inside; raises ApiUnavailable or Refused."""
+    """RayJobs of one namespace. Retries inside; raises ApiUnavailable, Refused or NotServed."""
 
     client: kubernetes_client.ApiClient
     namespace: str
-    patience_s: float = 900.0
+    patience_s: float = PATIENCE_S
     watch_s: int = 120
     pause_s: float = 1.0  # first pause after a failure, and between two watches
     longest_pause_s: float = 30.0
@@ -125,16 +131,22 @@ class RayJobApi:
             response.close()
 
     def _call(self, function: Callable[..., Any], **arguments: Any) -> Any:
-        """None for 404 and 409 (the callers' normal cases)."""
+        """None for an object that is not there, or already is (the callers' normal cases)."""
         started, pause = self.clock(), self.pause_s
         while True:
             try:
                 return function(namespace=self.namespace, _request_timeout=(CONNECT_S, READ_S), **arguments)
             except ApiException as error:
-                if error.status in (404, 409):
+                status = _status(error)
+                if (error.status, status.get("reason")) in ORDINARY:
                     return None
+                if error.status == 404:  # no Status object: there is not even such a path
+                    raise NotServed(
+                        f"the cluster serves no {arguments['plural']} of {arguments['group']}/{arguments['version']}; "
+                        "install the operator that brings them (docs/kubernetes.md, Install)"
+                    ) from error
                 if error.status not in TRANSIENT and error.status:
-                    raise Refused(f"{error.status} {_message(error)}") from error
+                    raise Refused(f"{error.status} {status.get('message') or error.reason}") from error
                 trouble: Exception = error
             except (urllib3.exceptions.HTTPError, OSError) as error:
                 trouble = error
@@ -142,12 +154,13 @@ class RayJobApi:
                 raise ApiUnavailable(
                     f"no answer from the Kubernetes API for {self.patience_s:g} s: {_short(trouble)}"
                 ) from trouble
-            log.info("Kubernetes API: %s; again in %.1f s", _short(trouble), pause)
+            told = logging.WARNING if pause >= self.longest_pause_s else logging.INFO  # a blink is nobody's business
+            log.log(told, "Kubernetes API: %s; again in %.1f s", _short(trouble), pause)
             self.sleep(pause)
             pause = min(2 * pause, self.longest_pause_s)
 
 
-def connect(environ: Mapping[str, str]) -> RayJobApi:
+def connect(environ: Mapping[str, str], patience_s: float = PATIENCE_S) -> RayJobApi:
     """Inside a cluster by the pod's service account, elsewhere by the kubeconfig. MOONLIGHT_NAMESPACE names the namespace."""
     configuration = kubernetes_client.Configuration()
     try:
@@ -157,16 +170,19 @@ def connect(environ: Mapping[str, str]) -> RayJobApi:
             kubernetes_config.load_kube_config(client_configuration=configuration)
         except kubernetes_config.ConfigException as error:
             raise ValueError(
-                f"--backend kuberay: no cluster to talk to ({error}); set KUBECONFIG or run inside the cluster"
+                f"no Kubernetes cluster to talk to ({error}); set KUBECONFIG or run inside the cluster"
             ) from None
-    return RayJobApi(kubernetes_client.ApiClient(configuration), environ.get("MOONLIGHT_NAMESPACE", "moonlight"))
+    namespace = environ.get("MOONLIGHT_NAMESPACE", "moonlight")
+    return RayJobApi(kubernetes_client.ApiClient(configuration), namespace, patience_s)
 
 
-def _message(error: ApiException) -> str:
+def _status(error: ApiException) -> dict[str, Any]:
+    """The Status object of an answer; empty when it is something else, as from a proxy or for an unknown path."""
     try:
-        return str(json.loads(error.body or "")["message"])
-    except (TypeError, ValueError, KeyError):
-        return str(error.reason)
+        found = json.loads(error.body or "")
+    except (TypeError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _short(error: BaseException) -> str:

@@ -1,7 +1,9 @@
 """What a run writes about itself for people: `progress.json` (now) and `events.jsonl` (what happened when).
 
-    <root>/runs/<run_id>/progress.json   the stage at work: done, total, rate, ETA; replaced at most once a second
-    <root>/runs/<run_id>/events.jsonl    a line a stage started, finished or failed, with UNIX times and seconds
+    <root>/runs/<run_id>/progress.json   the stage at work: done, total, rate, ETA; replaced at most once a second. On Kubernetes,
+                                         until the stage's program begins: what its RayJob waits for
+    <root>/runs/<run_id>/events.jsonl    a line a stage started, finished or failed, with UNIX times and seconds; on Kubernetes
+                                         also one a state of a RayJob, with the reason and the address of its dashboard
 
 Neither is hashed nor read by a stage: they describe the making, not the thing. A lost update costs a line on a screen,
 so failures to write them are reported on stderr and the work goes on.
@@ -27,7 +29,7 @@ STAGES = ("prepare", "train", "evaluate", "publish")
 
 @dataclass(frozen=True)
 class StageProgress:
-    """How far a stage is. `done` and `total` are in `unit`; `rate` is in `rate_unit` per second."""
+    """How far a stage is. `done` and `total` are in `unit`; `rate` is in `rate_unit` per second. Without a unit: not at work, for the reason in `note`."""
 
     stage: str
     done: int
@@ -40,6 +42,8 @@ class StageProgress:
     updated: float = 0.0  # UNIX time
 
     def line(self) -> str:
+        if not self.unit:
+            return f"{self.stage:<9}  {self.note}"
         share = f" {self.done / self.total:4.0%}" if self.total else ""
         eta = "" if self.eta_s is None else f"  {duration(self.eta_s)} left"
         rate = f"  {self.rate:,.0f} {self.rate_unit}/s" if self.rate else ""
@@ -78,6 +82,18 @@ class ProgressFile:
 def read_progress(storage: Storage, run_id: str) -> StageProgress | None:
     data = storage.read_or_none(progress_path(run_id))
     return None if data is None else StageProgress(**json.loads(data))
+
+
+def note_waiting(storage: Storage, run_id: str, stage: str, note: str, *, begun: bool = False) -> None:
+    """Put a stage that is not at work into `progress.json`, with the reason. begun: unless it has written there itself."""
+    record = asdict(StageProgress(stage, 0, 0, "", 0.0, "", None, note, time.time()))
+
+    def write() -> None:
+        now = read_progress(storage, run_id) if begun else None
+        if now is None or now.stage != stage or not now.unit:
+            storage.write(progress_path(run_id), json.dumps(record).encode())
+
+    _keep(write)
 
 
 def add_event(storage: Storage, run_id: str, event: str, stage: str, **facts: Any) -> None:

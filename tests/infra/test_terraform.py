@@ -118,7 +118,8 @@ def test_node_group_arguments_exist() -> None:
     text = (INFRA / "main.tf").read_text()
     block = text[text.index("eks_managed_node_groups = {") : text.index("node_security_group_additional_rules")]
     given = set(re.findall(r"^      (\w+) +=", block, re.M))
-    assert {"instance_types", "labels", "taints", "enable_efa_support", "cloudinit_pre_nodeadm"} <= given
+    assert {"instance_types", "labels", "taints", "network_interfaces", "cloudinit_pre_nodeadm"} <= given
+    assert not given & {"enable_efa_support", "create_placement_group"}  # a group that no reservation lies in
     assert given - set(NAMES["terraform-aws-modules/eks/aws"]["eks_managed_node_groups"]) == set()
 
 
@@ -144,8 +145,26 @@ def test_variables_that_are_used_are_declared() -> None:
     text = "".join(path.read_text() for path in INFRA.glob("*.tf"))
     declared = set(re.findall(r'^variable "(\w+)"', text, re.M))
     assert set(re.findall(r"\bvar\.(\w+)", text)) == declared
+    needed = {
+        name.strip('"')
+        for block in hcl2.loads((INFRA / "variables.tf").read_text())["variable"]
+        for name, body in block.items()
+        if "default" not in body
+    }
+    assert "admin_role_arns" in needed  # nobody is an administrator by accident, and never nobody
     for example in ("dev", "prod"):
-        assert set(hcl2.loads((INFRA / f"examples/{example}.tfvars").read_text())) - {"__comments__"} <= declared
+        given = set(hcl2.loads((INFRA / f"examples/{example}.tfvars").read_text())) - {"__comments__"}
+        assert needed <= given <= declared
+
+
+def test_the_bucket_is_private_encrypted_and_kept() -> None:
+    body = modules()["bucket"]
+    for setting in ("block_public_acls", "block_public_policy", "ignore_public_acls", "restrict_public_buckets"):
+        assert body[setting] is True
+    assert body["attach_deny_insecure_transport_policy"] is True
+    assert body["versioning"]["enabled"] is True
+    assert "AES256" in str(body["server_side_encryption_configuration"])
+    assert "force_destroy" not in body
 
 
 # -- agreement with k8s/ ---------------------------------------------------------------------------------------------

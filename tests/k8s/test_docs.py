@@ -9,11 +9,10 @@ import pytest
 
 from pipeline.workflow.rayjobs import Outcome
 from tests.k8s.manifests import REPOSITORY, Manifest, needs_kubectl, render
-from tests.k8s.rules.gitops import PINNED
 
 PAGE = (REPOSITORY / "docs/kubernetes.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.strip().splitlines()]
-TOOLS = {"make", "kubectl", "helm", "terraform", "aws", "docker", "argocd", "argo", "ray", "python", "cp", "export"}
+TOOLS = {"make", "kubectl", "terraform", "aws", "docker", "argocd", "argo", "ray", "python", "cp", "export"}
 NAMESPACES = {"moonlight", "moonlight-submit", "kuberay-system", "kueue-system", "argo"}
 RUN = "first"  # the run that the page starts: its objects exist once somebody did
 KINDS = {
@@ -26,9 +25,11 @@ KINDS = {
     "events": "Event",
     "cronworkflow": "CronWorkflow",
     "clusterqueue": "ClusterQueue",
+    "clusterqueues": "ClusterQueue",
+    "nodeclaims": "NodeClaim",
     "workflowtemplate": "WorkflowTemplate",
 }
-VERBS = {"apply", "get", "describe", "delete", "patch", "kustomize", "port-forward"}
+VERBS = {"apply", "get", "describe", "delete", "patch", "kustomize", "port-forward", "wait"}
 PATHS = re.compile(r"(?<![\w/.:])((?:k8s|infra|docs|tests|pipeline)/[\w./-]*\w)")
 
 
@@ -52,16 +53,6 @@ def test_make_target_exists(target: str) -> None:
     assert re.search(rf"^{target}:", (REPOSITORY / "k8s/k8s.mk").read_text(), re.M)
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if "helm upgrade" in line])
-def test_helm_versions_are_those_of_gitops(line: str) -> None:
-    chart = line.split()[4].rsplit("/", 1)[-1]
-    version = re.search(r"--version (\S+)", line)
-    assert version is not None
-    text = "".join(path.read_text() for path in (REPOSITORY / "k8s/gitops/operators").glob("*.yaml"))
-    assert re.search(rf"chart: {chart}\n    targetRevision: {re.escape(version.group(1))}\n", text)
-    assert chart not in PINNED or version.group(1) == PINNED[chart]
-
-
 @needs_kubectl
 @pytest.mark.parametrize("line", [line for line in COMMANDS if "kubectl" in line])
 def test_kubectl_names_what_exists(line: str) -> None:
@@ -77,8 +68,11 @@ def test_kubectl_names_what_exists(line: str) -> None:
         assert options.get("--namespace", "moonlight") in NAMESPACES
         plain = [word for word in words if not word.startswith("-") and word not in values]
         assert plain[0] in VERBS, plain
-        if plain[0] in ("get", "describe", "delete", "patch") and len(plain) > 1:
-            _named(objects, plain[1], plain[2] if len(plain) > 2 and plain[2] not in ("merge",) else None)
+        if plain[0] in ("get", "describe", "delete", "patch", "wait") and len(plain) > 1:
+            name = (
+                plain[2] if len(plain) > 2 and plain[2] != "merge" and not plain[2].startswith("condition=") else None
+            )
+            _named(objects, plain[1], name)
         for key in re.findall(r"([\w./-]+)=", options.get("--selector", "")):
             assert key in ("moonlight.ai/run-id", "app.kubernetes.io/managed-by")
 
@@ -126,3 +120,37 @@ def test_settings_named_on_the_page_exist() -> None:
     config = load_config("debug").model_dump()
     for section, key in re.findall(r"`(storage|training|checkpoint|parallelism|publishing|cluster)\.(\w+)", PAGE):
         assert key in config[section], f"{section}.{key}"
+
+
+def test_terraform_addresses_and_variables_exist() -> None:
+    text = "".join(path.read_text() for path in (REPOSITORY / "infra").glob("*.tf"))
+    for line in (line for line in COMMANDS if "state rm" in line):
+        for address in line.split("state rm ")[1].split():
+            kind, name = address.split(".")
+            assert f'{kind} "{name}"' in text or f'resource "{kind}" "{name}"' in text, address
+    declared = set(re.findall(r"^(?:variable|output) \"(\w+)\"|^    (\w+) += optional", text, re.M))
+    names = {name for pair in declared for name in pair if name}
+    assert {"admin_role_arns", "researcher_role_arns", "api_access_cidrs", "placement_group", "cost_per_hour"} <= names
+    for name in re.findall(r"`(\w+_(?:arns|cidrs|group|hour))`", PAGE):
+        assert name in names, name
+
+
+def test_where_your_names_belong_the_examples_stand() -> None:
+    table = PAGE[PAGE.index("| Yours | In |") :].split("\n\n")[0]
+    texts = {path: (REPOSITORY / path).read_text() for path in PATHS.findall(table)}
+    assert len(texts) == 5
+    for path, example in {
+        "k8s/overlays/prod/kustomization.yaml": "111122223333.dkr.ecr",
+        "k8s/base/artifact-repository.yaml": "bucket: moonlight",
+        "k8s/overlays/prod/retrain.yaml": "storage.root=s3://moonlight/",
+        "k8s/queues/cluster-queues.yaml": "name: gpu-train",
+        "k8s/gitops/operators/karpenter.yaml": "clusterName: moonlight-prod",
+    }.items():
+        assert example in texts[path], path
+
+
+def test_the_section_of_troubleshooting_is_where_help_points_to() -> None:
+    from jobs.pipeline import KUBERAY
+
+    page, section = re.findall(r'\((docs/[\w.]+), "(.*)"\)', KUBERAY)[0]
+    assert f"## {section}\n" in (REPOSITORY / page).read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import yaml
 
 from pipeline.config.load import load_config
-from pipeline.workflow.rayjobs import Options, Outcome, StageFailed, StageStatus, run_stage
+from pipeline.workflow.rayjobs import Options, Outcome, RayJobApi, StageFailed, StageStatus, run_stage
 from tests.workflow.fake_kubernetes import FakeKubernetes
 
 REPOSITORY = Path(__file__).parents[2]
@@ -43,13 +44,22 @@ def filled() -> FakeKubernetes:
 
 
 class Driver:
-    """run_stage in a thread; `result` is a StageStatus, None (already done) or the exception."""
+    """run_stage in a thread; `result` is a StageStatus, None (already done) or the exception.
+
+    dies_after: the number of states it may report before it is gone; dies_at: the number of answers it may get from the API server.
+    """
 
     def __init__(
-        self, cluster: FakeKubernetes, done: Any, stage: str = "prepare", dies_after: int | None = None, **options: Any
+        self,
+        cluster: FakeKubernetes,
+        done: Any,
+        stage: str = "prepare",
+        dies_after: int | None = None,
+        dies_at: int | None = None,
+        **options: Any,
     ) -> None:
         self.reports: list[StageStatus] = []
-        self.dies_after = dies_after
+        self.dies_after, self.dies_at = dies_after, dies_at
         self.result: Any = "running"
         self.thread = threading.Thread(target=self._run, args=(cluster, done, stage, Options(**options)), daemon=True)
         self.thread.start()
@@ -57,7 +67,13 @@ class Driver:
     def _run(self, cluster: FakeKubernetes, done: Any, stage: str, options: Options) -> None:
         try:
             self.result = run_stage(
-                CONFIG, stage, ARGUMENTS, api=cluster.api(), done=done, report=self._report, options=options
+                CONFIG,
+                stage,
+                ARGUMENTS,
+                api=self._mortal(cluster.api()),
+                done=done,
+                report=self._report,
+                options=options,
             )
         except (StageFailed, InterruptedError) as error:
             self.result = error
@@ -67,7 +83,24 @@ class Driver:
         if self.dies_after is not None and len(self.reports) > self.dies_after:
             raise InterruptedError("the driver's pod was evicted")
 
-    def wait(self, seconds: float = 60.0) -> Any:
+    @property
+    def mortal(self) -> bool:
+        return self.dies_after is not None or self.dies_at is not None
+
+    def _mortal(self, api: RayJobApi) -> RayJobApi:
+        if self.dies_at is not None:
+            call, answers = api._call, itertools.count(1)
+
+            def last_calls(*arguments: Any, **options: Any) -> Any:
+                answer = call(*arguments, **options)
+                if next(answers) == self.dies_at:
+                    raise InterruptedError("the driver's pod was evicted")
+                return answer
+
+            api._call = last_calls  # type: ignore[method-assign]
+        return api
+
+    def wait(self, seconds: float = 180.0) -> Any:
         self.thread.join(seconds)
         assert not self.thread.is_alive(), "the driver hangs"
         return self.result
@@ -79,7 +112,7 @@ class Driver:
 
 def until(condition: Any, what: str = "condition") -> None:
     """Wait for it, long enough for a busy machine."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         if condition():
             return

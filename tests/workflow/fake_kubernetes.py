@@ -7,6 +7,7 @@ too: a RayJob created with a queue label is stored suspended.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -33,7 +34,7 @@ class FakeKubernetes:
         self.oldest = 0  # watches from an older version get 410
         self.faults: list[
             str | None
-        ] = []  # one a request: a status code, "drop" (before acting), "lost" (acted), "gone" (410 on a watch)
+        ] = []  # one a request: a status code, "drop" (before acting), "lost" (acted), "gone" (410 on a watch), "no such path"
         self.created: list[str] = []  # names, in order, of RayJobs created through the API
         self.requests: list[tuple[str, str]] = []
         self.closing = False
@@ -101,6 +102,13 @@ class FakeKubernetes:
             if gone:
                 self._log("DELETED", ("rayjobs", name), gone)
 
+    def start_deleting(self, name: str) -> None:
+        """Asked for, but KubeRay's finalizer has not let go yet."""
+        with self.lock:
+            job = copy.deepcopy(self.objects[("rayjobs", name)])
+            job["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+            self._store("rayjobs", job, "MODIFIED")
+
     def compact(self) -> None:
         """Forget all events: every running watch's version is now too old, and its connection ends."""
         with self.lock:
@@ -154,9 +162,11 @@ def _handler(cluster: FakeKubernetes) -> type[BaseHTTPRequestHandler]:
             if self.fault == "lost":
                 self.close_connection = True
                 return
-            data = json.dumps(body).encode()
+            self._send(code, "application/json", json.dumps(body).encode())
+
+        def _send(self, code: int, kind: str, data: bytes) -> None:
             self.send_response(code)
-            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
@@ -176,8 +186,11 @@ def _handler(cluster: FakeKubernetes) -> type[BaseHTTPRequestHandler]:
             if self.fault == "drop":
                 self.close_connection = True
                 return None
+            if self.fault == "no such path":
+                self._send(404, "text/plain", b"404 page not found\n")
+                return None
             if self.fault and self.fault.isdigit():
-                self._status(int(self.fault), "InternalError")
+                self._status(int(self.fault), {"409": "Conflict"}.get(self.fault, "InternalError"))
                 return None
             return parts[5], parts[6] if len(parts) > 6 else None, parse_qs(url.query)
 
@@ -228,6 +241,7 @@ def _handler(cluster: FakeKubernetes) -> type[BaseHTTPRequestHandler]:
             self.close_connection = True
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
+            self.send_header("Transfer-Encoding", "chunked")  # as the real one: each event is there at once
             self.end_headers()
             seen, ends = int(query["resourceVersion"][0]), float(query["timeoutSeconds"][0])
             with cluster.lock:
@@ -238,7 +252,8 @@ def _handler(cluster: FakeKubernetes) -> type[BaseHTTPRequestHandler]:
                         "reason": "Expired",
                         "message": f"too old resource version: {seen}",
                     }
-                    self.wfile.write(json.dumps({"type": "ERROR", "object": gone}).encode() + b"\n")
+                    self._chunk({"type": "ERROR", "object": gone})
+                    self.wfile.write(b"0\r\n\r\n")
                     return
             for _ in range(int(ends / 0.05)):
                 with cluster.lock:
@@ -253,9 +268,15 @@ def _handler(cluster: FakeKubernetes) -> type[BaseHTTPRequestHandler]:
                     seen = max([seen, *(event[0] for event in news)])
                 try:
                     for _, kind, _, item in news:
-                        self.wfile.write(json.dumps({"type": kind, "object": item}).encode() + b"\n")
-                        self.wfile.flush()
+                        self._chunk({"type": kind, "object": item})
                 except OSError:  # the client left
                     return
+            with contextlib.suppress(OSError):
+                self.wfile.write(b"0\r\n\r\n")
+
+        def _chunk(self, event: dict[str, Any]) -> None:
+            line = json.dumps(event).encode() + b"\n"
+            self.wfile.write(f"{len(line):x}\r\n".encode() + line + b"\r\n")
+            self.wfile.flush()
 
     return Handler

@@ -1,6 +1,6 @@
 # Node pools: one label (moonlight.ai/node-pool) that Kueue's flavors, Karpenter's NodePools and the stage templates share.
 locals {
-  # gpus, EFA interfaces, vCPUs, GiB, from AWS's instance type pages.
+  # gpus, EFA interfaces (one a network card), vCPUs, GiB, from AWS's instance type pages.
   instance_facts = {
     "p5.48xlarge"   = { gpus = 8, efa = 32, cpus = 192, memory_gib = 2048 }
     "p5en.48xlarge" = { gpus = 8, efa = 16, cpus = 192, memory_gib = 2048 }
@@ -12,6 +12,19 @@ locals {
   # What a host keeps for itself: kubelet, daemons, and the memory that a GPU host's agents take.
   allocatable = { cpus = local.train.cpus - 4, memory_gib = floor(local.train.memory_gib * 0.94) }
 
+  # The first card carries the host's IP traffic too, the others EFA alone and so take no address. Written out, because the EKS module's
+  # enable_efa_support also makes a cluster placement group, and hosts of a reservation that was not made in that group do not start
+  # (InsufficientInstanceCapacity; terraform-aws-eks#3730). Blocks are placed together by AWS, other reservations by who makes them.
+  efa_interfaces = [
+    for card in range(var.efa ? local.train.efa : 0) : {
+      network_card_index          = card
+      device_index                = card == 0 ? 0 : 1
+      interface_type              = card == 0 ? "efa" : "efa-only"
+      associate_public_ip_address = false
+      delete_on_termination       = true
+    }
+  ]
+
   gpu_taint = { key = "nvidia.com/gpu", value = "true", effect = "NO_SCHEDULE" }
 
   # On-demand GPU hosts are Karpenter's (k8s/components/karpenter-gpu-train): they exist while a job runs. Reserved ones are a managed node
@@ -20,16 +33,18 @@ locals {
     {
       # Operators, and nothing of ours: Karpenter needs a node that it does not manage.
       system = {
-        instance_types = ["m7i.2xlarge"]
-        ami_type       = "AL2023_x86_64_STANDARD"
-        capacity_type  = "ON_DEMAND"
-        min_size       = 2
-        max_size       = 4
-        desired_size   = 2
-        labels         = { "moonlight.ai/node-pool" = "system" }
-        taints         = {}
-        efa            = false
-        reservation_id = null
+        instance_types     = ["m7i.2xlarge"]
+        ami_type           = "AL2023_x86_64_STANDARD"
+        capacity_type      = "ON_DEMAND"
+        min_size           = 2
+        max_size           = 4
+        desired_size       = 2
+        labels             = { "moonlight.ai/node-pool" = "system" }
+        taints             = {}
+        network_interfaces = []
+        reservation_id     = null
+        placement_group    = null
+        update_strategy    = "DEFAULT"
       }
     },
     var.gpu_train.capacity == "on-demand" ? {} : {
@@ -44,9 +59,11 @@ locals {
           { "moonlight.ai/node-pool" = "gpu-train", "nvidia.com/gpu.present" = "true" },
           var.efa ? { "vpc.amazonaws.com/efa.present" = "true" } : {},
         )
-        taints         = { gpu = local.gpu_taint }
-        efa            = var.efa
-        reservation_id = var.gpu_train.reservation_id
+        taints             = { gpu = local.gpu_taint }
+        network_interfaces = local.efa_interfaces
+        reservation_id     = var.gpu_train.reservation_id
+        placement_group    = var.gpu_train.placement_group
+        update_strategy    = "MINIMAL" # a full reservation has no host to spare: old ones go before new ones come
       }
     },
   )

@@ -51,24 +51,28 @@ locals {
     { driver = [{ namespace = "moonlight", name = "driver" }, { namespace = "moonlight-submit", name = "driver" }] },
   )
 
-  lifecycle_rules = [
-    {
+  # With versioning a deleted object stays, and is paid for, as an old version. Nothing of a run expires by itself: the pipeline deletes
+  # checkpoints (checkpoint.keep), people delete the rest. Models keep every version.
+  days_after_deletion = { runs = 7, datasets = 30 }
+  lifecycle_rules = concat(
+    [{
       id                                     = "unfinished-uploads"
       enabled                                = true
       filter                                 = { prefix = "" }
       abort_incomplete_multipart_upload_days = 7
-    },
-    {
-      id                            = "deleted-checkpoints" # with versioning a deleted checkpoint stays, and is paid for, as an old version
+    }],
+    [for folder, days in local.days_after_deletion : {
+      id                            = "deleted-${folder}"
       enabled                       = true
-      filter                        = { prefix = "${local.root}/runs/" }
-      noncurrent_version_expiration = { days = 7 }
-    },
-    {
+      filter                        = { prefix = "${local.root}/${folder}/" }
+      noncurrent_version_expiration = { days = days }
+      expiration                    = { expired_object_delete_marker = true } # the last trace of a deleted object
+    }],
+    [{
       id         = "logs"
       enabled    = true
       filter     = { prefix = "logs/" }
       expiration = { days = 90 }
-    },
-  ]
+    }],
+  )
 }

@@ -32,12 +32,13 @@ variable "input_prefixes" {
 }
 
 variable "gpu_train" {
-  description = "The training gang's hosts. capacity: on-demand, reservation (an ODCR) or block (a Capacity Block); the last two are paid whether used or not, so they never scale to zero by themselves."
+  description = "The training gang's hosts. capacity: on-demand, reservation (an ODCR) or block (a Capacity Block); the last two are paid whether used or not, so they never scale to zero by themselves. placement_group: name of the cluster placement group that the ODCR was made in."
   type = object({
-    instance_type  = string
-    hosts          = number
-    capacity       = optional(string, "on-demand")
-    reservation_id = optional(string)
+    instance_type   = string
+    hosts           = number
+    capacity        = optional(string, "on-demand")
+    reservation_id  = optional(string)
+    placement_group = optional(string)
   })
   validation {
     condition     = contains(["p5.48xlarge", "p5en.48xlarge", "p4de.24xlarge", "p4d.24xlarge"], var.gpu_train.instance_type)
@@ -54,6 +55,10 @@ variable "gpu_train" {
   validation {
     condition     = (var.gpu_train.capacity == "on-demand") == (var.gpu_train.reservation_id == null)
     error_message = "gpu_train.reservation_id is needed for capacity reservation and block, and for nothing else."
+  }
+  validation {
+    condition     = var.gpu_train.placement_group == null || var.gpu_train.capacity == "reservation"
+    error_message = "gpu_train.placement_group belongs to capacity reservation: AWS places a block itself, and Karpenter's hosts come one by one."
   }
 }
 

@@ -34,6 +34,25 @@ run "quota_is_hosts_times_what_a_worker_takes" {
   }
 }
 
+run "every_network_card_has_one_efa_interface_and_the_first_an_address" {
+  command = plan
+  variables {
+    gpu_train = { instance_type = "p5en.48xlarge", hosts = 4, capacity = "reservation", reservation_id = "cr-0123456789abcdef0", placement_group = "gang" }
+  }
+  assert {
+    condition     = jsonencode(output.node_groups["gpu-train"].network_interfaces[*].network_card_index) == jsonencode(range(16))
+    error_message = "p5en has 16 network cards"
+  }
+  assert {
+    condition     = alltrue([for index, card in output.node_groups["gpu-train"].network_interfaces : card.interface_type == (index == 0 ? "efa" : "efa-only") && card.device_index == min(index, 1)])
+    error_message = "one interface carries IP, the others do not"
+  }
+  assert {
+    condition     = output.node_groups["gpu-train"].placement_group == "gang" && output.node_groups["gpu-train"].update_strategy == "MINIMAL"
+    error_message = "hosts of a reservation start in its placement group, and are replaced without a spare one"
+  }
+}
+
 run "without_efa_there_is_none" {
   command = plan
   variables {
@@ -42,6 +61,10 @@ run "without_efa_there_is_none" {
   assert {
     condition     = output.gpu_train_quota["vpc.amazonaws.com/efa"] == 0 && !contains(keys(output.node_groups["gpu-train"].labels), "vpc.amazonaws.com/efa.present")
     error_message = "no EFA quota and label"
+  }
+  assert {
+    condition     = output.node_groups["gpu-train"].network_interfaces == []
+    error_message = "the instance type's own interface"
   }
 }
 
@@ -93,6 +116,26 @@ run "missing_objects_are_missing_not_forbidden" {
   }
 }
 
+run "nothing_expires_but_logs_and_what_was_deleted" {
+  command = plan
+  assert {
+    condition     = [for rule in output.lifecycle_rules : rule.filter.prefix if try(rule.expiration.days, null) != null] == ["logs/"]
+    error_message = "current objects: logs only"
+  }
+  assert {
+    condition     = toset([for rule in output.lifecycle_rules : rule.filter.prefix if can(rule.noncurrent_version_expiration)]) == toset(["production/runs/", "production/datasets/"])
+    error_message = "old versions of models stay"
+  }
+  assert {
+    condition     = [for rule in output.lifecycle_rules : rule.filter.prefix if can(rule.abort_incomplete_multipart_upload_days)] == [""]
+    error_message = "unfinished uploads, wherever they are"
+  }
+  assert {
+    condition     = alltrue([for rule in output.lifecycle_rules : rule.enabled]) && length(distinct(output.lifecycle_rules[*].id)) == 4
+    error_message = "every rule is on and has an id of its own"
+  }
+}
+
 run "unknown_hardware" {
   command = plan
   variables {
@@ -113,6 +156,14 @@ run "a_block_without_its_reservation" {
   command = plan
   variables {
     gpu_train = { instance_type = "p5.48xlarge", hosts = 1, capacity = "block" }
+  }
+  expect_failures = [var.gpu_train]
+}
+
+run "a_placement_group_for_a_block" {
+  command = plan
+  variables {
+    gpu_train = { instance_type = "p5.48xlarge", hosts = 1, capacity = "block", reservation_id = "cr-0123456789abcdef0", placement_group = "gang" }
   }
   expect_failures = [var.gpu_train]
 }
