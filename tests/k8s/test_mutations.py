@@ -28,6 +28,7 @@ GITOPS = {
     "chart that is not pinned": (put("Application/kuberay-operator", "spec.source.targetRevision", "1.*"), "not a pinned version"),
     "KubeRay that was not tested with this Kueue": (put("Application/kuberay-operator", "spec.source.targetRevision", "1.8.0"), "not the tested"),
     "gate switched on": (put("Application/kuberay-operator", "spec.source.helm.valuesObject.featureGates.4.enabled", True), "featureGates"),
+    "no patience with a lost head": (drop("Application/kuberay-operator", "spec.source.helm.valuesObject.env"), "a job dies with its head"),
     "gate forgotten": (drop("Application/kuberay-operator", "spec.source.helm.valuesObject.featureGates.1"), "featureGates"),
     "source outside the project": (put("Application/kueue", "spec.source.repoURL", "https://example.com/charts"), "does not allow"),
     "client-side apply of CRDs": (put("Application/kuberay-operator", "spec.syncPolicy.syncOptions", []), "ServerSideApply"),

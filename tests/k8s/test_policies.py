@@ -127,14 +127,44 @@ def test_clusters_of_the_submit_workspace_are_authenticated() -> None:
     assert any("must be token" in denial for denial in denials(objects, cluster))
 
 
-def test_workflows_come_from_templates() -> None:
-    objects = render("k8s/overlays/prod")
-    workflow = {
+def workflow(spec: dict[str, Any], status: dict[str, Any] | None = None) -> Manifest:
+    manifest: Manifest = {
         "apiVersion": "argoproj.io/v1alpha1",
         "kind": "Workflow",
         "metadata": {"name": "x", "namespace": "moonlight"},
-        "spec": {"workflowTemplateRef": {"name": "moonlight-run"}},
+        "spec": {"workflowTemplateRef": {"name": "moonlight-run"}, **spec},
     }
-    assert denials(objects, workflow) == []
-    workflow["spec"] = {"entrypoint": "x", "templates": []}
-    assert any("WorkflowTemplate" in denial for denial in denials(objects, workflow))
+    return manifest if status is None else {**manifest, "status": status}
+
+
+def test_workflows_come_from_templates() -> None:
+    objects = render("k8s/overlays/prod")
+    submitted = workflow({"arguments": {"parameters": []}}, {"startedAt": None, "finishedAt": None})  # as the CLI sends it
+    assert denials(objects, submitted) == []
+    assert denials(objects, workflow({"shutdown": "Stop"}), operation="UPDATE", before=workflow({})) == []
+    free = workflow({})
+    free["spec"] = {"entrypoint": "x", "templates": []}
+    assert any("must refer to a WorkflowTemplate" in denial for denial in denials(objects, free))
+
+
+@pytest.mark.parametrize("field", ["templates", "podSpecPatch", "serviceAccountName", "volumes", "hooks", "podMetadata"])
+@pytest.mark.parametrize("operation", ["CREATE", "UPDATE"])
+def test_workflows_bring_nothing_that_runs(field: str, operation: str) -> None:
+    found = denials(
+        render("k8s/overlays/prod"), workflow({field: "x"}), operation=operation, before=workflow({}), rights={"create pods"}
+    )
+    assert any("may set only" in denial for denial in found)
+
+
+def test_the_templates_that_argo_has_stored_stay_argos() -> None:
+    objects = render("k8s/overlays/prod")
+    stored = {"storedWorkflowTemplateSpec": {"templates": [{"name": "stage", "container": {"image": "reviewed"}}]}}
+    forged = {"storedWorkflowTemplateSpec": {"templates": [{"name": "stage", "container": {"image": "mine"}}]}}
+    for operation, before in (("CREATE", None), ("UPDATE", workflow({})), ("UPDATE", workflow({}, stored))):
+        request = {"operation": operation, "before": before}
+        found = denials(objects, workflow({}, forged), **request, rights={"update workflows", "patch workflows"})
+        assert any("written by Argo's controller" in denial for denial in found)
+        assert denials(objects, workflow({}, forged), **request, rights={"create pods"}) == []
+    assert any("Argo" in denial for denial in denials(objects, workflow({}), operation="UPDATE", before=workflow({}, stored)))
+    kept = denials(objects, workflow({"suspend": True}, stored), operation="UPDATE", before=workflow({}, stored))
+    assert kept == []

@@ -11,6 +11,7 @@ from tests.k8s.manifests import REPOSITORY, Manifest, label, select
 from tests.k8s.rules import pods
 
 PINNED = {"kuberay-operator": "1.7.0", "kueue": "0.19.2"}  # a pair: Kueue 0.19 speaks KubeRay 1.6's types (fact 19)
+HEAD_IS_BACK_S = 900  # a new on-demand node and the first pull of the image
 SELECTS_ALL = "serviceMonitorSelectorNilUsesHelmValues"  # false: Prometheus takes every ServiceMonitor
 GATES = {
     "RayClusterStatusConditions": True,
@@ -69,6 +70,9 @@ def _application(application: Manifest, project: Manifest) -> Iterator[str]:
         gates = {entry["name"]: entry["enabled"] for entry in values["featureGates"]}
         if gates != GATES:
             yield f"featureGates must be the whole list (an override replaces it): {sorted(set(gates.items()) ^ set(GATES.items()))}"
+        env = {entry["name"]: entry["value"] for entry in values.get("env", [])}
+        if not HEAD_IS_BACK_S <= int(env.get("RAYJOB_STATUS_CHECK_TIMEOUT_SECONDS", 300)):
+            yield f"RAYJOB_STATUS_CHECK_TIMEOUT_SECONDS is below {HEAD_IS_BACK_S}: a job dies with its head, because a new one needs a node and the image"
     if chart == "kueue":
         ours = yaml.safe_load((REPOSITORY / "k8s/queues/manager-config.yaml").read_text())
         if yaml.safe_load(values["managerConfig"]["controllerManagerConfigYaml"]) != ours:

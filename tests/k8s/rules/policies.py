@@ -39,10 +39,14 @@ def denials(
     item: Manifest,
     *,
     operation: str = "CREATE",
+    before: Manifest | None = None,
     username: str = "somebody",
     rights: set[str] = frozenset(),  # type: ignore[assignment]
 ) -> list[str]:
-    """Messages with which the policies among `objects` refuse this request; `rights` are the user's: `update rayjobs`, ..."""
+    """Messages with which the policies among `objects` refuse this request.
+
+    `before` is what an UPDATE finds (the item itself unless given), `rights` are the user's: `update rayjobs`, ...
+    """
     namespace = next(select(objects, "Namespace", item["metadata"].get("namespace")), None)
     found = []
     for binding in select(objects, "ValidatingAdmissionPolicyBinding"):
@@ -51,7 +55,7 @@ def denials(
         if policy is None or namespace is None or not _in(selector, namespace["metadata"].get("labels", {})):
             continue
         if _constrained(policy, item, operation):
-            context = _context(item, operation, username, rights)
+            context = _context(item, operation, before, username, rights)
             found += [
                 f"{policy['metadata']['name']}: {message}" for message in _denials(policy, context, sorted(rights))
             ]
@@ -74,8 +78,10 @@ def _constrained(policy: Manifest, item: Manifest, operation: str) -> bool:
     )
 
 
-def _context(item: Manifest, operation: str, username: str, rights: set[str]) -> dict[str, Any]:
-    now, before = (None, item) if operation == "DELETE" else (item, item if operation == "UPDATE" else None)
+def _context(
+    item: Manifest, operation: str, before: Manifest | None, username: str, rights: set[str]
+) -> dict[str, Any]:
+    now, before = (None, item) if operation == "DELETE" else (item, (before or item) if operation == "UPDATE" else None)
     request = {
         "operation": operation,
         "namespace": item["metadata"].get("namespace"),
