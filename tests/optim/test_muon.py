@@ -6,7 +6,6 @@ from pipeline.optim.muon import overlap
 from tests.distributed import run_distributed
 from tests.optim import ranks
 
-
 pytestmark = pytest.mark.timeout(900)  # hundreds of small collectives: seconds, but minutes on a machine that is busy
 LIMIT_S = 800
 

@@ -124,7 +124,7 @@ def test_sigterm_saves_and_leaves(run):
     assert process.stdout.readline().startswith("run tiny: ")
     assert process.stdout.readline().startswith("step 1/20000  loss 4.")
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=200)
     assert process.returncode == 3, errors
     (manifest,) = committed(storage, "tiny")
     assert f"stopped after step {manifest.step};" in errors
