@@ -17,7 +17,7 @@ setup: $(STAMP) ## Make .venv with the pinned dependencies
 # torch first and alone: a CPU machine without an index of CPU builds would otherwise be given gigabytes of CUDA by another package.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt 'torch>=2.11,<2.14'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt 'torch>=2.13,<2.14'
 	$(BIN)/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *p['optional-dependencies']['dev'], sep='\n')" > $(VENV)/requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement $(VENV)/requirements.txt
 	touch $@

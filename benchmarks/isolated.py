@@ -13,7 +13,10 @@ JSON, or None.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -77,30 +80,34 @@ def _run(
     command: Sequence[str], names: Sequence[str], number: int, end: float, row_s: float, records: list[dict[str, Any]]
 ) -> int:
     """One child; returns the number of the row that is next."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdout is not None
     begun = late = False
-    watch = threading.Timer(START_S, process.kill)
+    watch = threading.Timer(START_S, _kill, [process.pid])
     watch.start()
-    for line in process.stdout:
-        line = line.rstrip("\n")
-        if line.startswith(MARK):
-            number, begun = int(line.removeprefix(MARK)), True
-            watch.cancel()
-            late = time.monotonic() >= end
-            if late:
-                process.kill()
-                break
-            started = time.monotonic()
-            watch = threading.Timer(row_s, process.kill)
-            watch.start()
-            continue
-        if line.startswith("{"):
-            records.append(json.loads(line))
-        show(line)
-    code = process.wait()
-    watch.cancel()
-    process.stdout.close()
+    try:
+        for line in process.stdout:
+            line = line.rstrip("\n")
+            if line.startswith(MARK):
+                number, begun = int(line.removeprefix(MARK)), True
+                watch.cancel()
+                late = time.monotonic() >= end
+                if late:
+                    break
+                started = time.monotonic()
+                watch = threading.Timer(row_s, _kill, [process.pid])
+                watch.start()
+                continue
+            if line.startswith("{"):
+                records.append(json.loads(line))
+            show(line)
+        else:
+            process.wait()
+    finally:  # also when the report is interrupted: nothing goes on behind its back
+        watch.cancel()
+        _kill(process.pid)
+        code = process.wait()
+        process.stdout.close()
     if late:
         return number
     if code == 0:
@@ -112,3 +119,9 @@ def _run(
         why = f"took more than {row_s:.0f} s" if slow else f"its process ended with exit code {code}"
         show(f"{names[number]:32} not measured: {why}")
     return number + 1
+
+
+def _kill(session: int) -> None:
+    """The child and the compilers it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(session, signal.SIGKILL)

@@ -25,7 +25,7 @@ from typing import Any
 GRACE_S = 2.0  # after the first failure: how long other ranks may take to report theirs
 
 
-def run_distributed(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 280.0) -> list[Any]:
+def run_distributed(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 240.0) -> list[Any]:
     """`[fn(*args) of rank 0, ..., of rank world-1]`."""
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:

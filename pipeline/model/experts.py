@@ -61,7 +61,7 @@ class Experts(nn.Module):
         for field, size in (("hidden_size", D), ("moe_intermediate_size", F_)):
             if size % ALIGNMENT:
                 raise ValueError(
-                    f"{field} {size} must be a multiple of {ALIGNMENT}: grouped matmuls take rows of whole 16 bytes"
+                    f"model.{field} {size} must be a multiple of {ALIGNMENT}: grouped matmuls take rows of whole 16 bytes"
                 )
         self.gate_proj = nn.Parameter(torch.empty(E, F_, D))
         self.up_proj = nn.Parameter(torch.empty(E, F_, D))

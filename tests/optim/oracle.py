@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config.schema import OptimizerConfig
-from pipeline.optim import exchange
 from pipeline.optim.boxes import block_boxes
 from pipeline.optim.rules import Rule, match_rules
 
@@ -30,6 +30,7 @@ class Oracle:
         self.blocks: dict[str, list[tuple[Any, nn.Parameter]]] = {}
         self.shapes = {fqn: tuple(p.shape) for fqn, p in named}
         chosen = match_rules(self.shapes.items(), rules)
+        self.exact = {fqn for fqn, rule in zip(self.shapes, chosen) if rule.treatment == "muon"}
         muon, adamw = [], []
         for (fqn, p), rule in zip(named, chosen):
             whole = full(p)
@@ -61,31 +62,34 @@ class Oracle:
             optimizer.step()
 
     def check(self, named: list[tuple[str, Tensor]], case: str) -> None:
-        """Every element equal, to the bit."""
+        """Every element equal, to the bit; AdamW's on a CPU to one in the last place, as torch's kernel fuses multiply and add
+        in whole vectors only and a shard ends its vectors elsewhere."""
         for fqn, p in named:
             whole = full(p)
             for index, expected in self.blocks[fqn]:
                 found = whole[index]
-                assert torch.equal(found, expected), (case, fqn, index, (found - expected).abs().max().item())
+                if fqn in self.exact:
+                    assert torch.equal(found, expected), (case, fqn, index, (found - expected).abs().max().item())
+                else:
+                    torch.testing.assert_close(found, expected.detach(), rtol=1e-6, atol=1e-7, msg=f"{case}, {fqn}")
 
 
-@contextmanager
-def counted_bytes() -> Iterator[list[int]]:
-    """Counts what this rank puts on the wire (pieces to itself stay) in `pipeline.optim.exchange`."""
-    original, total = dist.all_to_all_single, [0]
+class Wire(TorchDispatchMode):
+    """What this rank puts on the wire, from the operators that every collective ends in; pieces to itself stay.
 
-    def counting(
-        output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int], **kwargs: Any
-    ) -> Any:
-        to_others = sum(input_splits) - input_splits[dist.get_rank(kwargs["group"])]
-        total[0] += to_others * input.element_size()
-        return original(output, input, output_splits, input_splits, **kwargs)
+    Anything but an all-to-all with splits fails: a step has no other collective, whoever would call it.
+    """
 
-    exchange.dist.all_to_all_single = counting
-    try:
-        yield total
-    finally:
-        exchange.dist.all_to_all_single = original
+    sent = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            assert func is torch.ops.c10d.alltoall_base_.default, func
+            _, send, group, _, splits = args[:5]
+            me = dist.ProcessGroup.unbox(group).rank()
+            assert sum(splits) == send.shape[0]
+            self.sent += (sum(splits) - splits[me]) * send.element_size()
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

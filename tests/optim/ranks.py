@@ -11,12 +11,12 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from pipeline.config.schema import ModelConfig, MuonConfig, OptimizerConfig, ParallelismConfig, TrainingConfig
 from pipeline.model.moonlight import Moonlight
-from pipeline.optim.layout import sharded_parameters
+from pipeline.optim.layout import Plan, sharded_parameters
 from pipeline.optim.muon import MoonlightOptimizer, build_optimizer
 from pipeline.optim.rules import Rule, moonlight_rules
 from pipeline.parallel.mesh import Meshes, build_meshes
 from pipeline.parallel.shard import shard_model
-from tests.optim.oracle import Oracle, counted_bytes, full, no_gathering
+from tests.optim.oracle import Oracle, Wire, full, no_gathering
 
 LR = 0.02
 RULES = [Rule("norm*", "adamw"), Rule("*", "muon")]
@@ -72,10 +72,10 @@ def compare(
     optimizer = build_optimizer(named, cfg, rules)
     for step in range(steps):
         whole = set_gradients(named, step)
-        with no_gathering() as gathered, counted_bytes() as sent:
+        with no_gathering() as gathered, Wire() as wire:
             optimizer.step(LR, torch.ones(()) if step % 2 else None)
         assert gathered == [0], (case, "the step gathered a parameter")
-        assert sent == [optimizer.stats()["bytes_sent"]], (case, sent, optimizer.stats())
+        assert wire.sent == optimizer.stats()["bytes_sent"], (case, wire.sent, optimizer.stats())
         oracle.step(whole)
         oracle.check(named, f"{case}, step {step}")
     return optimizer
@@ -106,25 +106,26 @@ def dense_cases(world: int) -> None:
 
 
 def byte_budget(world: int) -> None:
-    """On the wire: 4 (P / W) (W - 1) / W bytes of every rank if equal matrices can be dealt out evenly; with unequal ones
-    that is the average, and no rank is far from it."""
-    equal = {f"w{i}": (12 * world, 8) for i in range(2 * world)}
-    unequal = {"q": (12, 16), "kv": (4, 12), "o": (8, 16), "up": (22, 16), "router": (1, 16)}
+    """On the wire: 4 (P / W) (W - 1) / W bytes of every rank where whole matrices can be dealt out evenly, of whatever
+    shapes; else that is the average, and no rank is far from it."""
+    rows_and_columns = {"q": (12, 16), "kv": (4, 12), "o": (8, 16), "up": (22, 16), "router": (1, 16)}
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("shard",))
-    for shapes, excess in (
-        (equal, 0.0),
-        ({f"{name}{i}": (rows * world, n) for i in range(3) for name, (rows, n) in unequal.items()}, 0.03),
-    ):
+    for layers, excess in ((world, 0.0), (world + 1, 0.04)):
+        shapes = {f"{name}{i}": (m * world, n) for i in range(layers) for name, (m, n) in rows_and_columns.items()}
         named = sharded(shapes, mesh)
         optimizer = build_optimizer(named, config(), [Rule("*", "muon")])
         set_gradients(named, 0)
-        with counted_bytes() as sent:
+        with Wire() as wire:
             optimizer.step(LR)
         bound = 4 * sum(p.numel() for _, p in named) / world * (world - 1) / world
-        together = torch.tensor(sent[0])
-        dist.all_reduce(together)
-        assert together.item() == bound * world
-        assert sent[0] <= bound * (1 + excess), (sent, bound)
+        assert _over_ranks(wire.sent) == bound * world
+        assert wire.sent <= bound * (1 + excess), (wire.sent, bound, excess)
+
+
+def _over_ranks(value: int) -> int:
+    together = torch.tensor(value)
+    dist.all_reduce(together)
+    return int(together)
 
 
 def skipped_step(world: int) -> None:
@@ -174,7 +175,7 @@ def backward(model: Moonlight, step: int) -> None:
 
 
 def whole_model(
-    parallelism: ParallelismConfig, model_config: ModelConfig, cfg: OptimizerConfig, case: str, steps: int = 5
+    parallelism: ParallelismConfig, model_config: ModelConfig, cfg: OptimizerConfig, case: str
 ) -> MoonlightOptimizer:
     """Real gradients of the sharded network; our step on shards against torch's on the gathered tensors."""
     model = build_model(parallelism, model_config)
@@ -187,15 +188,21 @@ def whole_model(
         coordinates = real.layout.coordinates(dist.get_rank())
         assert (fake.fqn, fake.block_rows, fake.layout.axes) == (real.fqn, real.block_rows, real.layout.axes), case
         assert fake.layout.box(coordinates) == real.layout.box(coordinates), (case, fake.fqn)
-    for step in range(steps):
+    for step in range(5 if cfg.muon.wire_dtype == "bf16" else 2):
         backward(model, step)
         oracle.step({n: full(p.grad) for n, p in named})
-        with no_gathering() as gathered, counted_bytes() as sent:
+        with no_gathering() as gathered, Wire() as wire:
             optimizer.step(LR)
         assert gathered == [0], case
-        assert sent == [optimizer.stats()["bytes_sent"]], case
+        assert wire.sent == optimizer.stats()["bytes_sent"], case
         optimizer.zero_grad()
         oracle.check(named, f"{case}, step {step}")
+    dense = [p for fqn, p in optimizer.muon.parameters if p.dim() == 2]
+    W, plan = parallelism.shard, optimizer.muon.plan
+    if Plan.REGROUP not in plan.plans and not plan.split_replicas and not any(p.shape[0] % W for p in dense):
+        # The sum over ranks is that of the dense matrices: experts send nothing.
+        expected = 2 * optimizer.muon.wire.itemsize * sum(p.numel() for p in dense) * (W - 1) // W
+        assert _over_ranks(wire.sent) == expected * parallelism.replicate, case
     return optimizer
 
 
@@ -251,17 +258,19 @@ def _fixed_gradients(named: list[tuple[str, nn.Parameter]], step: int) -> None:
 
 
 def one_rank() -> None:
-    optimizer = whole_model(ParallelismConfig(), MODEL, config(), "FSDP on a mesh of one", 2)
-    assert optimizer.stats()["bytes_sent"] == 0
-    assert optimizer.stats()["plans"]["local"] == len(optimizer.muon.parameters)
+    for wire in ("bf16", "fp32"):
+        optimizer = whole_model(ParallelismConfig(), MODEL, config(wire_dtype=wire), f"FSDP on a mesh of one, {wire}")
+        assert optimizer.stats()["bytes_sent"] == 0
+        assert optimizer.stats()["plans"]["local"] == len(optimizer.muon.parameters)
 
 
 def two_ranks(folder: str) -> None:
     dense_cases(2)
     byte_budget(2)
     skipped_step(2)
-    whole_model(ParallelismConfig(shard=2), MODEL, config(), "FSDP 2", 2)
-    whole_model(ParallelismConfig(shard=2, ep=2), MODEL, config(wire_dtype="fp32"), "EP 2", 2)
+    for wire in ("bf16", "fp32"):
+        whole_model(ParallelismConfig(shard=2), MODEL, config(wire_dtype=wire), f"FSDP 2, {wire}")
+        whole_model(ParallelismConfig(shard=2, ep=2), MODEL, config(wire_dtype=wire), f"EP 2, {wire}")
     checkpoint_reader(folder, ParallelismConfig(shard=2))
 
 
@@ -269,10 +278,12 @@ def three_ranks(folder: str) -> None:
     dense_cases(3)
     byte_budget(3)
     mesh = init_device_mesh("cpu", (3,), mesh_dim_names=("ep",))
-    optimizer = compare(
-        sharded({"stack": (7, 6, 4), "sparse": (4, 8, 6)}, mesh), config(), [Rule("*", "muon")], "uneven experts"
-    )
-    assert optimizer.stats()["bytes_sent"] == 0
+    for wire in ("bf16", "fp32"):
+        optimizer = compare(
+            sharded({"stack": (7, 6, 4), "sparse": (4, 8, 6)}, mesh),
+            config(wire_dtype=wire), [Rule("*", "muon")], f"uneven experts, {wire}",
+        )  # fmt: skip
+        assert optimizer.stats()["bytes_sent"] == 0
     checkpoint_reader(folder, ParallelismConfig(shard=3))
 
 
@@ -281,45 +292,46 @@ def four_ranks(folder: str) -> None:
     dense_cases(4)
     byte_budget(4)
     skipped_step(4)
+    whole_model(ParallelismConfig(shard=4), MODEL, config(blocks="per_head"), "per head, cut by FSDP")
+
+
+def expert_cases(wire: str) -> None:
+    """Whole networks: experts whole on their rank, cut between ranks along dim 0 (strided, uneven) and within (dim 1)."""
     few, many = (
         MODEL.model_copy(update={"n_routed_experts": 2, "num_experts_per_tok": 1}),
         MODEL.model_copy(update={"n_routed_experts": 6}),
     )
-    plans = lambda optimizer: optimizer.stats()["plans"]  # noqa: E731
-    experts = 3  # stacks of the one mixture-of-experts layer
-    ep4 = whole_model(ParallelismConfig(shard=4, ep=4), MODEL, config(), "EP 4", 2)
-    assert plans(ep4)["local"] == experts
-    strided = whole_model(ParallelismConfig(shard=4, ep=2), MODEL, config(), "EP 2 x EFSDP 2, Shard(0), strided")
-    assert plans(strided)["local"] == experts
-    uneven = whole_model(
-        ParallelismConfig(shard=4, ep=2), many, config(), "EP 2 x EFSDP 2, three experts on two ranks", 2
-    )
-    assert plans(uneven)["local"] == experts
-    regroup = whole_model(ParallelismConfig(shard=4, ep=2), few, config(), "EP 2 x EFSDP 2, Shard(1)", 2)
-    assert plans(regroup)["regroup"] == experts
+    stacks = 3  # of the one mixture-of-experts layer
+    for parallelism, model, plan, case in (
+        ({"shard": 4, "ep": 4}, MODEL, "local", "EP 4"),
+        ({"shard": 4, "ep": 2}, MODEL, "local", "EP 2 x EFSDP 2, Shard(0), strided"),
+        ({"shard": 4, "ep": 2}, many, "local", "EP 2 x EFSDP 2, three experts on two ranks"),
+        ({"shard": 4, "ep": 2}, few, "regroup", "EP 2 x EFSDP 2, Shard(1)"),
+        ({"shard": 4}, few, "regroup", "EFSDP 4, Shard(1)"),
+    ):
+        optimizer = whole_model(ParallelismConfig(**parallelism), model, config(wire_dtype=wire), f"{case}, {wire}")
+        assert optimizer.stats()["plans"][plan] == stacks, case
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("efsdp",))
+    named = sharded({"stack": (2, 6, 4), "other": (3, 6, 4)}, mesh)
+    optimizer = compare(named, config(wire_dtype=wire), [Rule("*", "muon")], f"fewer experts than ranks, {wire}")
+    assert optimizer.stats()["plans"]["regroup"] == 2
+    assert optimizer.stats()["imbalance"] <= 2.0
+
+
+def replicated_cases(wire: str) -> None:
+    """HSDP 2 x 2: replicas repeat each other's work or share it."""
     hsdp = ParallelismConfig(replicate=2, shard=2, ep=2)
     for split in ("off", "on"):
-        optimizer = whole_model(hsdp, MODEL, config(hsdp_split=split), f"HSDP 2x2, split {split}", 2)
-    assert optimizer.muon.plan.split_replicas
+        cfg = config(hsdp_split=split, wire_dtype=wire)
+        optimizer = whole_model(hsdp, MODEL, cfg, f"HSDP 2x2, split {split}, {wire}")
+        assert optimizer.muon.plan.split_replicas == (split == "on")
+    assert optimizer.muon.plan.imbalance < 1.5
     named = list(build_model(hsdp, MODEL).named_parameters())
     auto = build_optimizer(named, config(hsdp_split="auto"), moonlight_rules(MODEL, config()))
     assert not auto.muon.plan.split_replicas  # too small to pay
-    assert optimizer.muon.plan.imbalance < 1.5
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    compare(
-        sharded({"stack": (3, 6, 4), **SHAPES}, mesh),
-        config(hsdp_split="on", bucket_bytes=600),
-        RULES,
-        "HSDP, uneven, split",
-    )
-    heads = config(blocks="per_head")
-    whole_model(ParallelismConfig(shard=4), MODEL, heads, "per head, cut by FSDP", 2)
-    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("efsdp",))
-    optimizer = compare(
-        sharded({"stack": (2, 6, 4), "other": (3, 6, 4)}, mesh),
-        config(),
-        [Rule("*", "muon")],
-        "fewer experts than ranks",
-    )
-    assert plans(optimizer)["regroup"] == 2
-    assert optimizer.stats()["imbalance"] <= 2.0
+    for split in ("off", "on"):
+        cfg = config(hsdp_split=split, bucket_bytes=600, wire_dtype=wire)
+        named = sharded({"stack": (3, 6, 4), "lone": (1, 6, 4), **SHAPES}, mesh)
+        optimizer = compare(named, cfg, RULES, f"HSDP, uneven, split {split}, {wire}")
+        assert optimizer.stats()["plans"]["regroup"] == 1

@@ -6,6 +6,7 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from pipeline.config.schema import ModelConfig, ParallelismConfig, TrainingConfig
@@ -99,6 +100,33 @@ def test_shards_are_slices_of_the_whole():
         "(Replicate(), _StridedShard(dim=0, sf=2), Shard(dim=0))",
         "(Shard(dim=1),)",
     ]
+
+
+def prefetched() -> dict[str, tuple[list[str], list[str]]]:
+    """What each unit gathers ahead, forward and backward, by name."""
+    model = sharded(4, shard=2, ep=2)
+    states = {name: m._get_fsdp_state() for name, m in model.named_modules() if isinstance(m, FSDPModule)}
+    names = {id(state): name for name, state in states.items()}
+    return {
+        name: (
+            [names[id(s)] for s in state._states_to_forward_prefetch],
+            [names[id(s)] for s in state._states_to_backward_prefetch],
+        )
+        for name, state in states.items()
+    }
+
+
+def test_weights_are_gathered_one_unit_ahead():
+    """Final norm and head are one unit, known by the head's name."""
+    expected = {
+        "": ([], []),
+        "embed_tokens": (["layers.0"], []),
+        "layers.0": (["layers.1"], ["embed_tokens"]),
+        "layers.1": (["lm_head"], ["layers.0"]),
+        "norm": ([], ["layers.1"]),
+        "lm_head": ([], ["layers.1"]),
+    }
+    assert run_distributed(prefetched, 2)[0] == expected
 
 
 def test_dtypes():

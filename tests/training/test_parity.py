@@ -25,6 +25,7 @@ from pipeline.training.trainer import Run
 from tests.distributed import run_distributed
 from tests.training.make import SEQUENCE, tiny, tiny_dataset
 
+pytestmark = pytest.mark.timeout(900)  # a minute each, but more on a machine that is busy
 STEPS = 20
 SEQUENCES = 16  # of a step: 4 on each of 4 ranks
 TOLERANCE = 1e-5
@@ -78,7 +79,7 @@ def all_trained(root: str, dataset: DatasetManifest, cases: list[dict]) -> list[
 MECHANICS = {"parallelism", "training__micro_batch", "training__activation_checkpointing"}
 
 
-def compare(root: str, world: int, cases: list[dict], timeout: float = 280.0) -> None:
+def compare(root: str, world: int, cases: list[dict], timeout: float = 800.0) -> None:
     """`cases` on `world` ranks against the plain run of this process: whole batches, no checkpointing, no mesh."""
     dataset = tiny_dataset(Storage(tiny(root).storage))
     plain: dict[str, Outcome] = {}
