@@ -182,6 +182,7 @@ def run_through_kills(config: RunConfig, kills: int, stride: int, seed: int, log
     storage = open_storage(config.storage)
     committed: dict[str, str] = {}
     sizes = []  # how much was committed at each kill
+    kinds: Counter[str] = Counter()
     lost = 0  # units that the kills so far may have cost
     while True:
         driver = start(config, None, str(log))
@@ -200,11 +201,13 @@ def run_through_kills(config: RunConfig, kills: int, stride: int, seed: int, log
             relatives = family(driver) or relatives
             workers = [process for process in relatives[1:] if "ray::" in "".join(_cmdline(process))]
             sizes.append(len(now))
-            what = rng.choice(["worker", "driver", "cluster"])
+            what = rng.choice(["worker", "worker", "driver", "cluster"])  # starting Ray again takes longest
             if what == "worker" and workers:
+                kinds["worker"] += 1
                 kill([rng.choice(workers)])
                 lost += 1
                 continue
+            kinds["driver" if what == "driver" else "cluster"] += 1
             kill([relatives[0]] if what == "driver" else relatives[::-1])
             lost, killed = lost + 2, True
             break
@@ -216,10 +219,11 @@ def run_through_kills(config: RunConfig, kills: int, stride: int, seed: int, log
         if driver.returncode == 0:
             assert len(sizes) == kills, f"the work was done after {len(sizes)} kills"
             assert len(set(sizes)) > kills // 2
+            assert len(kinds) == 3
             assert committed.items() <= manifests(storage).items(), "a committed unit was done again"
             assert len(again) == len(manifests(storage)), "the log does not name every unit and every pack"
             assert sum(again) > 0, "no kill met a worker at work"
-            print(f"{len(again)} units and packs; {sum(again)} begun again, of at most {lost}")
+            print(f"{len(again)} units and packs; {sum(again)} begun again, of at most {lost}; kills: {dict(kinds)}")
             return output.splitlines()[-1]
 
 
