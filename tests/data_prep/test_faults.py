@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from tests.data_prep.test_prepare import objects
 
 Make = Callable[..., RunConfig]
 ROOT = Path(__file__).parents[2]
+WORKER = re.compile("ray::(Map|IDLE)")  # without the node's agents: if one of them dies, the node does
 KILLER = """
 # stands in front of the real orjson: parsing the poison kills the process
 import importlib.machinery, os, sys
@@ -199,7 +201,7 @@ def run_through_kills(config: RunConfig, kills: int, stride: int, seed: int, log
             committed = now
             time.sleep(rng.uniform(0, 0.3))
             relatives = family(driver) or relatives
-            workers = [process for process in relatives[1:] if "ray::" in "".join(_cmdline(process))]
+            workers = [process for process in relatives[1:] if WORKER.search("".join(_cmdline(process)))]
             sizes.append(len(now))
             what = rng.choice(["worker", "worker", "driver", "cluster"])  # starting Ray again takes longest
             if what == "worker" and workers:
