@@ -100,7 +100,7 @@ class Storage:
         entries = [
             ObjectInfo(key[start:], int(info["size"]), _etag(info))
             for key, info in found.items()
-            if ".tmp-" not in key[start:]
+            if info["type"] != "directory" and ".tmp-" not in key[start:]  # s3fs: the folder, if filled while it looks
         ]
         return sorted(entries, key=lambda entry: entry.path)
 
