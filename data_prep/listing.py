@@ -115,7 +115,8 @@ def _is_utf8(name: str) -> bool:
 def _list_s3(uri: str, storage: StorageConfig, key: str) -> dict[str, tuple[int, str | None]]:
     prefix = uri.removeprefix("s3://")
     try:
-        objects: dict[str, dict[str, Any]] = filesystem(uri, storage).find(prefix, detail=True)
+        found: dict[str, dict[str, Any]] = filesystem(uri, storage).find(prefix, detail=True)
+        objects = {name: info for name, info in found.items() if info["type"] != "directory"}
     except FileNotFoundError:
         objects = {}
     except (PermissionError, OSError) as error:

@@ -1,11 +1,12 @@
 """Run a function over units: in this process, or as Ray Data tasks.
 
-Rows are descriptions of units (kilobytes) in and manifests out; token bytes never enter the object store. Ray retries a
+Rows are descriptions of units (kilobytes) in and manifests out, pickled; token bytes never enter the object store. Ray retries a
 task whose worker or node died for as long as it takes; a unit that is itself the cause is dealt with in `attempts.py`.
 """
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -31,15 +32,15 @@ def map_on_ray(cluster: ClusterConfig) -> MapUnits:
         context = ray.data.DataContext.get_current()
         context.execution_no_progress_timeout_s = -1  # a unit takes minutes, and waiting for nodes may take hours
         context.enable_progress_bars = False
-        rows = [{"index": index, "item": item} for index, item in enumerate(items)]
+        rows = [{"index": index, "item": pickle.dumps(item)} for index, item in enumerate(items)]
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
 
         def call(row: dict[str, Any]) -> dict[str, Any]:
-            return {"index": row["index"], "result": function(row["item"])}
+            return {"index": row["index"], "result": pickle.dumps(function(pickle.loads(row["item"])))}
 
         done = dataset.map(call, num_cpus=cluster.prepare_cpus, memory=cluster.prepare_memory_bytes)
         done.set_name(getattr(function, "func", function).__name__.strip("_"))  # what the dashboard calls it
         for row in done.iter_rows():
-            yield int(row["index"]), row["result"]
+            yield int(row["index"]), pickle.loads(row["result"])
 
     return run

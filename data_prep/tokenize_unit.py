@@ -120,7 +120,7 @@ def _records(settings: TokenizeSettings, unit: Unit) -> Iterator[Record]:
     reader = ReaderSettings(source.format, source.text_field, source.id_field, settings.max_document_bytes)
     for part in unit.slices:
         with open_input(settings.root, part.path, settings.storage) as file:
-            if _size(file) != part.bytes:
+            if _size(file) != part.bytes or _etag(file) not in (None, part.identity):
                 raise RuntimeError(
                     f"{settings.root}/{part.path} is not the file that was listed any more; run prepare again"
                 )
@@ -139,6 +139,12 @@ def _size(file: IO[bytes]) -> int:
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     return size
+
+
+def _etag(file: IO[bytes]) -> str | None:
+    """Of an S3 object, as `InputFile.identity` has it; every ranged read of the opened file asks for this version."""
+    etag = getattr(file, "details", {}).get("ETag")
+    return None if etag is None else "etag:" + str(etag).strip('"')
 
 
 def _usable(

@@ -18,7 +18,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -100,7 +100,7 @@ class Storage:
         entries = [
             ObjectInfo(key[start:], int(info["size"]), _etag(info))
             for key, info in found.items()
-            if ".tmp-" not in key[start:]
+            if info["type"] != "directory" and ".tmp-" not in key[start:]  # s3fs: the folder, if filled while it looks
         ]
         return sorted(entries, key=lambda entry: entry.path)
 
@@ -230,7 +230,7 @@ class Storage:
             finally:
                 temporary.unlink(missing_ok=True)
 
-    def _delete_keys(self, keys: list[str]) -> None:
+    def _delete_keys(self, keys: Sequence[str]) -> None:
         """Delete up to 1,000 objects in one request, whose answer may be 200 and yet hold errors of single objects."""
         bucket = keys[0].partition("/")[0]
         names = [{"Key": key.partition("/")[2]} for key in keys]

@@ -128,3 +128,12 @@ def test_a_conflict_of_conditional_writes_is_not_a_lost_race(faulty: tuple[Stora
     proxy.script = ["403"]
     with pytest.raises(PermissionError):
         storage.create("d", b"1")
+
+
+def test_a_folder_that_is_filled_while_it_is_listed(faulty: tuple[Storage, FaultyS3]) -> None:
+    """An empty listing, and a moment later there is something: the folder itself is no object."""
+    storage, proxy = faulty
+    storage.write("folder/a", b"")
+    proxy.script = ["nothing listed"]
+    assert storage.list("folder") == []
+    assert [entry.path for entry in storage.list("folder")] == ["folder/a"]

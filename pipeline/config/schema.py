@@ -347,7 +347,7 @@ class ClusterConfig(Section):
     use_gpu: bool = False
     cpus_per_worker: PositiveFloat = 1.0
     prepare_cpus: PositiveFloat = 1.0  # per unit task
-    prepare_memory_bytes: PositiveInt = 1_000_000_000
+    prepare_memory_bytes: PositiveInt = 1_000_000_000  # per unit task; 2 GB where Parquet has pages of hundreds of MB
     max_failures: Annotated[int, Field(ge=-1)] = 3  # restarts of the training group
 
 

@@ -29,8 +29,8 @@ FATES = ("500", "503", "cut before", "cut after", "cut within", "reset before", 
 class FaultyS3:
     """A context manager; `url` is the endpoint. `faults` counts what was done to how many `requests`.
 
-    `script`: fates of the next requests, instead of drawn ones: one of FATES or ANSWERS, "not deleted" (a delete
-    request that the server refuses for its first object), or "served".
+    `script`: fates of the next requests, instead of drawn ones: one of FATES or ANSWERS, "nothing listed" (an empty
+    listing), "not deleted" (a delete request that the server refuses for its first object), or "served".
     """
 
     def __init__(self, upstream: str, error_rate: float = 0.05, drop_rate: float = 0.02, seed: int = 0) -> None:
@@ -52,6 +52,8 @@ class FaultyS3:
                     code, message = ANSWERS[fate]
                     body = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
                     return self._answer(int(fate), body.encode())
+                if fate == "nothing listed":
+                    return self._answer(200, b"<ListBucketResult></ListBucketResult>")
                 if fate == "not deleted":
                     return self._answer(200, NOT_DELETED % re.findall(rb"<Key>.*?</Key>", body)[0])
                 if fate.endswith("before"):

@@ -6,17 +6,19 @@ import gzip
 import io
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_prep.mapping import map_in_process
 from data_prep.prepare import prepare
 from pipeline.config.schema import RunConfig
 from pipeline.manifest import DatasetManifest
-from pipeline.storage import Storage, open_storage
+from pipeline.storage import Storage, filesystem, open_storage
 
 Make = Callable[..., RunConfig]
 LIMIT = 50_000  # corpus.max_document_bytes
@@ -119,6 +121,22 @@ def test_counts_hold_per_unit(bad: Path, run_config: Make) -> None:
         assert counts["docs_in"] == counts["docs_out"] + counts["heldout"] + rejected
     for key in ("docs_in", "docs_out", "heldout"):
         assert sum(pack["counts"][key] for pack in packs) == getattr(dataset.sources[0].counts, key)
+
+
+def test_an_object_that_is_replaced_under_the_run(bucket: tuple[str, str], texts: list[str], run_config: Make) -> None:
+    """By one of the same size: its etag tells."""
+    endpoint, name = bucket
+    config = run_config(f"s3://{name}/texts", storage__endpoint_url=endpoint, source={"format": "jsonl"})
+    fs = filesystem("s3://", config.storage)
+    data = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts[:40])
+    fs.pipe_file(f"{name}/texts/a.jsonl", data)
+
+    def meddling(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        fs.pipe_file(f"{name}/texts/a.jsonl", data.replace(b"import", b"IMPORT"))
+        yield from map_in_process(function, items)
+
+    with pytest.raises(RuntimeError, match=r"a\.jsonl is not the file that was listed any more"):
+        prepare(config, open_storage(config.storage), map_units=meddling)
 
 
 def test_a_given_tokenizer_is_used(bad: Path, tmp_path: Path, run_config: Make) -> None:

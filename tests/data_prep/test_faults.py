@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from tests.data_prep.test_prepare import objects
 
 Make = Callable[..., RunConfig]
 ROOT = Path(__file__).parents[2]
+WORKER = re.compile("ray::(Map|IDLE)")  # without the node's agents: if one of them dies, the node does
 KILLER = """
 # stands in front of the real orjson: parsing the poison kills the process
 import importlib.machinery, os, sys
@@ -182,6 +184,7 @@ def run_through_kills(config: RunConfig, kills: int, stride: int, seed: int, log
     storage = open_storage(config.storage)
     committed: dict[str, str] = {}
     sizes = []  # how much was committed at each kill
+    kinds: Counter[str] = Counter()
     lost = 0  # units that the kills so far may have cost
     while True:
         driver = start(config, None, str(log))
@@ -198,13 +201,15 @@ def run_through_kills(config: RunConfig, kills: int, stride: int, seed: int, log
             committed = now
             time.sleep(rng.uniform(0, 0.3))
             relatives = family(driver) or relatives
-            workers = [process for process in relatives[1:] if "ray::" in "".join(_cmdline(process))]
+            workers = [process for process in relatives[1:] if WORKER.search("".join(_cmdline(process)))]
             sizes.append(len(now))
-            what = rng.choice(["worker", "driver", "cluster"])
+            what = rng.choice(["worker", "worker", "driver", "cluster"])  # starting Ray again takes longest
             if what == "worker" and workers:
+                kinds["worker"] += 1
                 kill([rng.choice(workers)])
                 lost += 1
                 continue
+            kinds["driver" if what == "driver" else "cluster"] += 1
             kill([relatives[0]] if what == "driver" else relatives[::-1])
             lost, killed = lost + 2, True
             break
@@ -216,10 +221,11 @@ def run_through_kills(config: RunConfig, kills: int, stride: int, seed: int, log
         if driver.returncode == 0:
             assert len(sizes) == kills, f"the work was done after {len(sizes)} kills"
             assert len(set(sizes)) > kills // 2
+            assert len(kinds) == 3
             assert committed.items() <= manifests(storage).items(), "a committed unit was done again"
             assert len(again) == len(manifests(storage)), "the log does not name every unit and every pack"
             assert sum(again) > 0, "no kill met a worker at work"
-            print(f"{len(again)} units and packs; {sum(again)} begun again, of at most {lost}")
+            print(f"{len(again)} units and packs; {sum(again)} begun again, of at most {lost}; kills: {dict(kinds)}")
             return output.splitlines()[-1]
 
 

@@ -196,6 +196,7 @@ def test_batches_are_uniform_in_low_and_high_bits() -> None:
     assert abs(np.corrcoef(row[:, :-1].reshape(-1), row[:, 1:].reshape(-1))[0, 1]) < 0.01
 
 
+@pytest.mark.timeout(1800)
 def test_a_manifest_of_5_7_trillion_tokens_opens_and_seeks_in_little_memory() -> None:
     """21 k files, nothing behind them: opening and 1,000 seeks allocate under 500 MB and read nothing."""
     files = [

@@ -50,6 +50,7 @@ def test_a_sound_dataset_verifies(storage: Storage) -> None:
     assert read_everything(dataset, storage) == []
 
 
+@pytest.mark.timeout(1800)
 def test_any_flipped_bit_is_named_by_file_and_row_group(storage: Storage) -> None:
     """200 random places, those in page headers, footer and magic numbers among them, for `verify` and for the loader."""
     dataset = make.write(storage, [[6, 5]], row_tokens=64)
