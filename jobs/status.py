@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     progress = read_progress(storage, config.run_id)
     if progress and not records.done(progress.stage):
         age = time.time() - progress.updated
-        stale = f"  (no news for {duration(age)})" if age > STALE_S else ""
+        stale = f"  (no news for {duration(age)})" if age > STALE_S and progress.unit else ""  # waiting makes no news
         print(f"now: {progress.line()}{stale}")
     return _show_now(config.run_id) if given.kubernetes else _show_last_seen(events)
 

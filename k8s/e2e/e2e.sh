@@ -92,7 +92,7 @@ forget() { # what an earlier run of this script left in the cluster
 }
 
 follow() {
-  local name=$1 phase="" deadline=$((SECONDS + TIMEOUT))
+  local name=$1 phase="" waiting="" unpulled=0 deadline=$((SECONDS + TIMEOUT))
   while [ "${SECONDS}" -lt "${deadline}" ]; do
     phase=$(kubectl --namespace moonlight get workflow "${name}" --output jsonpath='{.status.phase}' || true)
     case "${phase}" in
@@ -103,6 +103,12 @@ follow() {
         ;;
     esac
     kubectl --namespace moonlight get rayjobs --selector "moonlight.ai/run-id=${name}" --no-headers 2>/dev/null || true
+    waiting=$(kubectl --namespace moonlight get pods --output jsonpath='{.items[*].status.containerStatuses[*].state.waiting.reason}' || true)
+    case "${waiting}" in *ImagePull*) unpulled=$((unpulled + 1)) ;; *) unpulled=0 ;; esac
+    if [ "${unpulled}" -ge 15 ]; then # five minutes on end: no slow registry, a wrong name
+      diagnose "${name}"
+      give_up "the nodes cannot pull an image; is it IMAGE=${IMAGE}?"
+    fi
     sleep 20
   done
   diagnose "${name}"

@@ -91,12 +91,24 @@ def state(deployment: str, job: str = "", message: str = "", dashboard: str = ""
     return StageStatus("debug-train-1", "train", 1, job, deployment, message=message, dashboard_url=dashboard)
 
 
-def test_progress_and_events_hold_what_a_rayjob_waits_for_and_its_dashboard(tmp_path: Path) -> None:
+def small_corpus(folder: Path) -> str:
+    (folder / "texts").mkdir()
+    (folder / "texts" / "a.txt").write_text("a text")
+    return "corpus=" + json.dumps({"sources": [{"name": "web", "path": str(folder / "texts")}]})
+
+
+def test_progress_and_events_hold_what_a_rayjob_waits_for_and_its_dashboard(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     storage = open_storage(StorageConfig(root=str(tmp_path)))
     kuberay.show(storage, "debug", state("Suspended", message="quota in use"))
     waiting = read_progress(storage, "debug")
     assert waiting is not None
     assert waiting.line() == "train      debug-train-1: queued  quota in use"
+    with monkeypatch.context() as later:
+        later.setattr("jobs.status.time.time", lambda: waiting.updated + 7200)
+        assert status.main(["--config", "debug", f"storage.root={tmp_path}", small_corpus(tmp_path)]) == 0
+    assert "now: train      debug-train-1: queued  quota in use\n" in capsys.readouterr().out  # and no word of silence
     kuberay.show(storage, "debug", state("Running", "RUNNING", dashboard="head:8265"))
     running = read_progress(storage, "debug")
     assert running is not None
@@ -116,10 +128,7 @@ def test_progress_and_events_hold_what_a_rayjob_waits_for_and_its_dashboard(tmp_
 def test_status_shows_the_run_from_anywhere_and_from_the_cluster(
     cluster: FakeKubernetes, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "a.txt").write_text("a text")
-    corpus = json.dumps({"sources": [{"name": "web", "path": str(tmp_path / "texts")}]})
-    arguments = ["--config", "debug", f"storage.root={tmp_path / 'runs'}", f"corpus={corpus}"]
+    arguments = ["--config", "debug", f"storage.root={tmp_path / 'runs'}", small_corpus(tmp_path)]
     driver = Driver(cluster, done=lambda: False)
     name = job_appears(cluster, "debug-prepare-1")
     cluster.set_status(

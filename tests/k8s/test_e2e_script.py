@@ -118,6 +118,16 @@ def test_a_run_that_never_ends_is_given_up(e2e: Stage) -> None:
     assert "== what went wrong with e2e" in done.stdout
 
 
+def test_an_image_that_cannot_be_pulled_ends_the_run_early(e2e: Stage) -> None:
+    pods = "--namespace moonlight get pods --output jsonpath"
+    done = e2e("run", answers=f"{PHASE}|0|Running\n{pods}|0|ErrImagePull ContainerCreating\n", IMAGE="registry/wrong:1")
+    assert done.returncode == 1
+    assert "cannot pull an image; is it IMAGE=registry/wrong:1?" in done.stderr
+    assert len(e2e.calls(f"kubectl {pods}")) == 15
+    answers = f"{PHASE}|0~30|Running\n{PHASE}|0|Succeeded\n{pods}|0~14|ImagePullBackOff\n"  # slow, but it came
+    assert e2e("run", answers=answers).returncode == 0
+
+
 def test_an_api_server_that_is_away_for_a_moment_does_not_end_the_run(e2e: Stage) -> None:
     assert e2e("run", answers=f"{PHASE}|1~2|\n{PHASE}|0|Succeeded\n").returncode == 0
 

@@ -49,6 +49,8 @@ def test_says_which_version_and_commit_it_is() -> None:
     labels = " ".join(all_of("LABEL"))
     assert "org.opencontainers.image.version" in labels
     assert "org.opencontainers.image.revision" in labels
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert f"VERSION={project['version']}" in all_of("ARG")
 
 
 def test_everything_that_is_written_goes_below_tmp() -> None:
