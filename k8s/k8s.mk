@@ -3,8 +3,9 @@ IMAGE ?= moonlight-pipeline:e2e
 IMAGE_BASE ?= rayproject/ray:2.60.0-py311-gpu
 PIP_ARGS ?=
 VENV ?= .venv
+OVERLAY ?= prod
 
-.PHONY: image k8s-check e2e e2e-kind
+.PHONY: image k8s-check k8s-apply-check e2e e2e-kind
 
 image: ## Build the one image of all stages
 	docker build --tag $(IMAGE) --build-arg BASE=$(IMAGE_BASE) --build-arg PIP_ARGS="$(PIP_ARGS)" \
@@ -13,6 +14,11 @@ image: ## Build the one image of all stages
 k8s-check: $(STAMP) ## Everything about k8s/ and infra/ that can be checked without a cluster
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/python -m pytest -m "long or not long" --override-ini addopts= -q \
 	  tests/k8s tests/infra tests/workflow/test_rayjobs_template.py
+
+# On a server that never saw them the namespaces must be there first: a dry run makes none.
+k8s-apply-check: ## Would the cluster of KUBECONFIG, with its CRDs, webhooks and policies, take every object of OVERLAY (prod, dev)?
+	kubectl apply --server-side --filename k8s/base/namespaces.yaml
+	kubectl kustomize k8s/overlays/$(OVERLAY) | kubectl apply --server-side --force-conflicts --dry-run=server --filename -
 
 e2e: ## The debug pipeline on the cluster of KUBECONFIG (IMAGE must be pullable there)
 	IMAGE=$(IMAGE) k8s/e2e/e2e.sh
