@@ -4,8 +4,9 @@ IMAGE_BASE ?= rayproject/ray:2.60.0-py311-gpu
 PIP_ARGS ?=
 OPERATORS ?= prometheus karpenter gpu-operator efa-device-plugin kuberay kueue argo-workflows
 VENV ?= .venv
+OVERLAY ?= prod
 
-.PHONY: image k8s-check operators e2e e2e-kind
+.PHONY: image k8s-check k8s-apply-check operators e2e e2e-kind
 
 image: ## Build the one image of all stages
 	docker build --tag $(IMAGE) --build-arg BASE=$(IMAGE_BASE) --build-arg PIP_ARGS="$(PIP_ARGS)" \
@@ -23,6 +24,11 @@ k8s-check: $(STAMP) $(CHECKOV) ## Everything about k8s/ and infra/ that can be c
 
 operators: $(STAMP) ## Install the operators of k8s/gitops with helm, on the cluster of KUBECONFIG
 	$(VENV)/bin/python k8s/gitops/helm.py $(OPERATORS)
+
+# On a server that never saw them the namespaces must be there first: a dry run makes none.
+k8s-apply-check: ## Would the cluster of KUBECONFIG, with its CRDs, webhooks and policies, take every object of OVERLAY (prod, dev)?
+	kubectl apply --server-side --filename k8s/base/namespaces.yaml
+	kubectl kustomize k8s/overlays/$(OVERLAY) | kubectl apply --server-side --force-conflicts --dry-run=server --filename -
 
 e2e: ## The debug pipeline on the cluster of KUBECONFIG (IMAGE must be pullable there)
 	IMAGE=$(IMAGE) k8s/e2e/e2e.sh

@@ -82,6 +82,16 @@ def test_a_bad_job_is_denied_for_its_own_reason(name: str) -> None:
     assert any(words in denial for denial in found), found
 
 
+def test_a_job_older_than_the_policies_can_be_deleted() -> None:
+    """Seen on an API server: KubeRay's removal of its finalizer is an update, and the object hung for ever."""
+    old = job("publish")
+    head(old)["containers"][0]["image"] = "moonlight-pipeline:latest"
+    old["spec"].pop("activeDeadlineSeconds")
+    assert len(denials(render("k8s/overlays/prod"), old, operation="UPDATE")) == 2
+    old["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    assert denials(render("k8s/overlays/prod"), old, operation="UPDATE") == []
+
+
 def test_kind_takes_images_by_tag() -> None:
     template = find(render("k8s/overlays/kind"), "RayJob", "template-publish")
     created = instantiate(template, CONFIG, "publish", 1, [], priority="moonlight-interactive")
