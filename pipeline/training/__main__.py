@@ -35,6 +35,7 @@ from pipeline.training.commits import committed
 from pipeline.training.guard import TooManySkippedSteps
 from pipeline.training.metrics import TrainProgress
 from pipeline.training.trainer import TrainingStopped, train
+from pipeline.workflow.record import duration
 
 FAILED, BAD_INPUT, STOPPED = 1, 2, 3
 
@@ -122,22 +123,13 @@ def start_line(config: RunConfig, storage: Storage) -> str:
 
 
 def show(progress: TrainProgress) -> None:
+    left = duration(progress.eta_s) if math.isfinite(progress.eta_s) else "?"
     skipped = f"  {progress.skipped_steps} skipped" if progress.skipped_steps else ""
     print(
         f"step {progress.step}/{progress.steps}  loss {progress.loss:.4f}  "
-        f"{progress.tokens_per_second:,.0f} tokens/s  {duration(progress.eta_s)} left{skipped}",
+        f"{progress.tokens_per_second:,.0f} tokens/s  {left} left{skipped}",
         flush=True,
     )
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `12 min 5 s`, `7 h 30 min`, `12 d 4 h`; `?` where it is not known."""
-    if not math.isfinite(seconds):
-        return "?"
-    for unit, size, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
-        if seconds >= size:
-            return f"{seconds // size:.0f} {unit} {seconds % size // part:.0f} {smaller}"
-    return f"{seconds:.0f} s"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """`python -m pipeline.training`: exit codes and one-line errors, alone and under torchrun."""
 
-import math
 import os
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from pipeline.config.load import dump_yaml
 from pipeline.manifest import TrainManifest
 from pipeline.storage import Storage
 from pipeline.training import trainer
-from pipeline.training.__main__ import duration, main
+from pipeline.training.__main__ import main
 from pipeline.training.commits import committed
 from tests.training.make import tiny, tiny_dataset
 
@@ -85,14 +84,6 @@ def test_says_where_it_is(run, capsys):
         first, *_, last = capsys.readouterr().out.splitlines()
         assert first == f"run tiny: 512 tokens on 1 CPU ranks (replicate 1, shard 1, ep 1), {expected}"
         assert last.startswith("complete: 4 steps, checkpoint ")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "expected"),
-    [(0.4, "0 s"), (59, "59 s"), (725, "12 min 5 s"), (27000, "7 h 30 min"), (1051200, "12 d 4 h"), (math.inf, "?")],
-)
-def test_durations(seconds, expected):
-    assert duration(seconds) == expected
 
 
 def test_torchrun(run):
