@@ -20,18 +20,8 @@ from pipeline.storage import Storage, open_storage
 Report = Callable[[EvaluationProgress], None]
 
 
-def show(progress: EvaluationProgress) -> None:
-    """A line for every tenth of the work."""
-    before = progress.done_tokens - progress.new_tokens
-    if 10 * progress.done_tokens // progress.total_tokens > 10 * before // progress.total_tokens:
-        print(
-            f"evaluate: {progress.done_tokens:,} of {progress.total_tokens:,} tokens  loss {progress.loss:.4f}",
-            flush=True,
-        )
-
-
 def evaluate_with_ray(
-    config: RunConfig, dataset: DatasetManifest, checkpoint: CheckpointManifest, storage: Storage, report: Report = show
+    config: RunConfig, dataset: DatasetManifest, checkpoint: CheckpointManifest, storage: Storage, report: Report
 ) -> EvaluationManifest:
     """Score the checkpoint on the connected Ray cluster. `report` is called where the work is done.
 

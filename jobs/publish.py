@@ -17,15 +17,6 @@ from pipeline.storage import open_storage
 Report = Callable[[PublishProgress], None]
 
 
-def show(progress: PublishProgress) -> None:
-    share = (
-        f"  {progress.done_bytes / progress.total_bytes:.0%} of {progress.total_bytes / 1e6:,.1f} MB"
-        if progress.total_bytes
-        else ""
-    )
-    print(f"publish: {progress.doing}{share}", flush=True)
-
-
 def publish_with_ray(
     config: RunConfig,
     train: TrainManifest,
@@ -34,7 +25,7 @@ def publish_with_ray(
     *,
     checkpoint: CheckpointManifest | None = None,
     git_commit: str = "unknown",
-    report: Report = show,
+    report: Report,
 ) -> ModelManifest:
     """Publish on the connected Ray cluster. `report` is called in the task.
 

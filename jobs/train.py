@@ -40,16 +40,8 @@ class TrainingFailed(RuntimeError):
     """Training ended without a complete run; the message says why."""
 
 
-def show(progress: TrainProgress) -> None:
-    print(
-        f"train: step {progress.step}/{progress.steps}  loss {progress.loss:.4f}  "
-        f"{progress.tokens_per_second:,.0f} tokens/s  {progress.eta_s:,.0f} s left",
-        flush=True,
-    )
-
-
 def train_with_ray(
-    config: schema.RunConfig, dataset: DatasetManifest, storage: Storage, report: Report = show
+    config: schema.RunConfig, dataset: DatasetManifest, storage: Storage, report: Report
 ) -> TrainManifest:
     """Train the run to its end on the connected Ray cluster. `report` is called in the worker of rank 0.
 

@@ -14,7 +14,6 @@ whatever its ranks' were):
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import signal
 import sys
@@ -123,7 +122,7 @@ def start_line(config: RunConfig, storage: Storage) -> str:
 
 
 def show(progress: TrainProgress) -> None:
-    left = duration(progress.eta_s) if math.isfinite(progress.eta_s) else "?"
+    left = "?" if progress.eta_s is None else duration(progress.eta_s)
     skipped = f"  {progress.skipped_steps} skipped" if progress.skipped_steps else ""
     print(
         f"step {progress.step}/{progress.steps}  loss {progress.loss:.4f}  "

@@ -30,7 +30,7 @@ class TrainProgress:
     tokens: int  # seen since the run began
     tokens_per_second: float  # since the previous report
     loss: float  # nats per token of this step
-    eta_s: float
+    eta_s: float | None  # None: the rate is not known yet
     learning_rate: float
     gradient_norm: float  # before clipping
     expert_load: float  # tokens of the busiest expert of any layer / mean over that layer's experts
@@ -134,7 +134,7 @@ class Pace:
             tokens=record.tokens,
             tokens_per_second=rate,
             loss=record.loss,
-            eta_s=left / rate if rate > 0 else math.inf,
+            eta_s=left / rate if rate > 0 else None,
             learning_rate=record.learning_rate,
             gradient_norm=record.gradient_norm,
             expert_load=max(record.load_imbalance, default=math.nan),

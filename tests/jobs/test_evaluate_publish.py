@@ -35,13 +35,14 @@ def test_both_stages(tmp_path, capfd):
     made = make_run(run_config(str(tmp_path)))
     here = evaluate(made.config, made.dataset, made.checkpoint, made.storage, report=lambda _: None)
     made.storage.delete(manifest_path(made.config, made.checkpoint))
-    there = evaluate_with_ray(made.config, made.dataset, made.checkpoint, made.storage)
+    there = evaluate_with_ray(made.config, made.dataset, made.checkpoint, made.storage, print)
     assert there == here
 
-    manifest = publish_with_ray(made.config, made.train, there, made.dataset, git_commit="abc")
+    manifest = publish_with_ray(made.config, made.train, there, made.dataset, git_commit="abc", report=print)
     assert manifest.git_commit == "abc"
     assert (tmp_path / "models/tiny" / manifest.version / "manifest.json").exists()
 
     section = made.config.publishing.model_copy(update={"max_loss": 0.5})
+    gated = made.config.model_copy(update={"publishing": section})
     with pytest.raises(GateError, match=r"^publishing.max_loss: the held-out loss .* is over 0.5"):
-        publish_with_ray(made.config.model_copy(update={"publishing": section}), made.train, there, made.dataset)
+        publish_with_ray(gated, made.train, there, made.dataset, report=print)

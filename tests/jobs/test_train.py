@@ -93,7 +93,7 @@ def test_a_dead_worker_costs_no_more_than_an_interval(tmp_path, cluster):
 
     foreign = tiny(str(tmp_path / "ray"), parallelism=PARALLELISM, optimizer__weight_decay=0.3)
     with pytest.raises(ForeignCheckpoint, match=r"optimizer.weight_decay is 0.3 here and 0.1 there"):
-        train_with_ray(foreign, tiny_dataset(storage), storage)
+        train_with_ray(foreign, tiny_dataset(storage), storage, print)
 
 
 def test_prometheus_sees_the_run(tmp_path, cluster):
