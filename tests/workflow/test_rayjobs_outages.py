@@ -128,6 +128,19 @@ def test_a_job_that_is_being_deleted_is_not_followed(cluster: FakeKubernetes) ->
     assert second.outcome() == Outcome.SUCCEEDED
 
 
+def test_another_job_of_the_same_name_is_not_ours(cluster: FakeKubernetes) -> None:
+    driver = Driver(cluster, done=lambda: False)
+    name = job_appears(cluster, "debug-prepare-1")
+    until(lambda: driver.reports)
+    with cluster.lock:
+        other = cluster.get(name)
+        assert other is not None
+        cluster.remove(name)
+        del other["metadata"]["uid"]
+        cluster.apply(other)
+    assert driver.outcome() == Outcome.DELETED
+
+
 def test_a_template_spoilt_between_two_attempts_ends_the_stage(cluster: FakeKubernetes) -> None:
     driver = Driver(cluster, done=lambda: False, attempts=2)
     name = job_appears(cluster, "debug-prepare-1")
