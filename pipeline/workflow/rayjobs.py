@@ -311,7 +311,8 @@ def _follow(
     seen: StageStatus | None = None
     last = status_of(job)
     for state in api.changes(last.name):
-        if state is None:  # gone: by hand, with its owner, or by its TTL while the API server was away
+        # Gone: by hand, with its owner, or by its TTL while the API server was away. Somebody may have made another of its name since.
+        if state is None or state["metadata"]["uid"] != job["metadata"]["uid"]:
             return last, Outcome.SUCCEEDED if done() else Outcome.DELETED
         last, outcome = status_of(state), judge(state)
         if last.phase == "queued":

@@ -186,4 +186,7 @@ def _status(error: ApiException) -> dict[str, Any]:
 
 
 def _short(error: BaseException) -> str:
+    """One line; an ApiException's own words are a page of headers."""
+    if isinstance(error, ApiException):
+        return f"{error.status} {_status(error).get('message') or error.reason}"
     return " ".join(str(error).split())[:300] or type(error).__name__

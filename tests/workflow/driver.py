@@ -87,6 +87,10 @@ class Driver:
     def mortal(self) -> bool:
         return self.dies_after is not None or self.dies_at is not None
 
+    @property
+    def gone(self) -> bool:
+        return isinstance(self.result, InterruptedError)
+
     def _mortal(self, api: RayJobApi) -> RayJobApi:
         if self.dies_at is not None:
             call, answers = api._call, itertools.count(1)

@@ -75,7 +75,10 @@ def test_an_api_server_that_is_away_for_a_minute_costs_nothing(
     done = iter([True])
     assert run(cluster, api, done=lambda: next(done)) is None
     assert clock.now == 1 + 2 + 4 + 8 + 16 + 30
-    assert [record.levelno for record in caplog.records] == [logging.WARNING]  # people hear of it when it lasts
+    (told,) = [
+        record for record in caplog.records if record.levelno >= logging.WARNING
+    ]  # people hear of it when it lasts
+    assert told.getMessage() == "Kubernetes API: 503 InternalError; again in 30.0 s"
 
 
 def test_a_conflict_is_not_taken_for_an_object_that_exists(cluster: FakeKubernetes) -> None:
@@ -123,6 +126,19 @@ def test_a_job_that_is_being_deleted_is_not_followed(cluster: FakeKubernetes) ->
     finished.set()
     cluster.set_status(name, **SUCCEEDED)
     assert second.outcome() == Outcome.SUCCEEDED
+
+
+def test_another_job_of_the_same_name_is_not_ours(cluster: FakeKubernetes) -> None:
+    driver = Driver(cluster, done=lambda: False)
+    name = job_appears(cluster, "debug-prepare-1")
+    until(lambda: driver.reports)
+    with cluster.lock:
+        other = cluster.get(name)
+        assert other is not None
+        cluster.remove(name)
+        del other["metadata"]["uid"]
+        cluster.apply(other)
+    assert driver.outcome() == Outcome.DELETED
 
 
 def test_a_template_spoilt_between_two_attempts_ends_the_stage(cluster: FakeKubernetes) -> None:
