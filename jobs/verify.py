@@ -41,7 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(parsed.config, parsed.overrides)
         storage = open_storage(config.storage)
         dataset = open_dataset(config, storage, parsed.dataset)
-        with contextlib.nullcontext() if ray.is_initialized() else connect(config):
+        with contextlib.ExitStack() as cluster:
+            if not ray.is_initialized():
+                cluster.enter_context(connect(config))
             result = verify(dataset, storage, map_tasks=on_ray, report=Progress(dataset))
     except ValueError as error:
         print(error, file=sys.stderr)
