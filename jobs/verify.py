@@ -37,15 +37,17 @@ def main(arguments: list[str] | None = None) -> int:
     )
     made.add_argument("--dataset", help="identity; default: the dataset of this configuration")
     parsed = made.parse_args(arguments)
-    try:
-        config = load_config(parsed.config, parsed.overrides)
-        storage = open_storage(config.storage)
-        dataset = open_dataset(config, storage, parsed.dataset)
-        with contextlib.nullcontext() if ray.is_initialized() else connect(config):
-            result = verify(dataset, storage, map_tasks=on_ray, report=Progress(dataset))
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+    with contextlib.ExitStack() as cluster:
+        try:
+            config = load_config(parsed.config, parsed.overrides)
+            storage = open_storage(config.storage)
+            dataset = open_dataset(config, storage, parsed.dataset)
+            if not ray.is_initialized():
+                cluster.enter_context(connect(config))
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
+        result = verify(dataset, storage, map_tasks=on_ray, report=Progress(dataset))
     print(summary(dataset, result))
     return 0 if result.ok else 1
 
