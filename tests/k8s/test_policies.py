@@ -149,7 +149,9 @@ def workflow(spec: dict[str, Any], status: dict[str, Any] | None = None) -> Mani
 
 def test_workflows_come_from_templates() -> None:
     objects = render("k8s/overlays/prod")
-    submitted = workflow({"arguments": {"parameters": []}}, {"startedAt": None, "finishedAt": None})  # as the CLI sends it
+    submitted = workflow(
+        {"arguments": {"parameters": []}}, {"startedAt": None, "finishedAt": None}
+    )  # as the CLI sends it
     assert denials(objects, submitted) == []
     assert denials(objects, workflow({"shutdown": "Stop"}), operation="UPDATE", before=workflow({})) == []
     free = workflow({})
@@ -157,11 +159,17 @@ def test_workflows_come_from_templates() -> None:
     assert any("must refer to a WorkflowTemplate" in denial for denial in denials(objects, free))
 
 
-@pytest.mark.parametrize("field", ["templates", "podSpecPatch", "serviceAccountName", "volumes", "hooks", "podMetadata"])
+@pytest.mark.parametrize(
+    "field", ["templates", "podSpecPatch", "serviceAccountName", "volumes", "hooks", "podMetadata"]
+)
 @pytest.mark.parametrize("operation", ["CREATE", "UPDATE"])
 def test_workflows_bring_nothing_that_runs(field: str, operation: str) -> None:
     found = denials(
-        render("k8s/overlays/prod"), workflow({field: "x"}), operation=operation, before=workflow({}), rights={"create pods"}
+        render("k8s/overlays/prod"),
+        workflow({field: "x"}),
+        operation=operation,
+        before=workflow({}),
+        rights={"create pods"},
     )
     assert any("may set only" in denial for denial in found)
 
@@ -175,6 +183,8 @@ def test_the_templates_that_argo_has_stored_stay_argos() -> None:
         found = denials(objects, workflow({}, forged), **request, rights={"update workflows", "patch workflows"})
         assert any("written by Argo's controller" in denial for denial in found)
         assert denials(objects, workflow({}, forged), **request, rights={"create pods"}) == []
-    assert any("Argo" in denial for denial in denials(objects, workflow({}), operation="UPDATE", before=workflow({}, stored)))
+    assert any(
+        "Argo" in denial for denial in denials(objects, workflow({}), operation="UPDATE", before=workflow({}, stored))
+    )
     kept = denials(objects, workflow({"suspend": True}, stored), operation="UPDATE", before=workflow({}, stored))
     assert kept == []

@@ -71,7 +71,7 @@ def _application(application: Manifest, project: Manifest) -> Iterator[str]:
         if gates != GATES:
             yield f"featureGates must be the whole list (an override replaces it): {sorted(set(gates.items()) ^ set(GATES.items()))}"
         env = {entry["name"]: entry["value"] for entry in values.get("env", [])}
-        if not HEAD_IS_BACK_S <= int(env.get("RAYJOB_STATUS_CHECK_TIMEOUT_SECONDS", 300)):
+        if not int(env.get("RAYJOB_STATUS_CHECK_TIMEOUT_SECONDS", 300)) >= HEAD_IS_BACK_S:
             yield f"RAYJOB_STATUS_CHECK_TIMEOUT_SECONDS is below {HEAD_IS_BACK_S}: a job dies with its head, because a new one needs a node and the image"
     if chart == "kueue":
         ours = yaml.safe_load((REPOSITORY / "k8s/queues/manager-config.yaml").read_text())
