@@ -2,7 +2,7 @@
 
 `python -m jobs.gate --config <preset or path> --output <folder> [section.key=value ...]` writes the files `gate` and `reason` into the
 folder, for a workflow's step outputs. Without an evaluation the gate stays closed. The exit code is 0 either way: a closed gate is an
-answer, not a failure. Publishing checks the same limit again.
+answer, not a failure. 2: wrong configuration; 12: the storage does not answer, ask again. Publishing checks the same limit again.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from botocore.exceptions import BotoCoreError, ClientError
+
 from jobs.cli import parser
 from pipeline.config.load import ConfigError, load_config
 from pipeline.config.schema import RunConfig
 from pipeline.manifest import EvaluationManifest
 from pipeline.storage import Storage, open_storage
+
+STORAGE_AWAY = 12  # as pipeline.workflow.rayjobs.Outcome.INFRASTRUCTURE
 
 
 def decide(config: RunConfig, storage: Storage) -> tuple[str, str]:
@@ -40,7 +44,11 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    gate, reason = decide(config, open_storage(config.storage))
+    try:
+        gate, reason = decide(config, open_storage(config.storage))
+    except (OSError, BotoCoreError, ClientError) as error:
+        print(f"{config.storage.root} does not answer ({type(error).__name__}: {error})", file=sys.stderr)
+        return STORAGE_AWAY
     (given.output / "gate").write_text(gate)
     (given.output / "reason").write_text(reason)
     print(f"gate {gate}: {reason}")

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
+from botocore.exceptions import EndpointConnectionError
 
-from jobs.gate import main
+from jobs.gate import STORAGE_AWAY, main
 from pipeline.config.schema import StorageConfig
 from pipeline.manifest import EvaluationManifest, SourceScore
 from pipeline.storage import open_storage
+from pipeline.workflow.rayjobs import Outcome
 
 
 def evaluate(root: Path, step: int, loss: float) -> None:
@@ -58,6 +61,20 @@ def test_the_newest_evaluation_decides(tmp_path: Path, losses: list[float], limi
     )
     assert (tmp_path / "gate").read_text() == expected
     assert (tmp_path / "reason").read_text()
+
+
+def test_storage_that_does_not_answer_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the workflow, whose step is tried again on this exit code."""
+
+    def silence(config: object, storage: object) -> None:
+        raise EndpointConnectionError(endpoint_url="http://127.0.0.1:9")  # after ten real attempts, which take minutes
+
+    monkeypatch.setattr("jobs.gate.decide", silence)
+    assert main(["--config", "debug", "--output", str(tmp_path)]) == STORAGE_AWAY == Outcome.INFRASTRUCTURE
+    assert not (tmp_path / "gate").exists()
+    templates = yaml.safe_load(Path("k8s/workflows/run.yaml").read_text())["spec"]["templates"]
+    retry = next(template for template in templates if template["name"] == "gate")["retryStrategy"]
+    assert str(STORAGE_AWAY) in retry["expression"]
 
 
 def test_a_wrong_configuration_is_exit_code_2(tmp_path: Path) -> None:
