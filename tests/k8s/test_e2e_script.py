@@ -77,8 +77,7 @@ def test_everything_in_order(e2e: Stage) -> None:
         "helm upgrade --install kuberay-operator",
         "helm upgrade --install kueue",
         "helm upgrade --install argo-workflows",
-        "kubectl kustomize k8s/overlays/kind",
-        f"kubectl {APPLY}",
+        f"kubectl {APPLY}",  # of what comes through a pipe from `kubectl kustomize`, which starts at the same time
         "kubectl wait clusterqueues --all --for condition=Active",
         "kubectl --namespace moonlight delete workflow e2e --ignore-not-found",
         "kubectl --namespace moonlight delete rayjobs --selector moonlight.ai/run-id=e2e",
