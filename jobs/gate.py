@@ -10,15 +10,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError
 
 from jobs.cli import parser
 from pipeline.config.load import ConfigError, load_config
 from pipeline.config.schema import RunConfig
 from pipeline.manifest import EvaluationManifest
 from pipeline.storage import Storage, open_storage
-
-STORAGE_AWAY = 12  # as pipeline.workflow.rayjobs.Outcome.INFRASTRUCTURE
 
 
 def decide(config: RunConfig, storage: Storage) -> tuple[str, str]:
@@ -46,9 +44,11 @@ def main(arguments: list[str]) -> int:
         return 2
     try:
         gate, reason = decide(config, open_storage(config.storage))
-    except (OSError, BotoCoreError, ClientError) as error:
+    except (OSError, BotoCoreError) as error:
+        from pipeline.workflow.rayjobs import Outcome  # here: it loads the Kubernetes client
+
         print(f"{config.storage.root} does not answer ({type(error).__name__}: {error})", file=sys.stderr)
-        return STORAGE_AWAY
+        return int(Outcome.INFRASTRUCTURE)
     (given.output / "gate").write_text(gate)
     (given.output / "reason").write_text(reason)
     print(f"gate {gate}: {reason}")

@@ -162,9 +162,7 @@ class Storage:
                 try:  # 64 MiB in flight; s3fs aborts a multipart upload that fails
                     self.fs.put_file(str(local), self.key(path), chunksize=UPLOAD_PART, max_concurrency=4)
                     return
-                except (
-                    FileNotFoundError
-                ):  # the answer to the last request was lost, and the upload is over when asked again
+                except FileNotFoundError:  # the last answer was lost, and the upload is over when asked again
                     if not left:
                         raise
 
