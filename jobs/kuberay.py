@@ -1,7 +1,8 @@
 """`jobs.pipeline --backend kuberay`: every stage as a RayJob in the cluster this process can reach.
 
 The work is `pipeline.workflow.rayjobs.run_stage`: idempotent, re-attachable, with an exit code for each class of failure. This
-is the adapter: which stages, what their arguments are, when they are done, and what is shown meanwhile.
+is the adapter: which stages, what their arguments are, when they are done, and what is shown meanwhile: every state of the RayJobs, and
+while a stage's program runs its own progress from storage.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from functools import partial
 from botocore.exceptions import BotoCoreError
 
 from jobs import stages
+from jobs.progress import ProgressLines, Work
 from jobs.summary import print_summary
 from pipeline.config.schema import RunConfig
 from pipeline.storage import Storage
@@ -50,7 +52,7 @@ def show(storage: Storage, run_id: str, status: StageStatus) -> None:
         dashboard=status.dashboard_url,
     )
     if status.phase in ("queued", "starting", "retrying", "running"):
-        note_waiting(storage, run_id, status.stage, line, begun=status.phase == "running")
+        note_waiting(storage, run_id, status.stage, line, begun=status.began if status.phase == "running" else None)
 
 
 def _run(config: RunConfig, storage: Storage, given: argparse.Namespace) -> int:
@@ -64,19 +66,25 @@ def _run(config: RunConfig, storage: Storage, given: argparse.Namespace) -> int:
             return stages.finished(stage, config, storage)
         return stages.find(config, storage, stage).done(stage)
 
-    def report(status: StageStatus) -> None:
-        followed.add(status.stage)
-        show(storage, config.run_id, status)
+    with ProgressLines(storage, config.run_id) as lines:
 
-    for stage in [given.only] if given.only else STAGES:
-        if stage != "prepare":
-            records = stages.find(config, storage, stage)
-            if not records.done(stage):
-                stages.require_inputs(stage, config, storage, records)
-        status = run_stage(config, stage, arguments, api=api, done=partial(done, stage), report=report, options=options)
-        print(f"{stage:<9} {'up to date' if status is None else 'done'}", flush=True)
-        if stage == "prepare" and status is None:  # one that was at work has done so itself
-            stages.hold_dataset(config, storage, stages.find(config, storage))
+        def report(status: StageStatus) -> None:
+            followed.add(status.stage)
+            lines.work = Work(status.stage, since=status.began) if status.at_work else None
+            show(storage, config.run_id, status)
+
+        for stage in [given.only] if given.only else STAGES:
+            if stage != "prepare":
+                records = stages.find(config, storage, stage)
+                if not records.done(stage):
+                    stages.require_inputs(stage, config, storage, records)
+            status = run_stage(
+                config, stage, arguments, api=api, done=partial(done, stage), report=report, options=options
+            )
+            lines.work = None
+            print(f"{stage:<9} {'up to date' if status is None else 'done'}", flush=True)
+            if stage == "prepare" and status is None:  # one that was at work has done so itself
+                stages.hold_dataset(config, storage, stages.find(config, storage))
     if not given.only:
         print_summary(config, storage, stages.find(config, storage), given.config)
     return 0

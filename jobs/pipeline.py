@@ -26,15 +26,15 @@ from typing import Any
 from jobs import stages
 from jobs.cli import open_run, parser
 from jobs.cluster import code_environment, connect, in_a_ray_job, python
+from jobs.progress import ProgressLines, Work
 from jobs.summary import print_summary
 from pipeline.config.load import ConfigError, dump_yaml
 from pipeline.config.schema import RunConfig
 from pipeline.manifest import digest_of
 from pipeline.storage import Storage
 from pipeline.training import initial
-from pipeline.workflow.record import STAGES, StageProgress, duration, read_progress
+from pipeline.workflow.record import STAGES, duration
 
-LINE_EVERY_S = 5.0
 KUBERAY = """
 --backend kuberay makes one RayJob a stage, <run_id>-<stage>-<attempt>, from the template of that stage, in the cluster of KUBECONFIG or of
 the pod that this runs in. It can be killed and started again at any time, anywhere: it finds the RayJob and goes on watching.
@@ -187,7 +187,9 @@ def _run_stage_job(client: Any, stage: str, config: RunConfig, storage: Storage)
     submission_id = submit_or_attach(client, job)
     print(f"{stage:<9} job {submission_id}", flush=True)
     try:
-        follow(client, submission_id, Shower(stage, config.run_id, storage))
+        with ProgressLines(storage, config.run_id) as lines:
+            lines.work = Work(stage, since=time.time())
+            follow(client, submission_id)
     except StageJobFailed as error:
         raise StageFailure(str(error), 2 if error.exit_code == 2 else 1) from error
     except Interrupted:
@@ -207,27 +209,6 @@ def _overrides(config: RunConfig) -> str:
     where = config.storage
     pairs = [("endpoint_url", where.endpoint_url), ("region", where.region)] if where.is_s3 else []
     return " ".join(shlex.quote(f"storage.{name}={value}") for name, value in pairs if value)
-
-
-class Shower:
-    """Prints the stage's `progress.json` when it moved, at most every few seconds."""
-
-    def __init__(self, stage: str, run_id: str, storage: Storage) -> None:
-        self._stage, self._run_id, self._storage = stage, run_id, storage
-        self._started = time.time()
-        self._shown: StageProgress | None = None
-        self._last = 0.0
-
-    def __call__(self) -> None:
-        if time.monotonic() - self._last < LINE_EVERY_S:
-            return
-        try:
-            progress = read_progress(self._storage, self._run_id)
-        except (OSError, ValueError):  # half-configured storage shows itself in the stage's own log
-            return
-        if progress and progress.stage == self._stage and progress.updated >= self._started and progress != self._shown:
-            print(progress.line(), flush=True)
-            self._shown, self._last = progress, time.monotonic()
 
 
 def _raise_on_signals() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,7 @@ def _newest_attempt(name: str, attempts: Mapping[str, JobStatus]) -> tuple[str, 
     raise AssertionError
 
 
-def follow(client: JobSubmissionClient, submission_id: str, on_poll: Callable[[], None]) -> None:
+def follow(client: JobSubmissionClient, submission_id: str) -> None:
     """Wait for the end. Returns on SUCCEEDED; raises StageJobFailed on FAILED, STOPPED, or a job server that stays away."""
     last_answer = time.monotonic()
     while True:
@@ -93,7 +93,6 @@ def follow(client: JobSubmissionClient, submission_id: str, on_poll: Callable[[]
             raise StageJobFailed(
                 f"{submission_id} {info.status.value}{_tail(client, submission_id)}", info.driver_exit_code or 1
             )
-        on_poll()
         time.sleep(POLL_S)
 
 

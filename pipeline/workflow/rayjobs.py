@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import logging
 import shlex
 import signal
@@ -104,6 +105,14 @@ class StageStatus:
     dashboard_url: str = ""  # host:port inside the cluster
     ray_cluster: str = ""
     queue: str = ""
+    began: float = (
+        0.0  # UNIX time: of the present try's program once there is one, before that of its cluster; 0: of neither
+    )
+
+    @property
+    def at_work(self) -> bool:
+        """Does the stage's program run, in a try whose beginning is known?"""
+        return self.phase == "running" and self.job_status == "RUNNING" and self.began > 0
 
     @property
     def phase(self) -> str:
@@ -164,7 +173,14 @@ def status_of(job: RayJob) -> StageStatus:
         dashboard_url=status.get("dashboardURL", ""),
         ray_cluster=status.get("rayClusterName", ""),
         queue=labels.get(QUEUE_LABEL, ""),
+        began=_began(status),
     )
+
+
+def _began(status: Mapping[str, Any]) -> float:
+    """KubeRay sets both anew for each retry and after each eviction; the head's clock counts for the first."""
+    time = status.get("rayJobInfo", {}).get("startTime") or status.get("startTime")
+    return datetime.datetime.fromisoformat(time).timestamp() if time else 0.0
 
 
 def judge(job: RayJob) -> Outcome | None:

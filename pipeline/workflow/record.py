@@ -84,14 +84,16 @@ def read_progress(storage: Storage, run_id: str) -> StageProgress | None:
     return None if data is None else StageProgress(**json.loads(data))
 
 
-def note_waiting(storage: Storage, run_id: str, stage: str, note: str, *, begun: bool = False) -> None:
-    """Put a stage that is not at work into `progress.json`, with the reason. begun: unless it has written there itself."""
+def note_waiting(storage: Storage, run_id: str, stage: str, note: str, *, begun: float | None = None) -> None:
+    """Put a stage that is not at work into `progress.json`, with the reason. begun: unless it has written there itself since that UNIX time."""
     record = asdict(StageProgress(stage, 0, 0, "", 0.0, "", None, note, time.time()))
 
     def write() -> None:
-        now = read_progress(storage, run_id) if begun else None
-        if now is None or now.stage != stage or not now.unit:
-            storage.write(progress_path(run_id), json.dumps(record).encode())
+        if begun is not None:
+            now = read_progress(storage, run_id)
+            if now and now.stage == stage and now.unit and now.updated >= begun:
+                return
+        storage.write(progress_path(run_id), json.dumps(record).encode())
 
     _keep(write)
 

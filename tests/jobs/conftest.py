@@ -1,19 +1,23 @@
-"""A small dataset prepared from the standard library's own text, for the commands that read one."""
+"""A small dataset prepared from the standard library's own text, for the commands that read one, and a cluster by its kubeconfig."""
 
 from __future__ import annotations
 
 import json
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import yaml
 
 from data_prep.prepare import prepare
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
 from pipeline.manifest import DatasetManifest
 from pipeline.storage import Storage, open_storage
+from tests.workflow.driver import filled
+from tests.workflow.fake_kubernetes import FakeKubernetes
 
 
 class Prepared(NamedTuple):
@@ -54,3 +58,22 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     config = load_config("debug", overrides)
     storage = open_storage(config.storage)
     return Prepared(["--config", "debug", *overrides], config, storage, prepare(config, storage), texts)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKubernetes]:
+    """The fake API server with our templates and queues; its kubeconfig is `tmp_path / "kubeconfig"`, and this process's."""
+    fake = filled()
+    server = f"http://127.0.0.1:{fake.server.server_port}"
+    kubeconfig = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "fake",
+        "contexts": [{"name": "fake", "context": {"cluster": "fake", "user": "me"}}],
+        "clusters": [{"name": "fake", "cluster": {"server": server}}],
+        "users": [{"name": "me", "user": {"token": "t"}}],
+    }
+    (tmp_path / "kubeconfig").write_text(yaml.safe_dump(kubeconfig))
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
+    yield fake
+    fake.close()

@@ -6,11 +6,10 @@ import inspect
 import json
 import re
 import threading
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 
 from jobs import kuberay, stages, status
 from jobs.pipeline import KUBERAY, main
@@ -19,26 +18,8 @@ from pipeline.storage import open_storage
 from pipeline.workflow import rayjobs, rayjobs_api
 from pipeline.workflow.rayjobs import Outcome, StageStatus
 from pipeline.workflow.record import StageProgress, read_events, read_progress
-from tests.workflow.driver import Driver, filled, job_appears
+from tests.workflow.driver import Driver, job_appears
 from tests.workflow.fake_kubernetes import FakeKubernetes
-
-
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKubernetes]:
-    fake = filled()
-    server = f"http://127.0.0.1:{fake.server.server_port}"
-    kubeconfig = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "fake",
-        "contexts": [{"name": "fake", "context": {"cluster": "fake", "user": "me"}}],
-        "clusters": [{"name": "fake", "cluster": {"server": server}}],
-        "users": [{"name": "me", "user": {"token": "t"}}],
-    }
-    (tmp_path / "kubeconfig").write_text(yaml.safe_dump(kubeconfig))
-    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
-    yield fake
-    fake.close()
 
 
 @pytest.mark.parametrize(
@@ -117,6 +98,10 @@ def test_progress_and_events_hold_what_a_rayjob_waits_for_and_its_dashboard(
     storage.write("runs/debug/progress.json", json.dumps(working.__dict__).encode())
     kuberay.show(storage, "debug", state("Running", "RUNNING", dashboard="head:8265"))  # another driver took over
     assert read_progress(storage, "debug") == working
+    kuberay.show(storage, "debug", replace(state("Running", "RUNNING"), began=working.updated + 1))  # a later try
+    begun = read_progress(storage, "debug")
+    assert begun is not None
+    assert (begun.unit, begun.note) == ("", "debug-train-1: running")
     kuberay.show(storage, "debug", state("Retrying", "FAILED"))
     retrying = read_progress(storage, "debug")
     assert retrying is not None

@@ -34,29 +34,23 @@ def job(name: str, code: str) -> StageJob:
     return StageJob(name, f'{sys.executable} -S -c "{code}"', metadata, {"env_vars": {"STAGE": name}})
 
 
-def nothing() -> None:
-    pass
-
-
 def test_success(client: JobSubmissionClient) -> None:
-    polls: list[int] = []
     submission_id = submit_or_attach(
         client, job("good", "import os, time; time.sleep(0.5); print(os.environ['STAGE'])")
     )
     assert submission_id == "good-1"
-    follow(client, submission_id, lambda: polls.append(1))
+    follow(client, submission_id)
     info = client.get_job_info(submission_id)
     assert info.status == JobStatus.SUCCEEDED
     assert info.metadata == {"job_name": "debug good", "stage": "good"}
     assert client.get_job_logs(submission_id).strip().endswith("good")
-    assert polls
 
 
 def test_the_exit_code_and_the_last_lines_of_a_failure(client: JobSubmissionClient) -> None:
     failing = job("bad", "import sys; [print('line', n) for n in range(99)]; sys.exit(7)")
     submission_id = submit_or_attach(client, failing)
     with pytest.raises(StageJobFailed) as error:
-        follow(client, submission_id, nothing)
+        follow(client, submission_id)
     assert error.value.exit_code == 7
     lines = str(error.value).splitlines()
     assert lines[0] == "bad-1 FAILED; its last lines:"
@@ -66,7 +60,7 @@ def test_the_exit_code_and_the_last_lines_of_a_failure(client: JobSubmissionClie
     # the same work again is a new attempt, with the old one's end in the list of jobs
     assert submit_or_attach(client, failing) == "bad-2"
     with pytest.raises(StageJobFailed, match="bad-2 FAILED"):
-        follow(client, "bad-2", nothing)
+        follow(client, "bad-2")
     assert {info.submission_id for info in client.list_jobs()} >= {"bad-1", "bad-2"}
 
 
@@ -78,16 +72,16 @@ def test_a_stopped_job_is_a_failure_and_a_running_one_is_attached_to(client: Job
     assert submit_or_attach(client, sleeping) == submission_id  # a second driver
     client.stop_job(submission_id)
     with pytest.raises(StageJobFailed, match="sleepy-1 STOPPED") as error:
-        follow(client, submission_id, nothing)
+        follow(client, submission_id)
     assert error.value.exit_code != 0
     assert submit_or_attach(client, job("sleepy", "pass")) == "sleepy-2"
-    follow(client, "sleepy-2", nothing)
+    follow(client, "sleepy-2")
 
 
 def test_an_entrypoint_that_cannot_start(client: JobSubmissionClient) -> None:
     submission_id = submit_or_attach(client, StageJob("nowhere", "/no/such/program", {}, {}))
     with pytest.raises(StageJobFailed, match="nowhere-1 FAILED") as error:
-        follow(client, submission_id, nothing)
+        follow(client, submission_id)
     assert error.value.exit_code == 127  # the shell's word for it
 
 
@@ -105,7 +99,7 @@ def test_two_drivers_at_once_submit_once(client: JobSubmissionClient, tmp_path: 
     def drive(_: int) -> str:
         late = Late(client._address)
         submission_id = submit_or_attach(late, job("race", f"open('{seen}', 'a').write('x')"))
-        follow(late, submission_id, nothing)
+        follow(late, submission_id)
         return submission_id
 
     with ThreadPoolExecutor(2) as pool:
@@ -116,4 +110,4 @@ def test_two_drivers_at_once_submit_once(client: JobSubmissionClient, tmp_path: 
 def test_a_job_server_that_stays_away(client: JobSubmissionClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_jobs, "PATIENCE_S", 0.3)
     with pytest.raises(StageJobFailed, match=r"has not answered for 0 s .*run the same command again"):
-        follow(client, "never-submitted-1", nothing)
+        follow(client, "never-submitted-1")

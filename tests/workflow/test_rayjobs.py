@@ -23,6 +23,7 @@ def cluster() -> Iterator[FakeKubernetes]:
     fake.close()
 
 
+FAILED = {"jobDeploymentStatus": "Failed", "reason": "AppFailed"}
 ENDINGS = [
     ({"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}, Outcome.SUCCEEDED),
     ({"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"}, Outcome.STOPPED),
@@ -271,6 +272,33 @@ def test_stages_of_a_run_in_order(cluster: FakeKubernetes) -> None:
         ("debug-prepare-1", "cpu", "head:8265"),
         ("debug-train-1", "gpu", "head:8265"),
     ]
+
+
+def test_a_try_begins_with_its_program_and_before_that_with_its_cluster(cluster: FakeKubernetes) -> None:
+    """KubeRay sets both times, and empties the program's when it retries or when Kueue evicts."""
+    driver = Driver(cluster, done=lambda: False)
+    name = job_appears(cluster, "debug-prepare-1")
+    running = {"jobDeploymentStatus": "Running", "startTime": "2026-01-01T00:00:00Z"}
+    begun = {"rayJobInfo": {"startTime": "2026-01-01T00:05:00Z"}}
+    seen = []
+    for status in (
+        {},
+        running,
+        {**begun, "jobStatus": "PENDING"},
+        {"jobStatus": "RUNNING"},
+        {"jobStatus": "FAILED", **FAILED, "rayJobInfo": {}},
+    ):
+        cluster.set_status(name, **status)
+        seen.append(stages_of(cluster.api(), "debug")[0])
+    driver.wait()
+    assert [(status.began % 86400, status.at_work) for status in seen] == [
+        (0, False),
+        (0, False),
+        (300, False),
+        (300, True),
+        (0, False),
+    ]
+    assert [status.began > 0 for status in seen] == [False, True, True, True, True]
 
 
 def test_options_from_the_environment() -> None:
