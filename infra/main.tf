@@ -54,7 +54,7 @@ module "eks" {
     eks-pod-identity-agent    = { before_compute = true }
     vpc-cni = {
       before_compute       = true
-      configuration_values = jsonencode({ enableNetworkPolicy = "true" }) # without it k8s/base/network-policies.yaml is only paper
+      configuration_values = jsonencode({ enableNetworkPolicy = "true" }) # without it k8s/base/walls is only paper
     }
   }
 

@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.workflow.rayjobs import Outcome
 from tests.k8s.manifests import REPOSITORY, Manifest, needs_kubectl, render
+from tests.k8s.rules.agreement import RUNS
 
 PAGE = (REPOSITORY / "docs/kubernetes.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.strip().splitlines()]
@@ -27,9 +28,10 @@ KINDS = {
     "clusterqueue": "ClusterQueue",
     "clusterqueues": "ClusterQueue",
     "nodeclaims": "NodeClaim",
+    "pods": "Pod",
     "workflowtemplate": "WorkflowTemplate",
 }
-VERBS = {"apply", "get", "describe", "delete", "patch", "kustomize", "port-forward", "wait"}
+VERBS = {"apply", "create", "get", "describe", "delete", "patch", "kustomize", "port-forward", "wait"}
 PATHS = re.compile(r"(?<![\w/.:])((?:k8s|infra|docs|tests|pipeline)/[\w./-]*\w)")
 
 
@@ -74,7 +76,7 @@ def test_kubectl_names_what_exists(line: str) -> None:
             )
             _named(objects, plain[1], name)
         for key in re.findall(r"([\w./-]+)=", options.get("--selector", "")):
-            assert key in ("moonlight.ai/run-id", "app.kubernetes.io/managed-by")
+            assert key in ("moonlight.ai/run-id", "app.kubernetes.io/managed-by", "ray.io/cluster")
 
 
 def _named(objects: list[Manifest], kind: str, name: str | None) -> None:
@@ -104,6 +106,10 @@ def test_names_in_the_text() -> None:
         assert variable in code
     table = {int(code_) for code_ in re.findall(r"^\| (\d+) \|", PAGE, re.M)}
     assert table == {int(outcome) for outcome in Outcome} - {0}
+
+
+def test_a_configuration_is_named_by_where_pods_mount_it() -> None:
+    assert set(re.findall(r"(/etc/[\w/]+)/my-run.yaml", PAGE)) == {RUNS["mountPath"]}
 
 
 def test_runbooks_of_alerts_are_sections() -> None:

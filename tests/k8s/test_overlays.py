@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 import yaml
@@ -22,6 +24,20 @@ from tests.k8s.manifests import (
 from tests.k8s.rules import gitops_problems, problems, schema
 
 pytestmark = needs_kubectl
+WORKSPACES = ("moonlight", "moonlight-submit")
+
+
+@contextlib.contextmanager
+def overlay_of_somebody(name: str, lines: list[str]) -> Iterator[str]:
+    """A folder beside ours for a while, with a kustomization of these lines."""
+    folder = REPOSITORY / "k8s" / f".test-{name}"
+    folder.mkdir()
+    try:
+        (folder / "kustomization.yaml").write_text("\n".join(lines) + "\n")
+        yield f"k8s/{folder.name}"
+    finally:
+        (folder / "kustomization.yaml").unlink(missing_ok=True)
+        folder.rmdir()
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -37,22 +53,16 @@ def test_gitops_has_no_problems() -> None:
 
 
 @pytest.mark.parametrize("component", ["provisioning-request", "history-server"])
-def test_opt_in_components_build_and_hold(component: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_opt_in_components_build_and_hold(component: str) -> None:
     """They stand on prod as an overlay of somebody's would."""
-    folder = REPOSITORY / "k8s" / f".test-{component}"
-    folder.mkdir()
-    try:
-        lines = ["resources: [../overlays/prod]", f"components: [../components/{component}]"]
-        if component == "provisioning-request":  # it needs pools that may be empty, topology needs Ready nodes
-            lines[0] = "resources: [../overlays/dev]"
-        digest = "0" * 64
-        lines.append(f"images: [{{name: kuberay-history-collector, digest: 'sha256:{digest}'}}]")
-        (folder / "kustomization.yaml").write_text("\n".join(lines) + "\n")
-        objects = render(f"k8s/.test-{component}")
-        assert [problem for problem in problems(objects, digests=True) if "part-of" not in problem] == []
-    finally:
-        (folder / "kustomization.yaml").unlink(missing_ok=True)
-        folder.rmdir()
+    lines = ["resources: [../overlays/prod]", f"components: [../components/{component}]"]
+    if component == "provisioning-request":  # it needs pools that may be empty, topology needs Ready nodes
+        lines[0] = "resources: [../overlays/dev]"
+    digest = "0" * 64
+    lines.append(f"images: [{{name: kuberay-history-collector, digest: 'sha256:{digest}'}}]")
+    with overlay_of_somebody(component, lines) as folder:
+        objects = render(folder)
+    assert [problem for problem in problems(objects, digests=True) if "part-of" not in problem] == []
 
 
 @crds.needs_crds
@@ -68,9 +78,28 @@ def test_cel_rules_of_the_crds_are_really_evaluated() -> None:
     assert counts["ResourceFlavor"] >= 5
 
 
-def test_kustomize_settings_are_the_same_in_every_overlay() -> None:
-    """Kustomize reads no file from outside an overlay, so each has its copy."""
-    assert len({(REPOSITORY / f"k8s/overlays/{overlay}/kustomizeconfig.yaml").read_text() for overlay in OVERLAYS}) == 1
+def test_generated_names_are_followed_everywhere() -> None:
+    """Fact 17: in RayJobs, RayClusters and Argo's templates kustomize follows them only by our configuration."""
+    lines = ["resources: [../overlays/prod]", "configMapGenerator:"]
+    lines += [f"  - {{name: moonlight-runs, namespace: {name}, literals: [in={name}]}}" for name in WORKSPACES]
+    with overlay_of_somebody("runs", lines) as folder:
+        objects = render(folder)
+    for namespace in WORKSPACES:
+        made = [
+            item["metadata"]["name"]
+            for item in select(objects, "ConfigMap", namespace=namespace)
+            if item.get("data", {}).get("in") == namespace
+        ]
+        used = {
+            volume["configMap"]["name"]
+            for item in objects
+            if item["metadata"].get("namespace") == namespace
+            for pod in pod_templates(item).values()
+            for volume in pod["spec"]["volumes"]
+            if volume["name"] == "runs"
+        }
+        assert [*used] == made
+        assert made != ["moonlight-runs"]
 
 
 def test_images_are_rewritten_everywhere() -> None:

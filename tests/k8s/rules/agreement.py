@@ -11,6 +11,7 @@ from tests.k8s.manifests import Manifest, canonical, label, pod_templates, selec
 
 PRIORITIES = ["moonlight-interactive", "moonlight-scheduled", "moonlight-release"]
 RAY_VERSION = "2.60.0"
+RUNS = {"mountPath": "/etc/moonlight/runs", "readOnly": True}
 FORBIDDEN_TO_DRIVERS = {"secrets", "pods", "pods/exec", "clusterqueues"}
 
 
@@ -20,6 +21,7 @@ def check(objects: list[Manifest]) -> list[str]:
         *_identities(objects),
         *_rights(objects),
         *_references(objects),
+        *_configurations(objects),
         *_priorities(objects),
         *_common(objects),
         *_budgets(objects),
@@ -88,6 +90,8 @@ def _rights(objects: list[Manifest]) -> Iterator[str]:
                     yield f"{label(role)}: wildcard"
                 if set(rule.get("verbs", [])) & {"escalate", "bind", "impersonate"}:
                     yield f"{label(role)}: {rule['verbs']}"
+                if "configmaps" in rule["resources"] and not rule.get("resourceNames"):
+                    yield f"{label(role)}: any ConfigMap, also the one that says where logs go"
                 if role["metadata"]["name"] == "driver" and set(rule["resources"]) & FORBIDDEN_TO_DRIVERS:
                     yield f"{label(role)}: a driver needs no {sorted(set(rule['resources']) & FORBIDDEN_TO_DRIVERS)}"
                 if (
@@ -138,6 +142,25 @@ def _references(objects: list[Manifest]) -> Iterator[str]:
         for item in select(objects, kind):
             if item["metadata"].get("labels", {}).get("release") != "kube-prometheus-stack":
                 yield f"{label(item)}: without the label release Prometheus does not see it"
+
+
+def _configurations(objects: list[Manifest]) -> Iterator[str]:
+    """A path that a user gives as --config is the same file wherever it is opened: in every driver, stage and collector of logs."""
+    for item in objects:
+        for place, pod in pod_templates(item).items():
+            volumes = {volume["name"]: volume for volume in pod["spec"].get("volumes", [])}
+            for container in pod["spec"]["containers"]:
+                ray = container["name"] in ("ray-head", "ray-worker", "logs")
+                if not ray and "--config" not in " ".join(container.get("args", [])):
+                    continue
+                mounts = {mount["mountPath"]: mount for mount in container.get("volumeMounts", [])}
+                mount = mounts.get(RUNS["mountPath"], {})
+                source = volumes.get(mount.get("name", ""), {}).get("configMap", {})
+                if not RUNS.items() <= mount.items() or source != {"name": "moonlight-runs", "optional": True}:
+                    yield (
+                        f"{label(item)} {place}: {container['name']} does not mount the users' configurations "
+                        f"(ConfigMap moonlight-runs, optional, at {RUNS['mountPath']})"
+                    )
 
 
 def _priorities(objects: list[Manifest]) -> Iterator[str]:
