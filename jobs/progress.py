@@ -68,9 +68,7 @@ class ProgressLines:
         trouble = ""
         try:
             progress = read_progress(self._storage, self._run_id)
-        except (
-            Exception
-        ) as error:  # whatever a storage client raises, or a record that another version of the code wrote
+        except Exception as error:  # of a storage client, or a record that another version of the code wrote
             trouble = " ".join(f"{type(error).__name__}: {error}".split())
         with self._lock:
             if self._work != work:

@@ -105,9 +105,7 @@ class StageStatus:
     dashboard_url: str = ""  # host:port inside the cluster
     ray_cluster: str = ""
     queue: str = ""
-    began: float = (
-        0.0  # UNIX time: of the present try's program once there is one, before that of its cluster; 0: of neither
-    )
+    began: float = 0.0  # UNIX time: of the present try's program, before that of its cluster; 0: of neither
 
     @property
     def at_work(self) -> bool:
