@@ -6,24 +6,29 @@
 # driver must know it. PIP_ARGS="--extra-index-url ..." with PyTorch's index of another CUDA version takes that one (of one version
 # pip takes the build with a tag). For a cluster without GPUs: BASE=rayproject/ray:2.60.0-py311 and PyTorch's CPU index.
 #
-# Everything installs from wheels, so nothing here needs a compiler and none is added. `training.compile` needs one when it runs:
-# Triton builds its driver module with gcc at the first kernel (ptxas is in its wheel). Ray's GPU bases keep g++ and Python's
-# headers, its CPU bases do not; without one, training says so before the first step.
+# EXTRAS=eval adds lm-eval, for evaluation.tasks (250 MB). The image keeps the Hugging Face Hub switched off, so the tasks' data comes
+# with evaluation.task_folder; HF_HUB_OFFLINE=0 in the evaluate stage where it may reach the Hub.
+#
+# Everything installs from wheels (but three packages of pure Python that lm-eval brings), so nothing here needs a compiler and none
+# is added. `training.compile` needs one when it runs: Triton builds its driver module with gcc at the first kernel (ptxas is in its
+# wheel). Ray's GPU bases keep g++ and Python's headers, its CPU bases do not; without one, training says so before the first step.
 ARG BASE=rayproject/ray:2.60.0-py311-gpu
 FROM ${BASE}
 USER root
 
 # Dependencies first and alone: this layer changes only with the lock file. The base already holds ray; pip leaves what fits.
-# What wheels bring for their own tests goes (220 MB); compiled bytecode stays, since nobody could write it later.
+# What wheels bring for their own tests goes (220 MB, with lm-eval 310); compiled bytecode stays, since nobody could write it later.
 ARG PIP_ARGS=""
+ARG EXTRAS=""
 COPY pyproject.toml constraints.txt /tmp/build/
-RUN python -c "import tomllib; print(*tomllib.load(open('/tmp/build/pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+RUN python -c "import tomllib; p = tomllib.load(open('/tmp/build/pyproject.toml', 'rb'))['project']; \
+print(*p['dependencies'], *(one for extra in '${EXTRAS}'.split() for one in p['optional-dependencies'][extra]), sep='\n')" \
       > /tmp/requirements.txt \
-    && python -m pip install --no-cache-dir --only-binary :all: ${PIP_ARGS} \
+    && python -m pip install --no-cache-dir --only-binary :all: --no-binary rouge-score,sqlitedict,word2number ${PIP_ARGS} \
       --requirement /tmp/requirements.txt --constraint /tmp/build/constraints.txt \
     && cd "$(python -c "import sysconfig; print(sysconfig.get_path('purelib'))")" \
     && rm -rf torch/test torch/bin/test_* torch/bin/protoc* pandas/tests pyarrow/tests matplotlib/tests \
-    && find sympy -type d -name tests -prune -exec rm -r {} + \
+    && find sympy $(ls -d scipy sklearn nltk 2>/dev/null) -type d -name tests -prune -exec rm -r {} + \
     && rm -r /tmp/requirements.txt /tmp/build
 
 # Code and dependencies belong to root and the process is uid 1000: it cannot change what it runs.

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pipeline.config.load import load_config, preset_names
+from pipeline.config.load import expand_path, load_config, preset_names
 from pipeline.config.schema import RunConfig
 from pipeline.storage import Storage, open_storage
 from pipeline.training import initial
@@ -18,7 +18,7 @@ from pipeline.training import initial
 SUMMARIES = {
     "prepare": "Tokenize and shard the corpus into a packed, checksummed dataset.",
     "train": "Train the model on the prepared dataset, from the newest checkpoint if there is one.",
-    "evaluate": "Score a checkpoint on the held-out documents of each source.",
+    "evaluate": "Score a checkpoint on the held-out documents of each source, and on tasks of lm-eval.",
     "publish": "Export the evaluated checkpoint as a Hugging Face folder and promote it.",
 }
 
@@ -37,13 +37,16 @@ def parser(module: str, summary: str) -> argparse.ArgumentParser:
 
 
 def open_run(config_name: str, overrides: Sequence[str]) -> tuple[RunConfig, Storage]:
-    """The configuration, with an absolute storage root and the initial weights that the run has pinned, and its storage.
+    """The configuration, with absolute folders (storage, tasks) and the initial weights that the run has pinned, and its storage.
 
     Raises ConfigError.
     """
     config = load_config(config_name, list(overrides))
     storage = open_storage(config.storage)
     config = config.model_copy(update={"storage": config.storage.model_copy(update={"root": storage.root})})
+    if config.evaluation.task_folder is not None:  # the stage runs in another folder
+        tasks = {"task_folder": expand_path(config.evaluation.task_folder)}
+        config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update=tasks)})
     return initial.pinned(config, storage), storage
 
 
@@ -63,6 +66,8 @@ def stage_main(stage: str, arguments: Sequence[str] | None = None) -> int:
             print(f"{stage}: up to date")
             return 0
         stages.require_inputs(stage, config, storage, records)
+        if stage == "evaluate":
+            stages.check_tasks(config, records)
         from jobs.cluster import connect
 
         with connect(config):

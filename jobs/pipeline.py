@@ -119,6 +119,9 @@ def _open(given: argparse.Namespace) -> tuple[RunConfig, Storage]:
         }
         stages.check_supply(config, listings)
         stages.check_tokenizer(config, storage, listings)
+    if config.evaluation.tasks and given.only in (None, "evaluate"):
+        here = given.backend == "ray" and not os.environ.get("RAY_ADDRESS", "").startswith("http")
+        stages.check_tasks(config, stages.find(config, storage, given.only or "prepare"), data=here)
     answer = initial.answer_of(config.run_id, storage)
     if answer is not None and answer.initial_weights == config.training.initial_weights:
         weights = answer.initial_weights or "drawn weights: nothing was promoted when it began"

@@ -24,7 +24,7 @@ from jobs.gauges import PrepareGauges
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import MixtureStage, RunConfig
 from pipeline.dataset.order import check_demand
-from pipeline.evaluation import result
+from pipeline.evaluation import result, tasks
 from pipeline.evaluation.result import EvaluationProgress
 from pipeline.manifest import (
     CheckpointManifest,
@@ -212,6 +212,15 @@ def check_tokenizer(config: RunConfig, storage: Storage, listings: dict[str, lis
         )
 
 
+def check_tasks(config: RunConfig, records: Records, *, data: bool = True) -> None:
+    """Refuse, before anything starts, tasks of lm-eval that could not be scored. Raises ConfigError.
+
+    `data=False` where another machine does the work: it may reach what this one does not.
+    """
+    if not records.done("evaluate"):
+        tasks.check(config, data=data)
+
+
 def _demand(config: RunConfig, source: str) -> float:
     """Tokens of the whole run that come from a source, by the mixture's weights."""
     total, before, demand = config.schedule.total_tokens, 0, 0.0
@@ -309,18 +318,21 @@ def _train(show: ProgressFile, at: TrainProgress) -> None:
 
 
 class _Evaluation:
-    """Rate and ETA from the tokens done since the first report."""
+    """Rate and ETA from the tokens done since the first report of what is being done."""
 
     def __init__(self, show: ProgressFile) -> None:
         self._show = show
-        self._start: float | None = None
+        self._doing: str | None = None
+        self._start, self._before = 0.0, 0
 
     def __call__(self, at: EvaluationProgress) -> None:
         now = time.monotonic()
-        self._start = now if self._start is None else self._start
+        if at.doing != self._doing or at.done_tokens < self._before:
+            self._doing, self._start = at.doing, now
+        self._before = at.done_tokens
         rate = at.done_tokens / (now - self._start) if now > self._start else 0.0
         eta = (at.total_tokens - at.done_tokens) / rate if rate else None
-        note = f"loss {at.loss:.4f}"
+        note = at.doing or f"loss {at.loss:.4f}"
         self._show(StageProgress("evaluate", at.done_tokens, at.total_tokens, "tokens", rate, "tokens", eta, note))
 
 

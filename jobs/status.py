@@ -16,6 +16,7 @@ from typing import Any
 
 from jobs import stages
 from jobs.cli import open_run, parser
+from jobs.summary import task_lines
 from pipeline.workflow.record import STAGES, duration, read_events, read_progress, stage_seconds
 
 STALE_S = 120.0
@@ -38,6 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stage in STAGES:
         took = f"  {duration(seconds[stage])}" if stage in seconds else ""
         print(f"  {stage:<9} {'done' if records.done(stage) else 'not done'}{took}")
+    if records.evaluation is not None:
+        overall = records.evaluation.overall
+        print(f"  held out  loss {overall.loss:.3f} nats per token, {overall.bits_per_byte:.3f} bits per byte")
+        for line in task_lines(records.evaluation, "  tasks     "):
+            print(line)
     progress = read_progress(storage, config.run_id)
     if progress and not records.done(progress.stage):
         age = time.time() - progress.updated

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jobs.stages import Records
 from pipeline.config.schema import RunConfig
+from pipeline.manifest import EvaluationManifest
 from pipeline.publishing import registry
 from pipeline.storage import Storage
 from pipeline.workflow.record import duration, read_events, stage_seconds
@@ -36,6 +37,7 @@ def print_summary(config: RunConfig, storage: Storage, records: Records, config_
             f"           {name:<20} loss {score.loss:.3f}  {score.bits_per_byte:.3f} bits per byte"
             for name, score in evaluation.sources.items()
         ),
+        *task_lines(evaluation, "tasks      "),
     ]
     if seconds:
         times = ", ".join(f"{stage} {duration(value)}" for stage, value in seconds.items())
@@ -48,3 +50,15 @@ def print_summary(config: RunConfig, storage: Storage, records: Records, config_
         f"           train longer:          python -m jobs.pipeline --config {config_name} run_id=longer ... (docs: README.md)",
     ]
     print("\n".join(lines), flush=True)
+
+
+def task_lines(evaluation: EvaluationManifest, label: str) -> list[str]:
+    """A line a metric of each task or group that no other group averages; `label` before the first."""
+    found = []
+    for name, score in evaluation.tasks.items():
+        for metric in score.metrics if score.group is None else ():
+            shots = "" if score.few_shot is None else f", {score.few_shot}-shot"
+            found.append(
+                f"{name:<20} {metric.label} {metric.shown}  ({score.documents:,} documents{shots}, version {score.version})"
+            )
+    return [(label if index == 0 else " " * len(label)) + line for index, line in enumerate(found)]

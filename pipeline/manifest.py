@@ -32,6 +32,7 @@ class Record(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     VOLATILE: ClassVar[frozenset[str]] = frozenset()
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset()  # left out of the digest while they have their default
 
     @property
     def digest(self) -> str:
@@ -49,8 +50,9 @@ class Record(BaseModel):
 
 def _without_volatile(value: Any) -> Any:
     if isinstance(value, Record):
-        names = type(value).model_fields.keys() - value.VOLATILE
-        return {name: _without_volatile(getattr(value, name)) for name in names}
+        fields = type(value).model_fields
+        absent = {name for name in value.OPTIONAL if getattr(value, name) == fields[name].default}
+        return {name: _without_volatile(getattr(value, name)) for name in fields.keys() - value.VOLATILE - absent}
     if isinstance(value, dict):
         return {key: _without_volatile(inner) for key, inner in value.items()}
     return [_without_volatile(inner) for inner in value] if isinstance(value, list | tuple) else value
@@ -180,6 +182,33 @@ class SourceScore(Record):
     bits_per_byte: float
 
 
+class TaskMetric(Record):
+    name: str  # acc, acc_norm, exact_match, word_perplexity, ...
+    filter: str  # how answers were cut out of generated text: "none", "strict-match", ...
+    value: float | None  # None: not a finite number
+    stderr: float | None  # None where there is none for this metric, or only one document
+    higher_is_better: bool | None
+
+    @property
+    def label(self) -> str:
+        return self.name if self.filter == "none" else f"{self.name} ({self.filter})"
+
+    @property
+    def shown(self) -> str:
+        error = "" if self.stderr is None else f" ± {self.stderr:.4f}"
+        return "no finite number" if self.value is None else f"{self.value:.4f}{error}"
+
+
+class TaskScore(Record):
+    """A task of lm-eval, or the average of a group of tasks."""
+
+    version: str  # of the task, in its YAML; scores of different versions do not compare
+    few_shot: int | None  # examples before each question; None: the tasks of the group differ
+    documents: int
+    group: str | None  # the group whose average counts this one
+    metrics: tuple[TaskMetric, ...]
+
+
 class EvaluationManifest(Record):
     """`<root>/runs/<run_id>/evaluate/step-00000400.json`"""
 
@@ -193,6 +222,10 @@ class EvaluationManifest(Record):
     unigram_entropy: float  # nats per token of the same held-out tokens under their own frequencies
     baselines: dict[str, float]  # bits per byte of simple compressors, e.g. {"xz -9": 2.1}
     source_baselines: dict[str, dict[str, float]]  # the same, each source's text by itself
+    harness: str = ""  # "lm-eval 0.4.13", where tasks were scored
+    tasks: dict[str, TaskScore] = {}
+
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"harness", "tasks"})
 
 
 class ModelManifest(Record):

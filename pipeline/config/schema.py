@@ -329,6 +329,23 @@ class EvaluationConfig(Section):
     max_tokens_per_source: PositiveInt = 10_000_000
     batch: PositiveInt = 8  # windows per forward pass
     checkpoint: Literal["last"] | int = "last"  # or a step
+    tasks: tuple[str, ...] = ()  # of lm-eval, to be scored as well: names of tasks, groups or tags
+    task_folder: Uri | None = None  # folder or s3:// prefix with own tasks (lm-eval's YAML) and their data
+    few_shot: Annotated[int, Field(ge=0)] | None = None  # examples before each question; None: what each task says
+    task_limit: PositiveInt | None = None  # documents of each task; None: all
+
+    @field_validator("tasks")
+    @classmethod
+    def _tasks_differ(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        twice = sorted({name for name in tasks if tasks.count(name) > 1})
+        if twice:
+            raise ValueError(f"tasks: {twice[0]!r} is named twice")
+        return tasks
+
+
+TASK_SETTINGS = frozenset(
+    {"tasks", "task_folder", "few_shot", "task_limit"}
+)  # of EvaluationConfig; without tasks they mean nothing
 
 
 class PublishingConfig(Section):

@@ -62,10 +62,11 @@ def evaluate(
     *,
     report: Callable[[EvaluationProgress], None],
 ) -> EvaluationManifest:
-    """Score a checkpoint and commit the result; a result of the same identity is returned as it is.
+    """Score a checkpoint, also on `evaluation.tasks`, and commit the result; one of the same identity is returned as it is.
 
     Runs in one process (the whole network in fp32) or on every rank of an initialised process group, sharded as in
-    training; all ranks return the same, rank 0 reports. Raises ValueError when no held-out document can be scored.
+    training; all ranks return the same, rank 0 reports. Raises ValueError when no held-out document can be scored, and for
+    tasks that cannot be had (`tasks.check`).
     """
     found = committed(config, dataset, checkpoint, storage)
     if found is not None:
@@ -81,8 +82,14 @@ def evaluate(
     nats = score(
         model, texts, eos=encoder.eos_id, length=window_length(config), batch=config.evaluation.batch, report=report
     )
+    harness, tasks = "", {}
+    if config.evaluation.tasks:
+        from pipeline.evaluation.harness import harness_version, score_tasks  # lm-eval is an extra
+
+        harness, tasks = harness_version(), score_tasks(config, model, encoder, report)
     if not dist.is_initialized() or dist.get_rank() == 0:
         manifest = _manifest(config, dataset, checkpoint, texts, nats, encoder)
+        manifest = manifest.model_copy(update={"harness": harness, "tasks": tasks})
         storage.write(manifest_path(config, checkpoint), manifest.to_json())
     if dist.is_initialized():
         dist.barrier()

@@ -83,6 +83,7 @@ def render(
         _tiles(config, train, evaluation, stage_seconds),
         _section("Training", _charts(records, train, evaluation)),
         _section("Held-out text", _scores(dataset, evaluation)),
+        _section("Tasks", _tasks(evaluation)) if evaluation.tasks else "",
         _section("Data", _data(config, dataset)),
         _section("Stages", _stages(stage_seconds)) if stage_seconds else "",
         _section("Artefacts", _artefacts(config, train, evaluation, model, dataset)),
@@ -181,6 +182,28 @@ def _scores(dataset: DatasetManifest, evaluation: EvaluationManifest) -> str:
         "token frequencies are those of the text itself. Bold: better than every baseline."
     )
     return f"{_table(head, rows)}<p class='note'>{note}</p>"
+
+
+def _tasks(evaluation: EvaluationManifest) -> str:
+    rows = [
+        [
+            escape(name),
+            escape(score.group or ""),
+            escape(score.version),
+            "" if score.few_shot is None else str(score.few_shot),
+            f"{score.documents:,}",
+            escape(metric.label),
+            escape(metric.shown),
+        ]
+        for name, score in evaluation.tasks.items()
+        for metric in score.metrics
+    ]
+    head = ["task", "in group", "version", "few-shot", "documents", "metric", "value ± standard error"]
+    note = (
+        f"Scored with {escape(evaluation.harness)} on prompts that begin with an end-of-text token, contexts cut from the left to "
+        f"{evaluation.sequence_length:,} tokens; text is generated greedily."
+    )
+    return f"{_table(head, rows, left=2)}<p class='note'>{note}</p>"
 
 
 def _data(config: RunConfig, dataset: DatasetManifest) -> str:

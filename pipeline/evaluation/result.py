@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.config.schema import RunConfig
+from pipeline.evaluation import tasks
 from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, digest_of
 from pipeline.storage import Storage
 
@@ -16,12 +17,16 @@ FORMAT = 1  # enters the identity: raise it when the same inputs would score dif
 
 @dataclass(frozen=True)
 class EvaluationProgress:
-    """Windows of all sources are scored in one go; `loss` is the mean over this process's tokens so far (nats)."""
+    """Windows of all sources are scored in one go; `loss` is the mean over this process's tokens so far (nats).
+
+    Tasks come after them, one kind of request after the other: `doing` names it, and the tokens are those of its requests.
+    """
 
     new_tokens: int  # since the last report
     done_tokens: int
     total_tokens: int
-    loss: float
+    loss: float | None = None
+    doing: str = ""
 
 
 def identity(config: RunConfig, dataset: DatasetManifest, checkpoint: CheckpointManifest) -> str:
@@ -34,6 +39,7 @@ def identity(config: RunConfig, dataset: DatasetManifest, checkpoint: Checkpoint
             "model": config.model.model_dump(mode="json"),
             "sequence_length": window_length(config),
             "max_tokens_per_source": config.evaluation.max_tokens_per_source,
+            **tasks.identity(config),
         }
     )
 

@@ -33,6 +33,11 @@ class LossOutput(NamedTuple):
     num_tokens: Tensor  # int64: labelled tokens
 
 
+class TokenScores(NamedTuple):
+    log_p_N: Tensor  # fp32: log-probability (nats) of each label
+    likeliest_N: Tensor  # int64: the token with the largest logit there
+
+
 class Head(nn.Module):
     """Hidden states to logits, or with labels to the summed loss. A module, so that FSDP gathers its weight for it."""
 
@@ -40,16 +45,31 @@ class Head(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocabulary, hidden))
 
-    def forward(self, x_BSD: Tensor, labels_BS: Tensor | None = None) -> Tensor:
-        if labels_BS is None:
+    def forward(self, x_BSD: Tensor, labels: Tensor | None = None, at_N: Tensor | None = None) -> Tensor | TokenScores:
+        """`labels` is [B, S], or with `at_N`, flat positions that may repeat, [N]: then every label is scored by itself."""
+        if labels is None:
             return linear(x_BSD, self.weight).float()
-        return cross_entropy_sum(x_BSD.flatten(0, 1), self.weight, labels_BS.flatten())
+        if at_N is not None:
+            return token_scores(x_BSD.flatten(0, 1)[at_N], self.weight, labels)
+        return cross_entropy_sum(x_BSD.flatten(0, 1), self.weight, labels.flatten())
 
 
 def cross_entropy_sum(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
     """Sum over tokens with a label of -log softmax(W x)[label], fp32 scalar."""
     loss: Tensor = _CrossEntropySum.apply(x_ND, weight_VD, labels_N)
     return loss
+
+
+@torch.no_grad()
+def token_scores(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> TokenScores:
+    """log softmax(W x)[label] and argmax W x of each token, a chunk of logits at a time."""
+    chunk = _chunk(x_ND, weight_VD.shape[0])
+    log_p, likeliest = [], []
+    for x_CD, labels_C in zip(x_ND.split(chunk), labels_N.split(chunk)):
+        logits_CV = _logits(x_CD, weight_VD)
+        log_p.append(logits_CV.gather(1, labels_C[:, None])[:, 0] - logits_CV.logsumexp(1))
+        likeliest.append(logits_CV.argmax(1))
+    return TokenScores(torch.cat(log_p), torch.cat(likeliest))
 
 
 class _CrossEntropySum(torch.autograd.Function):

@@ -22,7 +22,7 @@ from pipeline.model.attention import Attention
 from pipeline.model.block import Block
 from pipeline.model.experts import MoE
 from pipeline.model.init import initialise
-from pipeline.model.loss import IGNORE, Head, LossOutput
+from pipeline.model.loss import IGNORE, Head, LossOutput, TokenScores
 from pipeline.model.norm import RMSNorm
 from pipeline.model.router import Router
 from pipeline.model.sequences import sequence_layout
@@ -42,9 +42,15 @@ class Moonlight(nn.Module):
             self.reset_parameters(0)
 
     def forward(
-        self, input_ids_BS: Tensor, labels_BS: Tensor | None = None, doc_lens: Sequence[Sequence[int]] | None = None
-    ) -> LossOutput | Tensor:
-        """With `labels_BS` (-100: no loss) the summed loss, else logits [B, S, V] in fp32.
+        self,
+        input_ids_BS: Tensor,
+        labels: Tensor | None = None,
+        doc_lens: Sequence[Sequence[int]] | None = None,
+        at_N: Tensor | None = None,
+    ) -> LossOutput | TokenScores | Tensor:
+        """With `labels` [B, S] (-100: no loss) the summed loss, else logits [B, S, V] in fp32.
+
+        With `at_N`, flat positions in [B * S] that may repeat, `labels` are the [N] tokens to score there, one by one.
 
         `doc_lens`: per row the lengths of its documents, laid end to end; attention then stays inside a document and
         positions restart. None: each row is one sequence. In training mode each router's `tokens_per_expert` grows by
@@ -71,9 +77,9 @@ class Moonlight(nn.Module):
             for (_, router), counts_E in zip(self.routers(), counts, strict=True):
                 router.tokens_per_expert += counts_E
         x_BSD = self.norm(x_BSD)
-        if labels_BS is None:
-            return self.lm_head(x_BSD)
-        return LossOutput(self.lm_head(x_BSD, labels_BS), aux_loss, (labels_BS != IGNORE).sum())
+        if labels is None or at_N is not None:
+            return self.lm_head(x_BSD, labels, at_N)
+        return LossOutput(self.lm_head(x_BSD, labels), aux_loss, (labels != IGNORE).sum())
 
     def routers(self) -> Iterator[tuple[str, Router]]:
         """The routers by name (`layers.1.mlp.router`), first layer first."""

@@ -17,7 +17,14 @@ from pipeline.evaluation.baselines import SHOWN
 from pipeline.evaluation.charts import compact
 from pipeline.evaluation.report import scored_sources
 from pipeline.evaluation.weights import ParameterCount
-from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, SourceScore, TrainManifest
+from pipeline.manifest import (
+    CheckpointManifest,
+    DatasetManifest,
+    EvaluationManifest,
+    SourceScore,
+    TaskScore,
+    TrainManifest,
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ def model_card(
         "![Training and held-out loss over tokens seen](loss.png)",
         "## Held-out results",
         _results(dataset, evaluation),
+        *(["## Tasks", _tasks(evaluation)] if evaluation.tasks else []),
         "## Load it",
         _usage(),
     ]
@@ -81,11 +89,12 @@ def _header(name: str, evaluation: EvaluationManifest) -> str:
         "dataset": {"name": "held-out documents of the training corpus", "type": "heldout"},
         "metrics": metrics,
     }
+    results = [result, *(_task_result(name, score) for name, score in evaluation.tasks.items() if score.group is None)]
     header = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["moonlight", "deepseek_v3", "mixture-of-experts", "muon"],
-        "model-index": [{"name": name, "results": [result]}],
+        "model-index": [{"name": name, "results": results}],
     }
     return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---"
 
@@ -123,6 +132,38 @@ def _results(dataset: DatasetManifest, evaluation: EvaluationManifest) -> str:
         "of the same text under compressors, which have seen nothing else, and under the frequencies of its own tokens "
         f"({evaluation.unigram_entropy:.3f} nats per token; the model is {abs(below):.3f} nats "
         f"{'below' if below >= 0 else 'ABOVE'} that)."
+    )
+
+
+def _task_result(name: str, score: TaskScore) -> dict[str, Any]:
+    metrics = [
+        {"type": metric.name, "name": metric.label, "value": metric.value}
+        for metric in score.metrics
+        if metric.value is not None
+    ]
+    dataset = {"name": name, "type": name}
+    return {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}
+
+
+def _tasks(evaluation: EvaluationManifest) -> str:
+    """The tasks and groups that no other group averages; the evaluation's record has all of them."""
+    rows = [
+        [
+            name,
+            score.version,
+            "" if score.few_shot is None else str(score.few_shot),
+            f"{score.documents:,}",
+            metric.label,
+            metric.shown,
+        ]
+        for name, score in evaluation.tasks.items()
+        if score.group is None
+        for metric in score.metrics
+    ]
+    return (
+        f"{table(['task', 'version', 'few-shot', 'documents', 'metric', 'value ± standard error'], rows, right=2)}\n\n"
+        f"Scored with {evaluation.harness} on prompts that begin with an end-of-text token, contexts cut from the left to "
+        f"{evaluation.sequence_length:,} tokens; text is generated greedily."
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import TASK_SETTINGS, RunConfig
 from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, digest_of
 
 FORMAT = 1  # enters the version's name: raise it when the same inputs would publish other bytes
@@ -46,8 +46,11 @@ def version_name(
 
 
 def published_config(config: RunConfig) -> dict[str, Any]:
-    """The run's configuration without what only says where and when it runs, and whether it is promoted."""
+    """The run's configuration without what only says where and when it runs, and whether it is promoted, and without
+    settings of tasks where there are none."""
+    unused = {"task_folder"} if config.evaluation.tasks else set(TASK_SETTINGS)
     found = config.model_dump(
-        mode="json", exclude={"storage": True, "cluster": True, "publishing": {"promote", "max_loss"}}
+        mode="json",
+        exclude={"storage": True, "cluster": True, "publishing": {"promote", "max_loss"}, "evaluation": unused},
     )
     return found

@@ -139,10 +139,11 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
     assert "usage: python -m jobs.pipeline" in capsys.readouterr().err
 
 
-def test_open_run_makes_the_root_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_run_makes_folders_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    config, storage = open_run("debug", ["storage.root=here/runs"])
+    config, storage = open_run("debug", ["storage.root=here/runs", "evaluation.task_folder=own"])
     assert config.storage.root == storage.root == str(tmp_path / "here" / "runs")
+    assert config.evaluation.task_folder == str(tmp_path / "own")
     (tmp_path / "run.yaml").write_text(dump_yaml(config))
     assert open_run(str(tmp_path / "run.yaml"), [])[0] == config
 

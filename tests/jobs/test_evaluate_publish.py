@@ -1,6 +1,7 @@
 """The last two stages on a real Ray give what the library gives, and its errors."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from pipeline.evaluation.heldout import evaluate
 from pipeline.evaluation.result import manifest_path
 from pipeline.publishing.export import GateError
 from tests.evaluation.make import make_run, run_config
+from tests.evaluation.make_tasks import TASKS, write_tasks
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,10 +35,14 @@ def cluster() -> Iterator[None]:
 @pytest.mark.usefixtures("cluster")
 def test_both_stages(tmp_path, capfd):
     made = make_run(run_config(str(tmp_path)))
+    tasks = {"tasks": TASKS, "task_folder": str(write_tasks(tmp_path / "tasks", tmp_path / "cache"))}
+    section = made.config.evaluation.model_copy(update=tasks)
+    made = replace(made, config=made.config.model_copy(update={"evaluation": section}))
     here = evaluate(made.config, made.dataset, made.checkpoint, made.storage, report=lambda _: None)
     made.storage.delete(manifest_path(made.config, made.checkpoint))
     there = evaluate_with_ray(made.config, made.dataset, made.checkpoint, made.storage, print)
     assert there == here
+    assert set(TASKS) < there.tasks.keys()
 
     manifest = publish_with_ray(made.config, made.train, there, made.dataset, git_commit="abc", report=print)
     assert manifest.git_commit == "abc"

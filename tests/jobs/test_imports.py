@@ -21,6 +21,8 @@ HEAVY = {
     "kubernetes",
     "pyarrow.dataset",
     "safetensors",
+    "lm_eval",
+    "datasets",
 }
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.model import loss as loss_module
-from pipeline.model.loss import Head, cross_entropy_sum
+from pipeline.model.loss import Head, cross_entropy_sum, token_scores
 
 
 def draws(N=70, D=16, V=50, dtype=torch.float32):
@@ -83,3 +83,17 @@ def test_logits_are_fp32_whatever_the_weights():
     head = Head(16, 50).to(torch.bfloat16)
     torch.nn.init.normal_(head.weight)
     assert head(torch.randn(1, 3, 16, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_scores_of_single_tokens_equal_log_softmax(monkeypatch):
+    monkeypatch.setattr(loss_module, "TILES", (16,))
+    monkeypatch.setattr(loss_module, "CPU_CHUNK_NUMBERS", 16 * 50)  # several chunks, the last one short
+    x, weight, labels = draws()
+    at = torch.tensor([3, 69, 3, *range(40)])  # a position may be asked twice
+    scores = token_scores(x[at], weight, labels[at].clamp(min=0))
+    expected = F.log_softmax(x @ weight.T, -1)[at]
+    torch.testing.assert_close(
+        scores.log_p_N, expected.gather(1, labels[at].clamp(min=0)[:, None])[:, 0], rtol=1e-5, atol=1e-5
+    )
+    assert scores.likeliest_N.tolist() == expected.argmax(-1).tolist()
+    assert [part.shape for part in token_scores(x[:0], weight, labels[:0])] == [(0,), (0,)]

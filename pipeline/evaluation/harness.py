@@ -1,0 +1,175 @@
+"""Tasks of EleutherAI's lm-evaluation-harness, scored on the network that is in memory.
+
+lm-eval makes the prompts, cuts answers out of text and averages; the network answers three kinds of request as lm-eval's
+own model of Hugging Face folders does (lm_eval/models/huggingface.py, against which it is tested): contexts that are too
+long lose their beginning, and the prompt of a generation leaves room for what is generated. Two things are this project's:
+every prompt begins with the EOS that comes before each document in training, and special tokens in text are text.
+
+The seeds are lm-eval's own (few-shot examples: 1234), so that the same examples are drawn everywhere. Only rank 0 runs the
+harness and needs the tasks' data; the other ranks follow its forward passes.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from math import isfinite
+from typing import Any
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.utils import postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from pipeline.config.schema import RunConfig
+from pipeline.evaluation.forward import Forward
+from pipeline.evaluation.result import EvaluationProgress, window_length
+from pipeline.evaluation.tasks import loaded, new_tokens
+from pipeline.manifest import TaskMetric, TaskScore
+from pipeline.model.moonlight import Moonlight
+from pipeline.tokenizer import Encoder
+
+DECIMALS = 6  # as of held-out scores
+SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
+RESAMPLES = 1000  # for standard errors without a formula: 2 per cent exact; lm-eval's 100,000 take minutes a task
+
+Request = Any  # lm_eval.api.instance.Instance; `args` is what is asked
+
+
+def harness_version() -> str:
+    return f"lm-eval {importlib.metadata.version('lm-eval')}"
+
+
+def score_tasks(
+    config: RunConfig, model: Moonlight, encoder: Encoder, report: Callable[[EvaluationProgress], None]
+) -> dict[str, TaskScore]:
+    """Score `evaluation.tasks`; by name, groups first. A collective call on the ranks of a process group.
+
+    Raises ConfigError for tasks that cannot be loaded, and RuntimeError on the ranks that follow one that failed.
+    """
+    forward = Forward(model, encoder, batch=config.evaluation.batch, report=report)
+    if forward.rank > 0:
+        found: dict[str, TaskScore] = forward.follow()
+        return found
+    try:
+        with loaded(config) as (manager, tasks):
+            results = simple_evaluate(
+                HarnessModel(forward, encoder, window_length(config)),
+                tasks=tasks,
+                task_manager=manager,
+                num_fewshot=config.evaluation.few_shot,
+                limit=config.evaluation.task_limit,
+                bootstrap_iters=RESAMPLES,
+                log_samples=False,
+                **SEEDS,
+            )
+    except BaseException as error:
+        forward.end(error=error)
+        raise
+    assert results is not None  # lm-eval's rank is 0
+    found = task_scores(results)
+    forward.end(found)
+    return found
+
+
+class HarnessModel(TemplateLM):
+    """The network as lm-eval asks it. `length`: the most tokens that it sees at a time."""
+
+    def __init__(self, forward: Forward, encoder: Encoder, length: int) -> None:
+        super().__init__()
+        self._forward, self._encoder, self.max_length = forward, encoder, length
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._encoder.eos_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        ids = self._encoder.encode([string.encode()])[0].tolist()
+        return ids if add_special_tokens is False else [self._encoder.eos_id, *ids]
+
+    def loglikelihood(self, requests: list[Request], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return found
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        return self._score([(context, continuation) for _, context, continuation in requests], "log-likelihoods")
+
+    def loglikelihood_rolling(self, requests: list[Request], disable_tqdm: bool = True) -> list[float]:
+        windows: list[tuple[list[int], list[int]]] = []
+        owners: list[int] = []
+        for owner, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+            cut = get_rolling_token_windows(tokens, self.eot_token_id, self.max_length, context_len=1)
+            windows += [make_disjoint_window(window) for window in cut]
+            owners += [owner] * (len(windows) - len(owners))
+        sums = [0.0] * len(requests)
+        for owner, (log_p, _) in zip(owners, self._score(windows, "perplexities"), strict=True):
+            sums[owner] += log_p
+        return sums
+
+    def generate_until(self, requests: list[Request], disable_tqdm: bool = True) -> list[str]:
+        kinds: dict[tuple[tuple[str, ...], int], list[int]] = {}  # what stops them -> requests, which share batches
+        for index, request in enumerate(requests):
+            generation = request.args[1]
+            until = generation.get("until") or []
+            until = (until,) if isinstance(until, str) else tuple(until)
+            kinds.setdefault((until, new_tokens(generation)), []).append(index)
+        texts = [""] * len(requests)
+        for (until, count), indices in kinds.items():
+            room = self.max_length - count
+            prompts = [self.tok_encode(requests[index].args[0])[-room:] for index in indices]
+            for index, text in zip(indices, self._forward.greedy(prompts, until, count, "generated text"), strict=True):
+                texts[index] = postprocess_generated_text(text, list(until), None)
+        return texts
+
+    def _score(self, pairs: list[tuple[list[int], list[int]]], doing: str) -> list[tuple[float, bool]]:
+        longest = max((len(continuation) for _, continuation in pairs), default=0)
+        if longest > self.max_length:
+            raise ValueError(
+                f"evaluation.sequence_length: {self.max_length} tokens do not hold an answer of {longest}; raise it"
+            )
+        kept = [((context + answer)[-(self.max_length + 1) :], len(answer)) for context, answer in pairs]
+        return self._forward.log_likelihoods(kept, doing)
+
+
+def task_scores(results: dict[str, Any]) -> dict[str, TaskScore]:
+    """What `simple_evaluate` returned, without what has no number."""
+    found: dict[str, TaskScore] = {}
+    averaged = results.get("groups", {})
+    parents = {
+        child: group for group, children in results["group_subtasks"].items() if group in averaged for child in children
+    }
+    for name in [*averaged, *(task for task in results["results"] if task not in averaged)]:
+        values = results["results"][name]
+        metrics = _metrics(values, results["higher_is_better"].get(name, {}))
+        if metrics:
+            shots = results["n-shot"].get(name)
+            found[name] = TaskScore(
+                version=str(results["versions"].get(name)),
+                few_shot=shots if isinstance(shots, int) else None,
+                documents=int(values["sample_len"]),
+                group=parents.get(name),
+                metrics=tuple(metrics),
+            )
+    return found
+
+
+def _metrics(values: dict[str, Any], higher_is_better: dict[str, bool | None]) -> list[TaskMetric]:
+    """lm-eval writes "acc,none": 0.5, "acc_stderr,none": 0.1 or "N/A"."""
+    return [
+        TaskMetric(
+            name=name,
+            filter=cut,
+            value=_number(value),
+            stderr=_number(values.get(f"{name}_stderr,{cut}")),
+            higher_is_better=higher_is_better.get(name),
+        )
+        for (name, comma, cut), value in ((key.partition(","), value) for key, value in values.items())
+        if comma and not name.endswith("_stderr")
+    ]
+
+
+def _number(value: Any) -> float | None:
+    return round(float(value), DECIMALS) if isinstance(value, int | float) and isfinite(value) else None
