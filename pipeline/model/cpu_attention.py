@@ -60,7 +60,7 @@ def _forward(
     future = q_BHSQ.new_full((CHUNK, CHUNK), -torch.inf).triu_(1)
     for b, rows, T, place in _chunks(B, H, S):
         count = rows.stop - rows.start
-        logits_HCT = torch.bmm(q_BHSQ[b, :, rows], k_BHSQ[b, :, :T].transpose(1, 2)).mul_(scale)
+        logits_HCT = torch.bmm(q_BHSQ[b, :, rows] * scale, k_BHSQ[b, :, :T].transpose(1, 2))
         if mask_B1SS is None:
             logits_HCT[:, :, rows] += future[:count, :count]
         else:

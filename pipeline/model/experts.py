@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.config.schema import ModelConfig
 from pipeline.model.grouped import ALIGNMENT, grouped_linear
-from pipeline.model.matmul import Linear
+from pipeline.model.matmul import Linear, is_cpu_fp32
 from pipeline.model.recomputation import keeping_matmuls
 from pipeline.model.router import Router
 from pipeline.parallel.dispatch import LocalDispatch, inverse_permutation
@@ -159,9 +159,8 @@ class SortRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None]:
         (inverse_M,) = ctx.saved_tensors
-        D = grad_MD.shape[-1]
         K = inverse_M.numel() // max(ctx.tokens, 1)
-        return grad_MD.index_select(0, inverse_M).view(ctx.tokens, K, D).sum(1), None, None
+        return gather_sum(grad_MD, inverse_M.view(ctx.tokens, K)), None, None
 
 
 class WeightedSum(torch.autograd.Function):
@@ -170,15 +169,29 @@ class WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_MD: Tensor, weights_NK: Tensor, order_M: Tensor, inverse_M: Tensor) -> Tensor:
         ctx.save_for_backward(rows_MD, weights_NK, order_M)
-        N, K = weights_NK.shape
-        rows_NKD = rows_MD.index_select(0, inverse_M).view(N, K, rows_MD.shape[-1])
-        return (rows_NKD * weights_NK.unsqueeze(-1)).sum(1).to(rows_MD.dtype)
+        return gather_sum(rows_MD, inverse_M.view_as(weights_NK), weights_NK)
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows_MD, weights_NK, order_M = ctx.saved_tensors
         grad_MD = grad_ND.index_select(0, order_M // weights_NK.shape[1])
-        grad_rows_MD = (grad_MD * weights_NK.flatten()[order_M].unsqueeze(-1)).to(rows_MD.dtype)
         grad_sorted_M = (rows_MD * grad_MD).sum(-1, dtype=weights_NK.dtype)
         grad_weights_M = torch.empty_like(grad_sorted_M).scatter_(0, order_M, grad_sorted_M)
-        return grad_rows_MD, grad_weights_M.view_as(weights_NK), None, None
+        return grad_MD.mul_(weights_NK.flatten()[order_M].unsqueeze(-1)), grad_weights_M.view_as(weights_NK), None, None
+
+
+def gather_sum(rows_MD: Tensor, index_NK: Tensor, weights_NK: Tensor | None = None) -> Tensor:
+    """y_ND[n] = sum over k of (weights_NK[n, k] *) rows_MD[index_NK[n, k]], summed in fp32 and rounded once.
+
+    PyTorch's embedding bag is this in one pass. On a CPU in fp32 it takes a tenth of the time of a gather, a product
+    and a sum, which write and read N * K * D numbers in between; in bf16 it would round the weights.
+    """
+    N, K = index_NK.shape
+    if is_cpu_fp32(rows_MD):
+        bags_N = torch.arange(0, N * K, K) if K else torch.zeros(N, dtype=torch.int64)
+        weights_M = None if weights_NK is None else weights_NK.flatten()
+        return torch.embedding_bag(rows_MD, index_NK.flatten(), bags_N, False, 0, False, weights_M)[0]
+    rows_NKD = rows_MD.index_select(0, index_NK.flatten()).view(N, K, rows_MD.shape[-1])
+    if weights_NK is not None:
+        rows_NKD = rows_NKD * weights_NK.unsqueeze(-1)
+    return rows_NKD.sum(1).to(rows_MD.dtype)

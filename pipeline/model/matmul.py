@@ -1,9 +1,15 @@
 """Linear layers, and the matrix product under them that is fast on every CPU.
 
 PyTorch multiplies fp32 matrices on a CPU with MKL, which takes its AVX2 kernels on AMD processors. oneDNN, which is in
-every x86 build of PyTorch, uses the whole vector width: 2.3 times as fast on an AVX-512 AMD core (260 against 113
-GFLOP/s on one thread), equal elsewhere, same fp32 precision. So fp32 products on a CPU go to oneDNN here unless they
-are too small to pay its call (26 microseconds). Everything else is plain PyTorch: CUDA, bf16, builds without oneDNN.
+every x86 build of PyTorch, uses the whole vector width there. GFLOP/s on one thread, 512 to 4096 rows:
+
+    AMD with 512-bit units (Zen 5)      MKL 113     oneDNN 260
+    AMD with 256-bit units (Zen 4)      MKL 90      oneDNN 105
+    Intel with AVX-512                  MKL 150     oneDNN 135
+
+So fp32 products on AMD go to oneDNN here unless they are too small to pay its call (26 microseconds). Everything else is
+plain PyTorch: Intel, ARM, CUDA, bf16, builds without oneDNN. The choice is the processor's, never a measurement's: a run
+that is started again on the same kind of machine multiplies the same way.
 
 oneDNN compiles and keeps a kernel for every shape it meets: about a millisecond and a megabyte each. Token counts of
 experts, and prompts that grow, would meet new shapes for ever. So rows are cut into tiles of three sizes, and the rest,
@@ -16,6 +22,7 @@ Legend: M rows, I in, O out.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -46,8 +53,16 @@ def is_cpu_fp32(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32
 
 
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether this processor's fp32 products are for oneDNN."""
+    return torch.backends.mkldnn.is_available() and "AMD" in torch.cpu.get_capabilities().get("cpu_name", "")
+
+
 def product(x_MI: Tensor, weight_OI: Tensor, out_MO: Tensor | None = None) -> Tensor:
     """x times the transposed weight, [M, O], without autograd. Either may be a transposed view. `out_MO`: write there."""
+    if not onednn_is_faster():
+        return torch.mm(x_MI, weight_OI.T, out=out_MO)
     M, O = x_MI.shape[0], weight_OI.shape[0]  # noqa: E741
     tiles = _tiles(M, weight_OI.numel())
     if len(tiles) == 1 and out_MO is None:
@@ -60,6 +75,10 @@ def product(x_MI: Tensor, weight_OI: Tensor, out_MO: Tensor | None = None) -> Te
 
 def outer(grad_MO: Tensor, x_MI: Tensor) -> Tensor:
     """grad transposed times x, [O, I], without autograd: the gradient of a weight."""
+    if not onednn_is_faster():
+        return grad_MO.T @ x_MI
+    if grad_MO.shape[1] > x_MI.shape[1]:  # oneDNN lays out the first factor anew: let that be the narrower one
+        return outer(x_MI, grad_MO).T.contiguous()
     first, *others = _tiles(grad_MO.shape[0], grad_MO.shape[1] * x_MI.shape[1])
     out_OI = _multiply(grad_MO[first].T, x_MI[first].T, first)
     for rows in others:
@@ -81,7 +100,7 @@ def _multiply(x_MI: Tensor, weight_OI: Tensor, tile: slice) -> Tensor:
     """oneDNN for a whole tile of rows, MKL for a rest."""
     (M, I), O = x_MI.shape, weight_OI.shape[0]  # noqa: E741
     whole = tile.stop - tile.start in TILES and M * I * O >= SMALLEST
-    if not whole or not torch.backends.mkldnn.is_available():
+    if not whole:
         return x_MI @ weight_OI.T
     return torch.ops.mkldnn._linear_pointwise(x_MI, weight_OI, None, "none", [], "")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pipeline.model.experts import MoE, SortRows, WeightedSum
+from pipeline.model.experts import MoE, SortRows, WeightedSum, gather_sum
 from tests.model.oracle import random_model, small_config
 
 
@@ -21,6 +21,20 @@ def test_row_gathers_have_the_right_gradients():
     assert torch.autograd.gradcheck(SortRows.apply, (x_ND, order_M, inverse_M))
     assert torch.autograd.gradcheck(WeightedSum.apply, (rows_MD, weights_NK, order_M, inverse_M))
     assert torch.equal(SortRows.apply(x_ND, order_M, inverse_M), x_ND.repeat_interleave(2, 0)[order_M])
+
+
+@pytest.mark.parametrize(("tokens", "choices"), [(5, 3), (4, 1), (0, 2)])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_the_cpus_embedding_bag_is_the_plain_sum(tokens, choices, weighted):
+    generator = torch.Generator().manual_seed(0)
+    rows_MD = torch.randn(7, 12, generator=generator)
+    index_NK = torch.randint(0, 7, (tokens, choices), generator=generator)
+    weights_NK = torch.rand(tokens, choices, generator=generator) if weighted else None
+    plain = gather_sum(rows_MD.double(), index_NK, weights_NK)  # not for fp32 only
+    out = gather_sum(rows_MD, index_NK, weights_NK)
+    assert out.dtype == torch.float32
+    assert out.shape == (tokens, 12)
+    torch.testing.assert_close(out.double(), plain, rtol=1e-6, atol=1e-6)
 
 
 def test_layer_equals_a_loop_over_experts():

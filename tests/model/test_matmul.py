@@ -4,7 +4,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from pipeline.model import matmul
 from pipeline.model.matmul import SMALLEST, Linear, linear, outer, product
+
+
+@pytest.fixture(params=[True, False], ids=["onednn", "mkl"], autouse=True)
+def onednn(request, monkeypatch):
+    """Each test as on an AMD processor and as on any other."""
+    if request.param and not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of PyTorch has no oneDNN")
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: request.param)
+    return request.param
 
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [(3, 8, 5), (130, 96, 100), (333, 96, 100), (0, 8, 5)])
@@ -29,7 +39,7 @@ def test_the_product_is_a_true_fp32_product():
     assert (product(x.T, weight.T) - x.double().T @ weight.double()).norm() / exact.norm() < 1e-6
 
 
-def test_any_number_of_rows_makes_few_shapes(monkeypatch):
+def test_any_number_of_rows_makes_few_shapes(monkeypatch, onednn):
     """oneDNN keeps a kernel for every shape: growing prompts and experts' loads must not make new ones for ever."""
     shapes = set()
     real = torch.ops.mkldnn._linear_pointwise
@@ -44,9 +54,17 @@ def test_any_number_of_rows_makes_few_shapes(monkeypatch):
         x, grad = torch.randn(rows, 128), torch.randn(rows, 100)
         torch.testing.assert_close(product(x, weight), x @ weight.T, rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(outer(grad, x), grad.T @ x, rtol=1e-4, atol=1e-3)
-    assert shapes == {((m, 128), (100, 128)) for m in (128, 512, 4096)} | {
-        ((100, m), (128, m)) for m in (128, 512, 4096)
-    }
+    tiles = (128, 512, 4096) if onednn else ()
+    assert shapes == {((m, 128), (100, 128)) for m in tiles} | {((100, m), (128, m)) for m in tiles}
+
+
+def test_only_amd_processors_take_onednn(monkeypatch):
+    monkeypatch.undo()  # the fixture
+    for name, expected in (("AMD EPYC 9355", True), ("Intel(R) Xeon(R) 6975P-C", False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {"cpu_name": name})
+        matmul.onednn_is_faster.cache_clear()
+        assert matmul.onednn_is_faster() is (expected and torch.backends.mkldnn.is_available())
+    matmul.onednn_is_faster.cache_clear()
 
 
 def test_the_operator_passes_torchs_own_checks_and_other_dtypes_are_plain():
