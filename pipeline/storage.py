@@ -288,6 +288,8 @@ def _etag(info: dict[str, Any]) -> str:
 
 def _unless_shared(function: object, path: str, error: tuple[type, BaseException, object]) -> None:
     """For rmtree: another process deletes the same folder, or writes there."""
+    if function is os.path.islink and not os.path.islink(path):
+        return  # the folder was deleted and made anew while rmtree looked at it, which it takes for a link
     if getattr(error[1], "errno", None) not in {errno.ENOENT, errno.ENOTEMPTY}:
         raise error[1]
 

@@ -261,6 +261,17 @@ def test_no_credentials(s3_server: str, no_credentials: None) -> None:
     assert "NoCredentialsError: Unable to locate credentials" in refusal(storage)
 
 
+def test_a_folder_that_is_made_anew_while_it_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """rmtree finds another folder under the name than a moment ago and takes it for a symbolic link."""
+    storage = Storage(StorageConfig(root=str(tmp_path)))
+    storage.write("shared/folder/file", b"x")
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "samestat", lambda one, two: False)
+        storage.delete("shared/folder")
+    storage.delete("shared/folder")
+    assert not (tmp_path / "shared/folder").exists()
+
+
 def test_writers_outlast_whoever_deletes_their_folder(storage: Storage) -> None:
     def write(writer: int) -> None:
         for number in range(30):

@@ -35,6 +35,7 @@ SMALL = [
     }.items()),
     f"training.sequence_length={LENGTH}",
     "training.log_every=1",
+    f"training.micro_batch={BATCH}",
     f"schedule.total_tokens={TOKENS}",
     f"schedule.learning_rate=[{{until_tokens: {TOKENS}, shape: constant, start: 0.02, end: 0.02}}]",
     f"schedule.global_batch=[{{until_tokens: {TOKENS}, sequences: {BATCH}}}]",
