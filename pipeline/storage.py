@@ -167,10 +167,14 @@ class Storage:
                         raise
 
         def fill(temporary: Path) -> None:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # of any file that is made here; a local file may be its owner's alone
+            temporary.unlink()
             try:
                 os.link(local, temporary)
             except OSError:  # another file system
                 shutil.copyfile(local, temporary)
+            temporary.chmod(mode)
 
         self._place(path, fill, os.replace)
 

@@ -261,6 +261,17 @@ def test_no_credentials(s3_server: str, no_credentials: None) -> None:
     assert "NoCredentialsError: Unable to locate credentials" in refusal(storage)
 
 
+def test_an_uploaded_file_is_as_readable_as_a_written_one(tmp_path: Path) -> None:
+    """safetensors makes files of mode 600; a published model is for others, too."""
+    storage = Storage(StorageConfig(root=str(tmp_path / "root")))
+    local = tmp_path / "local"
+    local.write_bytes(b"x")
+    local.chmod(0o600)
+    storage.write("written", b"x")
+    storage.upload(local, "uploaded")
+    assert (tmp_path / "root/uploaded").stat().st_mode == (tmp_path / "root/written").stat().st_mode
+
+
 def test_a_folder_that_is_made_anew_while_it_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """rmtree finds another folder under the name than a moment ago and takes it for a symbolic link."""
     storage = Storage(StorageConfig(root=str(tmp_path)))

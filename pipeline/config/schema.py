@@ -343,9 +343,8 @@ class EvaluationConfig(Section):
         return tasks
 
 
-TASK_SETTINGS = frozenset(
-    {"tasks", "task_folder", "few_shot", "task_limit"}
-)  # of EvaluationConfig; without tasks they mean nothing
+# Of EvaluationConfig; without tasks they mean nothing.
+TASK_SETTINGS = frozenset({"tasks", "task_folder", "few_shot", "task_limit"})
 
 
 class PublishingConfig(Section):
