@@ -24,9 +24,12 @@ from pipeline.manifest import (
     ModelManifest,
     SourceManifest,
     SourceScore,
+    TaskScore,
     TrainManifest,
 )
 from pipeline.storage import Storage
+
+TASK_HEAD = ["version", "few-shot", "documents", "metric", "value ± standard error"]
 
 HELDOUT, REFERENCE_COMPRESSOR = "var(--series-1)", "xz -9"
 
@@ -186,24 +189,27 @@ def _scores(dataset: DatasetManifest, evaluation: EvaluationManifest) -> str:
 
 def _tasks(evaluation: EvaluationManifest) -> str:
     rows = [
-        [
-            escape(name),
-            escape(score.group or ""),
-            escape(score.version),
-            "" if score.few_shot is None else str(score.few_shot),
-            f"{score.documents:,}",
-            escape(metric.label),
-            escape(metric.shown),
-        ]
+        [escape(cell) for cell in (name, score.group or "", *cells)]
         for name, score in evaluation.tasks.items()
-        for metric in score.metrics
+        for cells in task_cells(score)
     ]
-    head = ["task", "in group", "version", "few-shot", "documents", "metric", "value ± standard error"]
-    note = (
-        f"Scored with {escape(evaluation.harness)} on prompts that begin with an end-of-text token, contexts cut from the left to "
+    return (
+        f"{_table(['task', 'in group', *TASK_HEAD], rows, left=2)}<p class='note'>{escape(scored_how(evaluation))}</p>"
+    )
+
+
+def task_cells(score: TaskScore) -> list[list[str]]:
+    """A row a metric, under TASK_HEAD."""
+    shots = "" if score.few_shot is None else str(score.few_shot)
+    return [[score.version, shots, f"{score.documents:,}", metric.label, metric.shown] for metric in score.metrics]
+
+
+def scored_how(evaluation: EvaluationManifest) -> str:
+    """What the tasks' values mean, in a sentence."""
+    return (
+        f"Scored with {evaluation.harness} on prompts that begin with an end-of-text token, contexts cut from the left to "
         f"{evaluation.sequence_length:,} tokens; text is generated greedily."
     )
-    return f"{_table(head, rows, left=2)}<p class='note'>{note}</p>"
 
 
 def _data(config: RunConfig, dataset: DatasetManifest) -> str:

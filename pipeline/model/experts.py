@@ -188,7 +188,7 @@ def gather_sum(rows_MD: Tensor, index_NK: Tensor, weights_NK: Tensor | None = No
     """
     N, K = index_NK.shape
     if is_cpu_fp32(rows_MD):
-        bags_N = torch.arange(0, N * K, K) if K else torch.zeros(N, dtype=torch.int64)
+        bags_N = torch.arange(0, N * K, max(K, 1))
         weights_M = None if weights_NK is None else weights_NK.flatten()
         return torch.embedding_bag(rows_MD, index_NK.flatten(), bags_N, False, 0, False, weights_M)[0]
     rows_NKD = rows_MD.index_select(0, index_NK.flatten()).view(N, K, rows_MD.shape[-1])

@@ -15,7 +15,7 @@ import yaml
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation.baselines import SHOWN
 from pipeline.evaluation.charts import compact
-from pipeline.evaluation.report import scored_sources
+from pipeline.evaluation.report import TASK_HEAD, scored_how, scored_sources, task_cells
 from pipeline.evaluation.weights import ParameterCount
 from pipeline.manifest import (
     CheckpointManifest,
@@ -148,23 +148,9 @@ def _task_result(name: str, score: TaskScore) -> dict[str, Any]:
 def _tasks(evaluation: EvaluationManifest) -> str:
     """The tasks and groups that no other group averages; the evaluation's record has all of them."""
     rows = [
-        [
-            name,
-            score.version,
-            "" if score.few_shot is None else str(score.few_shot),
-            f"{score.documents:,}",
-            metric.label,
-            metric.shown,
-        ]
-        for name, score in evaluation.tasks.items()
-        if score.group is None
-        for metric in score.metrics
+        [name, *cells] for name, score in evaluation.tasks.items() if score.group is None for cells in task_cells(score)
     ]
-    return (
-        f"{table(['task', 'version', 'few-shot', 'documents', 'metric', 'value ± standard error'], rows, right=2)}\n\n"
-        f"Scored with {evaluation.harness} on prompts that begin with an end-of-text token, contexts cut from the left to "
-        f"{evaluation.sequence_length:,} tokens; text is generated greedily."
-    )
+    return f"{table(['task', *TASK_HEAD], rows, right=2)}\n\n{scored_how(evaluation)}"
 
 
 def _usage() -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import ray
 import yaml
 
 from data_prep.prepare import prepare
@@ -18,6 +19,23 @@ from pipeline.manifest import DatasetManifest
 from pipeline.storage import Storage, open_storage
 from tests.workflow.driver import filled
 from tests.workflow.fake_kubernetes import FakeKubernetes
+
+TEXT = "The moon rose late. " * 200
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Ray of other tests may be there: what counts is that none is started or joined."""
+
+    def refuse(**_: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(ray, "init", refuse)
+
+
+def override(path: Path, **source: object) -> str:
+    """The folder as the only source of a corpus."""
+    return "corpus=" + json.dumps({"sources": [{"name": "web", "path": str(path), **source}]})
 
 
 class Prepared(NamedTuple):

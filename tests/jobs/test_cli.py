@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -11,27 +10,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import ray
 
 from jobs import pipeline, status
 from jobs.cli import open_run, stage_main
 from pipeline.config.load import dump_yaml
 from pipeline.storage import open_storage
 from pipeline.workflow.record import ProgressFile, StageProgress, add_event
-from tests.jobs.conftest import Prepared
+from tests.jobs.conftest import TEXT, Prepared, override
 
 COMMANDS = ("prepare", "train", "evaluate", "publish", "pipeline", "status", "gate", "inspect", "logs", "verify")
-TEXT = "The moon rose late. " * 200
-
-
-@pytest.fixture(autouse=True)
-def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Ray of other tests may be there: what counts is that none is started or joined."""
-
-    def refuse(**_: object) -> None:
-        raise AssertionError("Ray was started")
-
-    monkeypatch.setattr(ray, "init", refuse)
+pytestmark = pytest.mark.usefixtures("no_ray")
 
 
 @pytest.fixture
@@ -41,10 +29,6 @@ def corpus(tmp_path: Path) -> str:
     (tmp_path / "texts" / "a.txt").write_text(TEXT)
     (tmp_path / "empty").mkdir()
     return override(tmp_path / "texts")
-
-
-def override(path: Path, **source: object) -> str:
-    return "corpus=" + json.dumps({"sources": [{"name": "web", "path": str(path), **source}]})
 
 
 def through_pipeline(*overrides: str) -> int:

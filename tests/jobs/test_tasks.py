@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 
 import datasets
 import huggingface_hub.constants
 import pytest
-import ray
 import yaml
 
 from jobs import pipeline, stages, status
@@ -17,16 +15,12 @@ from jobs.cli import stage_main
 from jobs.summary import task_lines
 from pipeline.manifest import EvaluationManifest, SourceScore, TaskMetric, TaskScore
 from tests.evaluation.make_tasks import write_tasks
+from tests.jobs.conftest import TEXT, override
 
 GENERATION = {"output_type": "generate_until", "doc_to_text": "{{text}}", "doc_to_target": "x", "test_split": "test"}
 
 
-@pytest.fixture(autouse=True)
-def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(**_: object) -> None:
-        raise AssertionError("Ray was started")
-
-    monkeypatch.setattr(ray, "init", refuse)
+pytestmark = pytest.mark.usefixtures("no_ray")
 
 
 @pytest.fixture
@@ -37,11 +31,15 @@ def own(tmp_path: Path) -> Path:
 def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, *overrides: str) -> str:
     """What `jobs.pipeline` says instead of starting."""
     (tmp_path / "texts").mkdir(exist_ok=True)
-    (tmp_path / "texts" / "a.txt").write_text("The moon rose late. " * 200)
+    (tmp_path / "texts" / "a.txt").write_text(TEXT)
     root = tmp_path / "root"
-    corpus = "corpus=" + json.dumps({"sources": [{"name": "web", "path": str(tmp_path / "texts")}]})
     capsys.readouterr()
-    assert pipeline.main(["--config", "debug", f"storage.root={root}", corpus, "data.packing=pad", *overrides]) == 2
+    assert (
+        pipeline.main(
+            ["--config", "debug", f"storage.root={root}", override(tmp_path / "texts"), "data.packing=pad", *overrides]
+        )
+        == 2
+    )
     shown = capsys.readouterr()
     assert shown.out == ""
     assert not root.exists() or list(root.iterdir()) == []
