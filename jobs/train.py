@@ -87,7 +87,7 @@ def _worker(arguments: dict[str, Any]) -> str | None:
     """One rank. Returns why the run cannot go on, or None."""
     import torch
 
-    from pipeline.training.guard import TooManySkippedSteps
+    from pipeline.training.guard import RunDiverged
     from pipeline.training.trainer import TrainingStopped, train
 
     config = validate(arguments["config"])
@@ -108,7 +108,7 @@ def _worker(arguments: dict[str, Any]) -> str | None:
             on_checkpoint=_report_checkpoint,
             should_stop=notice,
         )
-    except TooManySkippedSteps as error:
+    except RunDiverged as error:
         return str(error)
     except TrainingStopped:
         notice.wait_for_the_end()

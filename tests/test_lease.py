@@ -160,8 +160,8 @@ def test_a_killed_process_of_this_machine_need_not_be_waited_for(tmp_path, clock
     assert child.stdout is not None
     assert child.stdout.readline() == "held\n"
     storage = open_storage(StorageConfig(root=str(tmp_path)))
+    clock.meanwhile = lambda _: beat(storage)
     with pytest.raises(Held):  # it lives, whatever our clock says
-        clock.meanwhile = lambda _: beat(storage)
         acquire(storage, PATH, what="run debug")
     child.send_signal(signal.SIGKILL)
     child.wait()

@@ -302,6 +302,15 @@ class ParallelismConfig(Section):
         return self
 
 
+class SpikeConfig(Section):
+    """A finite loss or gradient norm far above the run's own (training/spikes.py)."""
+
+    action: Literal["count", "skip"] = "count"  # skip: such a step changes nothing, like one that is not finite
+    deviations: PositiveFloat = 10.0  # above the running mean, in running standard deviations
+    horizon_steps: Annotated[int, Field(ge=10)] = 200  # of the running mean; as many steps are not judged at first
+    stop_after: PositiveInt = 20  # spikes in a row end the run
+
+
 class TrainingConfig(Section):
     sequence_length: PositiveInt = 8192  # tokens; divides data.sequence_length
     micro_batch: PositiveInt = 1  # sequences per rank and forward pass
@@ -314,6 +323,7 @@ class TrainingConfig(Section):
     initial_weights: Uri | None = None  # a Hugging Face folder, promoted or promoted-or-fresh (training/initial.py)
     skip_sequences: tuple[tuple[int, int], ...] = ()  # ranges [from, to) of global positions left out
     max_skipped_steps: PositiveInt = 10  # non-finite steps in a row before the run stops
+    spikes: SpikeConfig = SpikeConfig()
     step_timeout_s: PositiveFloat = 1800.0  # heartbeat watchdog
     log_every: PositiveInt = 10  # steps
 

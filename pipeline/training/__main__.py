@@ -31,7 +31,7 @@ from pipeline.manifest import DatasetManifest
 from pipeline.storage import Storage, open_storage
 from pipeline.training import initial
 from pipeline.training.commits import committed
-from pipeline.training.guard import TooManySkippedSteps
+from pipeline.training.guard import RunDiverged
 from pipeline.training.metrics import TrainProgress
 from pipeline.training.trainer import TrainingStopped, train
 from pipeline.workflow.record import duration
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     except TrainingStopped as stopped:
         print(stopped, file=sys.stderr)
         return STOPPED
-    except (ValueError, TooManySkippedSteps) as error:
+    except (ValueError, RunDiverged) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT if isinstance(error, ValueError) else FAILED
     finally:

@@ -1,4 +1,8 @@
-"""The figures of a step on their way from the device to the host, where they become a `StepRecord` one step later."""
+"""The figures of a step on their way from the device to the host, where they become a `StepRecord` one step later.
+
+They travel as one float64 vector: loss, balance loss, gradient norm, skipped steps, these in a row, spikes, these in a row, stop requests,
+then the imbalance of each mixture layer.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,6 @@ import torch
 from torch import Tensor
 
 from pipeline.training.metrics import StepRecord
-
-FIXED = 6  # loss, aux_loss, gradient_norm, skipped_steps, skipped_in_a_row, stop; then the imbalance of each layer
 
 
 class Fetch:
@@ -34,7 +36,7 @@ class Fetch:
 
 @dataclass(frozen=True)
 class PendingRecord:
-    """A step whose figures are still on the way: `values` is the float64 vector described at `FIXED`."""
+    """A step whose figures are still on the way: `values` is the vector described above."""
 
     step: int
     tokens: int
@@ -46,8 +48,11 @@ class PendingRecord:
 
     def fetch(self) -> StepRecord:
         """Waits for the device to have finished the step."""
-        loss, aux_loss, gradient_norm, skipped, in_a_row, stop, *imbalance = self.values.result()
+        loss, aux_loss, gradient_norm, skipped, in_a_row, spikes, spikes_in_a_row, stop, *imbalance = (
+            self.values.result()
+        )
         return StepRecord(
             self.step, self.tokens, self.learning_rate, self.bias_rate, self.sequences,
-            loss, aux_loss, gradient_norm, round(skipped), round(in_a_row), stop > 0, tuple(imbalance),
+            loss, aux_loss, gradient_norm, round(skipped), round(in_a_row),
+            round(spikes), round(spikes_in_a_row), stop > 0, tuple(imbalance),
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Steps that must not happen: a non-finite loss or gradient norm changes nothing.
+"""Steps that must not happen: a non-finite loss or gradient norm changes nothing, nor does a spike where that is asked for.
 
 The verdict is a 0/1 tensor on the device that multiplies into every update (optimizer, router bias), so no step waits
 for the host to learn that all is well. Loss and norm are sums over all ranks: one bad value anywhere is a bad value
@@ -14,34 +14,51 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pipeline.config.schema import SpikeConfig
+from pipeline.training.spikes import Spikes
 
-class TooManySkippedSteps(RuntimeError):
+
+class RunDiverged(RuntimeError):
     """The run cannot go on by itself; the message says what to look at."""
 
 
 class Guard:
     """Judges steps and counts the skipped ones; its counters are part of a checkpoint."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, spikes: SpikeConfig | None = None) -> None:
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self.spikes = Spikes(spikes or SpikeConfig(), device)
 
     def judge(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
         """1.0 (fp32) if the step may happen, else 0.0."""
-        good = torch.isfinite(loss) & torch.isfinite(gradient_norm)
+        finite = torch.isfinite(loss) & torch.isfinite(gradient_norm)
+        spike = self.spikes.judge(loss, gradient_norm, finite)
+        good = finite & ~spike if self.spikes.config.action == "skip" else finite
         self.skipped += ~good
-        self.in_a_row.copy_(torch.where(good, 0, self.in_a_row + 1))
+        self.in_a_row.copy_(torch.where(finite, 0, self.in_a_row + 1))
         return good.float()
 
     def state(self) -> dict[str, Tensor]:
-        return {"guard.skipped_steps": self.skipped, "guard.skipped_in_a_row": self.in_a_row}
+        counted = {"guard.skipped_steps": self.skipped, "guard.skipped_in_a_row": self.in_a_row}
+        return counted | self.spikes.state()
 
 
 def check_skipped(in_a_row: int, limit: int, step: int) -> None:
-    """Raises TooManySkippedSteps on the host."""
+    """Raises RunDiverged on the host."""
     if in_a_row >= limit:
-        raise TooManySkippedSteps(
+        raise RunDiverged(
             f"step {step}: the last {in_a_row} steps had a non-finite loss or gradient and were skipped "
             f"(training.max_skipped_steps {limit}); look at train/metrics, then lower the learning rate, leave the data out "
             "with training.skip_sequences, or start from an earlier checkpoint"
+        )
+
+
+def check_spikes(in_a_row: int, limit: int, step: int) -> None:
+    """Raises RunDiverged on the host."""
+    if in_a_row >= limit:
+        raise RunDiverged(
+            f"step {step}: the last {in_a_row} steps had a loss or gradient norm far above the run's own "
+            f"(training.spikes.stop_after {limit}); look at train/metrics and at the data of the first of them (jobs.inspect ... step), "
+            "then lower the learning rate, leave the data out with training.skip_sequences, or start from an earlier checkpoint"
         )

@@ -4,7 +4,7 @@ A checkpoint may be continued exactly by the configuration that would have produ
 that decides the losses: network, optimizer, schedules, data order, seed, and the settings of the loss. It leaves out
 how the work is spread and watched (meshes, micro-batches, recomputation, storage, cluster, logging), because those may
 change from one start to the next. `skip_sequences` is special: it exists to be changed in mid-run, so two runs agree on
-it as far as they have got.
+it as far as they have got. So is what is done about spikes: it is part of what a run was, and may change where it stands.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ DECIDE_THE_LOSS = {
     "skip_sequences",
 }
 SKIPS = "training.skip_sequences"
+SPIKES = "training.spikes."
 
 
 def identity_of(config: RunConfig, dataset_digest: str, order: dict[str, Any]) -> dict[str, Any]:
     """Flat: `model.hidden_size` -> 2048, ... with the dataset's digest as `dataset` and the constants of the data order
     (`Order.describe()`) as `order.lanes`, `order.sources.web`, ..., so that a difference says what changed."""
-    values = {
+    values: dict[str, Any] = {
         "seed": config.seed,
         "dataset": dataset_digest,
         "order": order,
@@ -39,6 +40,8 @@ def identity_of(config: RunConfig, dataset_digest: str, order: dict[str, Any]) -
         "schedule": config.schedule.model_dump(mode="json"),
         "training": config.training.model_dump(mode="json", include=DECIDE_THE_LOSS),
     }
+    if config.training.spikes.action != "count":
+        values["training"]["spikes"] = config.training.spikes.model_dump(mode="json", exclude={"stop_after"})
     return dict(_flatten("", values))
 
 
@@ -55,6 +58,8 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any], position: int) -> 
     """Every key, with both values, that forbids continuing a checkpoint that has consumed data up to a global position."""
     found = []
     for key in sorted(ours.keys() | theirs.keys()):
+        if key.startswith(SPIKES):
+            continue
         mine, other = ours.get(key), theirs.get(key)
         if key == SKIPS:
             mine, other = _before(mine, position), _before(other, position)

@@ -35,6 +35,7 @@ class TrainProgress:
     gradient_norm: float  # before clipping
     expert_load: float  # tokens of the busiest expert of any layer / mean over that layer's experts
     skipped_steps: int  # since the run began
+    spikes: int  # since the run began
     checkpoint_step: int  # newest committed checkpoint, 0 before the first
 
 
@@ -52,6 +53,8 @@ class StepRecord:
     gradient_norm: float
     skipped_steps: int
     skipped_in_a_row: int
+    spikes: int  # since the run began (spikes.py)
+    spikes_in_a_row: int
     stop: bool  # some rank was asked to stop
     load_imbalance: tuple[float, ...]  # per mixture layer: tokens of the busiest expert / mean over experts
 
@@ -70,6 +73,7 @@ class StepRecord:
                     "gradient_norm": _finite(self.gradient_norm),
                     "load_imbalance": [_finite(value) for value in self.load_imbalance],
                     "skipped_steps": self.skipped_steps,
+                    "spikes": self.spikes,
                 }
             )
             + b"\n"
@@ -139,6 +143,7 @@ class Pace:
             gradient_norm=record.gradient_norm,
             expert_load=max(record.load_imbalance, default=math.nan),
             skipped_steps=record.skipped_steps,
+            spikes=record.spikes,
             checkpoint_step=checkpoint_step,
         )
 

@@ -61,7 +61,7 @@ class Step:
         observe_max_logits(model, self.qk_clip is not None)
 
     def __call__(self, batch: StepBatch, learning_rate: float, bias_rate: float, stop: bool) -> Tensor:
-        """Train on one global batch; the figures of the step as a device vector (see metrics.FIXED)."""
+        """Train on one global batch; the figures of the step as a device vector (see figures.py)."""
         tokens = torch.full((), batch.valid_tokens, dtype=torch.int64, device=self.device)  # a fill waits for nothing
         if self.meshes.world_size > 1:
             dist.all_reduce(tokens)
@@ -118,7 +118,7 @@ class Step:
             self.clip_logits(self.qk_clip, ok)
 
         imbalance_L = counts_LE.amax(1) / counts_LE.mean(1)
-        skipped = torch.stack([self.guard.skipped, self.guard.in_a_row]).double()
+        skipped = torch.stack([self.guard.skipped, self.guard.in_a_row, *self.guard.spikes.counters]).double()
         return torch.cat([torch.stack([loss, aux_loss, norm]), skipped, stopping.unsqueeze(0), imbalance_L])
 
     def clip_logits(self, threshold: float, ok: Tensor) -> None:

@@ -41,7 +41,7 @@ from pipeline.training.batches import read_step
 from pipeline.training.checkpoint import Checkpointer
 from pipeline.training.commits import RunFacts, train_folder
 from pipeline.training.figures import Fetch, PendingRecord
-from pipeline.training.guard import Guard, check_skipped
+from pipeline.training.guard import Guard, check_skipped, check_spikes
 from pipeline.training.identity import identity_digest
 from pipeline.training.metrics import MetricsFiles, Pace, StepRecord, TrainProgress
 from pipeline.training.step import Step
@@ -79,11 +79,14 @@ def train(
     `report` is called on rank 0 at logged steps; `on_checkpoint` on every rank, in the same order, once a checkpoint is
     known to be committed; `should_stop` is asked every step on every rank, and one yes stops all (TrainingStopped).
 
-    Raises ValueError for what the configuration cannot do here (mesh, data, foreign checkpoint), TooManySkippedSteps.
+    Raises ValueError for what the configuration cannot do here (mesh, data, foreign checkpoint), RunDiverged.
     """
     check_demand(config, dataset)
-    run = Run(config, dataset, storage)
-    with Watchdog(config.training.step_timeout_s) as watchdog:  # over closing, too: a save may wait for a dead rank
+    ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    with Watchdog(
+        config.training.step_timeout_s, storage, f"{train_folder(config.run_id)}/hangs", *ranks
+    ) as watchdog:  # over closing, too: a save may wait for a dead rank
+        run = Run(config, dataset, storage)
         try:
             return run.train(watchdog, report, on_checkpoint or _ignore, should_stop or _never)
         finally:
@@ -109,7 +112,7 @@ class Run:
 
         resume_from = self.checkpoints.newest(self.order)
         self.model, self.optimizer = build(config, self.meshes, self.device)
-        self.guard = Guard(self.device)
+        self.guard = Guard(self.device, config.training.spikes)
         self.at = Position()
         self.loss = 0.0  # of the last step that counted
         self.checkpoint: CheckpointManifest | None = resume_from
@@ -147,6 +150,7 @@ class Run:
             seen = record.fetch()
             self.loss = seen.loss if math.isfinite(seen.loss) else self.loss
             check_skipped(seen.skipped_in_a_row, config.training.max_skipped_steps, seen.step)
+            check_spikes(seen.spikes_in_a_row, config.training.spikes.stop_after, seen.step)
             if self.rank == 0 and (seen.step % config.training.log_every == 0 or seen.step in (1, self.steps)):
                 files.add(seen)
                 report(pace.progress(seen, record.clock, self.checkpoints.committed_step))
@@ -160,16 +164,16 @@ class Run:
 
         stop = False
         while at.step < self.steps and not stop:
+            watchdog.enter("step", at.step + 1)
             record = self.advance(should_stop())
-            watchdog.beat()
             if pending is not None:
                 stop = observe(pending).stop
             pending = record
             if stop or at.step % config.checkpoint.every_steps == 0 or at.step == self.steps:
                 seen = observe(pending)  # waits for the device: a save copies the state anyway
                 pending, stop = None, stop or seen.stop
+                watchdog.enter("save", at.step)
                 settle()
-                watchdog.beat()
                 if self.rank == 0:
                     files.write(at.step)
                 self.checkpoints.save(
@@ -179,7 +183,7 @@ class Run:
                     tokens_seen=at.tokens_seen,
                     loss=self.loss,
                 )
-                watchdog.beat()
+        watchdog.enter("save", at.step)
         settle()
         assert self.checkpoint is not None
         assert self.checkpoint.step == at.step

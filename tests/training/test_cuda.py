@@ -146,5 +146,5 @@ def test_update(muon):
         parameter.grad = torch.empty_like(parameter)
     loss = torch.empty((), device=CUDA)
     figures = step.update(loss, loss, 1e-3, 1e-3, False)
-    assert (figures.shape, figures.dtype, figures.device) == ((7,), torch.float64, CUDA)
+    assert (figures.shape, figures.dtype, figures.device) == ((9,), torch.float64, CUDA)
     assert all(parameter.grad is None for parameter in model.parameters())

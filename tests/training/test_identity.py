@@ -59,3 +59,13 @@ def test_ranges_left_out_later_do_not_matter_yet():
         differences(of(training__skip_sequences=[[10, 20], [100, 120]]), of(training__skip_sequences=[[10, 20]]), 50)
         == []
     )
+
+
+def test_what_is_done_about_spikes_is_told_and_may_change():
+    counting, skipping = (
+        of(training__spikes={"stop_after": 3}),
+        of(training__spikes={"action": "skip", "stop_after": 3}),
+    )
+    assert counting == of()
+    assert skipping["training.spikes.action"] == "skip"
+    assert differences(skipping, counting, position=100) == differences(counting, skipping, position=100) == []

@@ -17,7 +17,7 @@ from pipeline.model.hf import hf_tensors
 from pipeline.parallel.local import local_tensor
 from pipeline.storage import Storage
 from pipeline.training.batches import read_step
-from pipeline.training.guard import TooManySkippedSteps
+from pipeline.training.guard import RunDiverged
 from pipeline.training.step import Step
 from pipeline.training.trainer import Run
 from tests.distributed import run_distributed
@@ -129,7 +129,7 @@ def test_too_many_in_a_row_stop_the_run(tmp_path, monkeypatch):
         Step, "forward_backward", lambda self, *args: tuple(value * torch.nan for value in original(self, *args))
     )
     watched = Watched()
-    with pytest.raises(TooManySkippedSteps, match=r"the last 3 steps had a non-finite loss"):
+    with pytest.raises(RunDiverged, match=r"the last 3 steps had a non-finite loss"):
         watched.train(tiny(str(tmp_path), steps=8, training__max_skipped_steps=3))
     assert [progress.step for progress in watched.progress] == [1, 2]
 
