@@ -3,15 +3,24 @@
 A record is JSON. Its digest is sha256 over the canonical JSON (sorted keys, no spaces) of everything that determines
 the bytes downstream; what merely describes how they came about (times, host names, paths of the storage root) never
 enters it. So the same inputs give the same digest on a laptop folder and on S3.
+
+In storage a record also carries `record_sha256`, over all of its own fields, so that a flipped bit or a torn write is found
+when it is read. Who edits a record by hand removes that line: a record without it is taken as it is.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+OWN_DIGEST = "record_sha256"
+
+
+class DamagedRecord(ValueError):
+    """A stored record is torn, changed or of another version; the message has its path and what is wrong."""
 
 
 def canonical_json(value: Any) -> bytes:
@@ -39,13 +48,35 @@ class Record(BaseModel):
         return digest_of(_without_volatile(self))
 
     def to_json(self) -> bytes:
-        """For storage and people. Raises ValueError for NaN and infinity."""
-        return (
-            json.dumps(
-                self.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False
-            ).encode()
-            + b"\n"
-        )
+        """For storage and people, with the digest of its fields. Raises ValueError for NaN and infinity."""
+        fields = self.model_dump(mode="json")
+        stored = {OWN_DIGEST: digest_of(fields), **fields}
+        return json.dumps(stored, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+    @classmethod
+    def parse(cls, data: bytes, where: str) -> Self:
+        """The record that `to_json` gave. Raises DamagedRecord, which names `where` it lies."""
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            place = ".".join(map(str, first["loc"]))
+            why = f"{place}: {first['msg']}" if place else first["msg"]
+            raise DamagedRecord(
+                f"{where}: not a sound {cls.__name__} ({why}): damaged, or made by another version; restore it from a copy, "
+                "or delete it and run the stage that made it again"
+            ) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_own_digest(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or OWN_DIGEST not in values:
+            return values
+        fields = {name: value for name, value in values.items() if name != OWN_DIGEST}
+        found = digest_of(fields)
+        if found != values[OWN_DIGEST]:
+            raise ValueError(f"its fields have the sha256 {found[:16]}..., {OWN_DIGEST} says {values[OWN_DIGEST]}")
+        return fields
 
 
 def _without_volatile(value: Any) -> Any:
@@ -58,11 +89,16 @@ def _without_volatile(value: Any) -> Any:
     return [_without_volatile(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-class FileEntry(Record):
-    """An object in storage. `path` is relative to the storage root."""
+class StoredFile(Record):
+    """An object in storage whose bytes something else vouches for. `path` is relative to the storage root."""
 
     path: str
     bytes: int
+
+
+class FileEntry(StoredFile):
+    """An object in storage, and the digest of its bytes."""
+
     sha256: str
 
 
@@ -157,11 +193,14 @@ class CheckpointManifest(Record):
     dataset_digest: str
     order_digest: str
     content_sha256: str  # of the tensors, independent of world size and of how they are laid out in files
-    files: tuple[FileEntry, ...]
+    files: tuple[StoredFile, ...]
+    metadata_sha256: str = ""  # of `.metadata`, which has a checksum of every piece of the parts
+    metrics: tuple[FileEntry, ...] = ()  # what was logged up to this step, as it was then
     loss: float
     world_size: int
+    fence: int | None = None  # fencing number of the writer; None: written without a lease
 
-    VOLATILE: ClassVar[frozenset[str]] = frozenset({"files", "world_size"})
+    VOLATILE: ClassVar[frozenset[str]] = frozenset({"files", "metadata_sha256", "metrics", "world_size", "fence"})
 
 
 class TrainManifest(Record):

@@ -18,7 +18,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -82,6 +82,17 @@ class Storage:
         except FileNotFoundError:
             return None
 
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop), fewer where the object ends before; on S3 in one request. Raises FileNotFoundError."""
+        try:
+            data: bytes = self.fs.cat_file(self.key(path), start=start, end=stop)
+        except OSError as error:
+            response = getattr(error.__cause__, "response", {})
+            if response.get("Error", {}).get("Code") == "InvalidRange":
+                return b""
+            raise
+        return data
+
     def open(self, path: str) -> IO[bytes]:
         """A seekable binary file; ranged reads on S3."""
         file: IO[bytes] = self.fs.open(self.key(path), "rb")
@@ -103,6 +114,16 @@ class Storage:
             if info["type"] != "directory" and ".tmp-" not in key[start:]  # s3fs: the folder, if filled while it looks
         ]
         return sorted(entries, key=lambda entry: entry.path)
+
+    def names(self, prefix: str) -> Sequence[str]:
+        """Names directly below a folder, of objects and of folders, sorted; nothing else about them is looked at."""
+        try:
+            if self.config.is_s3:
+                found = self.fs.ls(self.key(prefix), detail=False)
+                return sorted(name for key in found if ".tmp-" not in (name := key.rstrip("/").rsplit("/", 1)[1]))
+            return sorted(name for name in os.listdir(self.key(prefix)) if ".tmp-" not in name)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     # -- write ---------------------------------------------------------------------------------------------------
 
@@ -199,6 +220,21 @@ class Storage:
             host, _, pid = leftover.name.rpartition(".tmp-")[2].rpartition("-")[0].rpartition("-")
             if host == socket.gethostname() and pid.isdigit() and not Path(f"/proc/{pid}").exists():
                 leftover.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def stream(self, path: str) -> Iterator[IO[bytes]]:
+        """Write an object from front to back, durable when the block ends. Large ones need no memory. Not atomic: on a folder
+        a part of it is seen meanwhile, so something else must say that it counts."""
+        if self.config.is_s3:
+            with self.fs.open(self.key(path), "wb", block_size=UPLOAD_PART) as upload:
+                yield upload
+            return
+        target = Path(self.key(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
 
     def check_writable(self) -> None:
         """Write and delete one small object; raises StorageError that says why and what to change."""

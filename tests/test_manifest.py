@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import random
 from typing import Any, ClassVar
 
 import pytest
@@ -14,9 +15,11 @@ from pydantic import ValidationError
 
 from pipeline.manifest import (
     CheckpointManifest,
+    DamagedRecord,
     DocumentCounts,
     FileEntry,
     Record,
+    StoredFile,
     TrainManifest,
     canonical_json,
     digest_of,
@@ -32,7 +35,8 @@ CHECKPOINT = CheckpointManifest(
     dataset_digest="2" * 64,
     order_digest="3" * 64,
     content_sha256="4" * 64,
-    files=(FILE,),
+    files=(StoredFile(path="a/b", bytes=3),),
+    metadata_sha256="6" * 64,
     loss=5.25,
     world_size=2,
 )
@@ -82,7 +86,7 @@ def test_what_has_no_json_is_refused(value: float) -> None:
 
 
 def test_volatile_fields_are_not_in_the_digest() -> None:
-    moved = CHECKPOINT.model_copy(update={"files": (), "world_size": 64})
+    moved = CHECKPOINT.model_copy(update={"files": (), "world_size": 64, "metrics": (FILE,), "fence": 7})
     assert moved.digest == CHECKPOINT.digest
     assert moved != CHECKPOINT
     assert TRAIN.model_copy(update={"checkpoint": moved}).digest == TRAIN.digest  # nor in that of what holds them
@@ -129,3 +133,32 @@ def test_document_counts_balance() -> None:
     counts = DocumentCounts(docs_in=10, docs_out=4, heldout=1, filtered={"a": 2}, quarantined={"b": 1, "c": 2})
     assert counts.balanced()
     assert not counts.model_copy(update={"docs_in": 11}).balanced()
+
+
+def test_every_flip_that_changes_a_record_is_named() -> None:
+    """300 single-bit flips of the stored bytes; in white space between fields one may change nothing."""
+    data, rng = TRAIN.to_json(), random.Random(0)
+    named = 0
+    for bit in rng.sample(range(8 * len(data)), 300):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        try:
+            assert TrainManifest.parse(bytes(flipped), "runs/x/manifest.json") == TRAIN
+        except DamagedRecord as error:
+            named += str(error).startswith("runs/x/manifest.json: not a sound TrainManifest (")
+        else:
+            assert data[bit // 8 : bit // 8 + 1].isspace()
+            named += 1
+    assert named == 300
+
+
+def test_a_torn_record_is_named() -> None:
+    data = TRAIN.to_json()
+    for length in range(len(data) - 1):
+        with pytest.raises(DamagedRecord, match=r"^a/b: not a sound TrainManifest"):
+            TrainManifest.parse(data[:length], "a/b")
+
+
+def test_a_record_edited_by_hand_has_no_digest_of_its_own() -> None:
+    lines = [line for line in FILE.to_json().splitlines() if b"record_sha256" not in line]
+    assert FileEntry.parse(b"\n".join(lines).replace(b'"bytes": 3', b'"bytes": 4'), "x").bytes == 4

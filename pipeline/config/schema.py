@@ -331,6 +331,7 @@ class TrainingConfig(Section):
 class CheckpointConfig(Section):
     every_steps: PositiveInt = 1000
     keep: PositiveInt = 3  # newest checkpoints kept; the last one of a run is never deleted
+    keep_every: PositiveInt | None = None  # those of steps that are multiples of it are kept as well
     async_save: bool = True
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict_loader import load
 
 from pipeline.config.schema import ModelConfig, RunConfig
 from pipeline.manifest import CheckpointManifest
@@ -25,6 +24,7 @@ from pipeline.model.moonlight import Moonlight
 from pipeline.parallel.mesh import build_meshes
 from pipeline.parallel.shard import shard_model
 from pipeline.storage import Storage
+from pipeline.training.checkpoint import load_tensors
 from pipeline.training.commits import step_folder
 from pipeline.training.files import CheckpointReader
 
@@ -80,16 +80,18 @@ def stream_tensors(
 def read_tensors(tensors: dict[str, Any], checkpoint: CheckpointManifest, storage: Storage) -> None:
     """Fill the named tensors from the checkpoint; collective if they are sharded.
 
-    Raises ValueError that names a tensor which the checkpoint lacks or holds in another shape.
+    Raises ValueError that names a tensor which the checkpoint lacks or holds in another shape, and DamagedCheckpoint.
     """
     folder = step_folder(checkpoint.run_id, checkpoint.step)
-    reader = CheckpointReader(storage, folder)
-    stored: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
-    for name, tensor in tensors.items():
-        if name not in stored or stored[name].size != tensor.shape:
-            found = f"has shape {list(stored[name].size)}" if name in stored else "is missing"
-            raise ValueError(
-                f"checkpoint {storage.uri(folder)}: {name} {found}, expected shape {list(tensor.shape)}; "
-                "use the model section that the run was trained with"
-            )
-    load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+
+    def check(stored: dict[str, tuple[int, ...]]) -> None:
+        for name, tensor in tensors.items():
+            if stored.get(name) != tuple(tensor.shape):
+                found = f"has shape {list(stored[name])}" if name in stored else "is missing"
+                raise ValueError(
+                    f"checkpoint {storage.uri(folder)}: {name} {found}, expected shape {list(tensor.shape)}; "
+                    "use the model section that the run was trained with"
+                )
+
+    group = dist.group.WORLD if dist.is_initialized() else None
+    load_tensors(tensors, CheckpointReader(storage, folder, checkpoint), group, check)

@@ -1,7 +1,7 @@
 """Checkpoints: written by every rank straight to storage, committed by one manifest, read back at any world size.
 
     <root>/runs/<run_id>/train/step-00000400/
-        __<rank>_0.distcp, .metadata    torch Distributed Checkpoint, a flat state keyed by parameter name
+        __<rank>_0.distcp, .metadata    pieces of tensors and where each lies (files.py)
         run.json                        what decides the losses (identity.py), to explain a refusal
         manifest.json                   last; without it the checkpoint does not exist
 
@@ -9,20 +9,28 @@ The state is parameters, optimizer moments, router biases and the guard's counte
 sequence, tokens seen, loss) is in the manifest. Owners, buckets and meshes are never stored, so a load reshards to any
 number of ranks and any expert degree.
 
-`save` stages the local shards in host memory and returns; a thread then writes, with a gloo group of its own because
-its collectives run beside those of training. One save is in flight at a time; `settle` waits for it, and is called
-before the next one, at the end, and wherever ranks must agree that it is there. Cost of a save to the training thread:
-one copy of the local state (12 bytes a parameter divided by the ranks of a replica).
+`save` returns at once. A thread copies the local shards (the state must not change until `wait_staged` returns: the trainer
+asks before it updates the weights, so the copy runs beside the next forward and backward pass) and then writes, with a gloo
+group of its own because its collectives run beside those of training. On CUDA the copy is made before `save` returns. One
+save is in flight at a time; `settle` waits for it, and is called before the next one, at the end, and wherever ranks must
+agree that it is there. Memory: one copy of the local state; none without `checkpoint.async_save`.
+
+`restore` checks every byte that it uses. A checkpoint that is damaged is named, passed over on all ranks and withdrawn, and
+the newest sound one before it is taken.
 """
 
 from __future__ import annotations
 
+import sys
+import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -30,43 +38,73 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from pipeline.config.schema import CheckpointConfig
 from pipeline.dataset.order import Order
-from pipeline.manifest import CheckpointManifest, FileEntry, canonical_json
+from pipeline.manifest import CheckpointManifest, FileEntry, StoredFile, canonical_json
 from pipeline.storage import Storage
-from pipeline.training.commits import MANIFEST, RUN, ForeignCheckpoint, RunFacts, committed, continue_from, step_folder
-from pipeline.training.content import combine, local_sums
-from pipeline.training.files import CheckpointReader, CheckpointWriter
+from pipeline.training.commits import RUN, RunFacts, commit, continue_from, step_folder
+from pipeline.training.files import CheckpointReader, CheckpointWriter, DamagedCheckpoint
 from pipeline.training.identity import identity_digest
+from pipeline.training.retention import Retention
 
 
 class Checkpointer:
     """Saves and restores one run's state. All methods are collective over the ranks of the default process group."""
 
-    def __init__(self, storage: Storage, config: CheckpointConfig, facts: RunFacts, device: torch.device) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        config: CheckpointConfig,
+        facts: RunFacts,
+        device: torch.device,
+        named: frozenset[int] = frozenset(),
+    ) -> None:
+        """`named`: steps whose checkpoints are kept (retention.py)."""
         self._storage = storage
         self._config = config
         self._facts = facts
         self._rank = dist.get_rank() if dist.is_initialized() else 0
         self._world = dist.get_world_size() if dist.is_initialized() else 1
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        cuda = device.type == "cuda"
+        self._cuda = cuda = device.type == "cuda"
         options = StagingOptions(
             use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
         )
         self._stager = DefaultStager(options)
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[CheckpointManifest] | None = None
+        self._staged = threading.Event()
+        self._retention = Retention(storage, facts.run_id, config, named)
         self.committed_step = 0  # of the newest checkpoint, as soon as it is committed; rank 0 knows
 
     # -- save ----------------------------------------------------------------------------------------------------
 
-    def save(self, state: dict[str, Tensor], *, step: int, next_sequence: int, tokens_seen: int, loss: float) -> None:
-        """Begin to save; `settle` says when it is committed. Without `checkpoint.async_save` it is when this returns."""
+    def save(
+        self,
+        state: dict[str, Tensor],
+        *,
+        step: int,
+        next_sequence: int,
+        tokens_seen: int,
+        loss: float,
+        metrics: tuple[FileEntry, ...] = (),
+    ) -> None:
+        """Begin to save; `settle` says when it is committed. Without `checkpoint.async_save` it is when this returns. The
+        tensors of `state` must stay as they are until `wait_staged` returns."""
         assert self._pending is None, "settle the previous save first"
-        staged: Any = self._stager.stage(state)
-        facts = {"step": step, "next_sequence": next_sequence, "tokens_seen": tokens_seen, "loss": loss}
-        self._pending = self._writer.submit(self._write, staged, facts)
+        facts: dict[str, Any] = {"step": step, "next_sequence": next_sequence, "tokens_seen": tokens_seen}
+        facts |= {"loss": loss, "metrics": metrics}
+        self._staged.clear()
+        stage = self._config.async_save
+        if stage and self._cuda:
+            state = self._stage(state)
+            stage = False
+        self._pending = self._writer.submit(self._stage_and_write, state, facts, stage)
         if not self._config.async_save:
             self._pending.exception()  # waits; `settle` raises it
+
+    def wait_staged(self) -> None:
+        """Wait until the state of the save in flight, if any, has been copied."""
+        if self._pending is not None:
+            self._staged.wait()
 
     def settle(self) -> CheckpointManifest | None:
         """Wait for the save in flight, on every rank; its manifest, or None without one. Raises what the save raised."""
@@ -78,73 +116,98 @@ class Checkpointer:
     def close(self) -> None:
         self._writer.shutdown(wait=True)
 
+    def _stage(self, state: dict[str, Tensor]) -> Any:
+        return self._stager.stage(state)
+
+    def _stage_and_write(self, state: dict[str, Tensor], facts: dict[str, Any], stage: bool) -> CheckpointManifest:
+        try:
+            staged = self._stage(state) if stage else state
+        finally:
+            self._staged.set()
+        return self._write(staged, facts)
+
     def _write(self, state: dict[str, Tensor], facts: dict[str, Any]) -> CheckpointManifest:
         folder = step_folder(self._facts.run_id, facts["step"])
+        run = canonical_json(self._facts.identity)
         if self._rank == 0:
             self._storage.delete(folder)  # what a killed attempt left there
-            self._storage.write(f"{folder}/{RUN}", canonical_json(self._facts.identity))
+            self._storage.write(f"{folder}/{RUN}", run)
         self._barrier()
         writer = CheckpointWriter(self._storage, folder)
-        save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
-        shares = self._gather((local_sums(state, self._rank), writer.entries))
+        try:
+            save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+        except CheckpointException as error:
+            raise _cause(error) from error
         manifest = None
-        if shares is not None:
-            files = [FileEntry.model_validate(entry) for _, entries in shares for entry in entries]
+        if self._rank == 0:
+            files = [*writer.files, StoredFile(path=f"{folder}/{RUN}", bytes=len(run))]
             manifest = CheckpointManifest(
                 run_id=self._facts.run_id,
                 run_identity=identity_digest(self._facts.identity),
                 dataset_digest=self._facts.dataset_digest,
                 order_digest=self._facts.order_digest,
-                content_sha256=combine([sums for sums, _ in shares], state),
-                files=tuple(sorted(files, key=lambda entry: entry.path)),
+                content_sha256=writer.content_sha256,
+                files=tuple(sorted(files, key=lambda file: file.path)),
+                metadata_sha256=writer.metadata_sha256,
                 world_size=self._world,
+                fence=self._facts.fence,
                 **facts,
             )
-            self._storage.write(f"{folder}/{MANIFEST}", manifest.to_json())
+            commit(self._storage, manifest)
             self.committed_step = manifest.step
-            self._retire()
+            self._retention.collect(manifest.step)
         return self._from_rank_0(manifest)
-
-    def _retire(self) -> None:
-        """Keep the newest `checkpoint.keep`; the manifest goes first, so a half-deleted checkpoint does not exist."""
-        for old in committed(self._storage, self._facts.run_id)[: -self._config.keep]:
-            folder = step_folder(old.run_id, old.step)
-            self._storage.delete(f"{folder}/{MANIFEST}")
-            self._storage.delete(folder)
 
     # -- restore -------------------------------------------------------------------------------------------------
 
-    def newest(self, order: Order) -> CheckpointManifest | None:
-        """`continue_from`, the same on all ranks."""
-        found: CheckpointManifest | ForeignCheckpoint | None = None
+    def newest(self, order: Order, *, below: int | None = None) -> CheckpointManifest | None:
+        """`continue_from`, the same on all ranks; rank 0 says which checkpoints it passes over."""
+        found: CheckpointManifest | Exception | None = None
         if self._rank == 0:
             try:
-                found = continue_from(self._storage, self._facts, order)
-            except ForeignCheckpoint as refusal:
+                found = continue_from(self._storage, self._facts, order, below=below, passed_over=_say)
+            except Exception as refusal:  # of rank 0 alone: the others wait for its answer
                 found = refusal
         found = self._from_rank_0(found)
-        if isinstance(found, ForeignCheckpoint):
+        if isinstance(found, Exception):
             raise found
         self.committed_step = 0 if found is None else found.step
         return found
 
-    def restore(self, state: dict[str, Tensor], manifest: CheckpointManifest) -> None:
-        """Fill `state` in place. Raises ValueError that names the first tensor that is missing, extra or misshaped."""
-        load_state(state, self._storage, manifest, self._group)
+    def restore(self, state: dict[str, Tensor], manifest: CheckpointManifest, order: Order) -> CheckpointManifest:
+        """Fill `state` in place from the checkpoint, or from the newest sound one before it; which it was.
+
+        Raises ValueError that names the first tensor that is missing, extra or misshaped, and DamagedCheckpoint if no
+        checkpoint is sound.
+        """
+        found: CheckpointManifest | None = manifest
+        while found is not None:
+            try:
+                load_state(state, self._storage, found, self._group)
+            except DamagedCheckpoint as error:
+                if self._rank == 0:
+                    _say(found.step, str(error))
+                earlier = self.newest(order, below=found.step)
+                if earlier is None:
+                    raise
+                found = earlier
+            else:
+                return found
+        raise AssertionError
+
+    def collect_leftovers(self, resumed: int) -> None:
+        """When the run begins after step `resumed`: later checkpoints are damaged and count no more, and what crashes left
+        goes."""
+        if self._rank == 0:
+            self._retention.withdraw(resumed)
+            self._retention.sweep(resumed)
+        self._barrier()
 
     # -- between ranks -------------------------------------------------------------------------------------------
 
     def _barrier(self) -> None:
         if self._group is not None:
             dist.barrier(group=self._group)
-
-    def _gather(self, value: Any) -> list[Any] | None:
-        """The values of all ranks, on rank 0."""
-        if self._group is None:
-            return [value]
-        values: list[Any] | None = [None] * self._world if self._rank == 0 else None
-        dist.gather_object(value, values, dst=0, group=self._group)
-        return values
 
     def _from_rank_0(self, value: Any) -> Any:
         if self._group is None:
@@ -160,16 +223,42 @@ def load_state(
     """Read a checkpoint into the tensors of `state`, each rank its own shards, whatever layout it was written in.
 
     Collective over `group`; None: this process alone. Raises ValueError if the checkpoint's tensors are not those of
-    `state`.
+    `state`, and DamagedCheckpoint, on all ranks alike, if a byte that any of them reads is not as it was written.
     """
-    folder = step_folder(manifest.run_id, manifest.step)
-    reader = CheckpointReader(storage, folder)
-    stored = {
-        name: tuple(facts.size) if isinstance(facts, TensorStorageMetadata) else ()
-        for name, facts in reader.read_metadata().state_dict_metadata.items()
-    }
+    reader = CheckpointReader(storage, step_folder(manifest.run_id, manifest.step), manifest)
+    load_tensors(state, reader, group, lambda stored: _check_names(state, stored, storage, manifest))
+
+
+def load_tensors(
+    state: dict[str, Any],
+    reader: CheckpointReader,
+    group: dist.ProcessGroup | None,
+    check: Callable[[dict[str, tuple[int, ...]]], None],
+) -> None:
+    """Fill the tensors of `state`; `check` is given the shapes of all stored tensors first, and raises if they do not fit."""
+    refusal: Exception | None = None
+    try:
+        facts = reader.read_metadata().state_dict_metadata
+        check({name: tuple(tensor.size) for name, tensor in facts.items() if isinstance(tensor, TensorStorageMetadata)})
+    except Exception as error:
+        refusal = error
+    if group is not None:  # one rank's trouble is everybody's
+        refusals: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(refusals, refusal, group=group)
+        refusal = next((each for each in refusals if each is not None), None)
+    if refusal is not None:
+        raise refusal
+    try:
+        load(state, storage_reader=reader, process_group=group, no_dist=group is None)
+    except CheckpointException as error:
+        raise _cause(error) from error
+
+
+def _check_names(
+    state: dict[str, Tensor], stored: dict[str, tuple[int, ...]], storage: Storage, manifest: CheckpointManifest
+) -> None:
     for name in sorted(state.keys() | stored.keys()):
-        where = f"checkpoint {storage.uri(folder)}: {name}"
+        where = f"checkpoint {storage.uri(step_folder(manifest.run_id, manifest.step))}: {name}"
         if name not in stored:
             raise ValueError(
                 f"{where} is missing; expected shape {tuple(state[name].shape)}: was it made by another version?"
@@ -182,4 +271,13 @@ def load_state(
             raise ValueError(
                 f"{where} has shape {stored[name]}, expected {tuple(state[name].shape)}; check the model section"
             )
-    load(state, storage_reader=reader, process_group=group, no_dist=group is None)
+
+
+def _cause(error: CheckpointException) -> BaseException:
+    """What went wrong on a rank, which DCP hands to all of them: damage only if that is all that went wrong."""
+    causes = [cause for cause, _ in error.failures.values()]
+    return next((cause for cause in causes if not isinstance(cause, DamagedCheckpoint)), causes[0])
+
+
+def _say(step: int, why: str) -> None:
+    print(f"checkpoint of step {step} passed over: {why}", file=sys.stderr, flush=True)

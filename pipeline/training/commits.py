@@ -1,27 +1,36 @@
 """Which checkpoints a run has, and whether this configuration may continue them.
 
-A checkpoint is there if its manifest is (checkpoint.py writes it last), so that is answered by reading small files. No torch
-in here: whoever only asks how far a run is, or starts the processes that compute, pays neither its memory nor its start.
+A checkpoint is there if its manifest is (`commit` writes it last), so that is answered by listing one folder and reading
+small files, few of them however many checkpoints there are. No torch in here: whoever only asks how far a run is, or starts
+the processes that compute, pays neither its memory nor its start.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 from pipeline.config.schema import RunConfig
 from pipeline.dataset.order import Order
-from pipeline.manifest import CheckpointManifest, DatasetManifest
+from pipeline.manifest import CheckpointManifest, DamagedRecord, DatasetManifest
 from pipeline.storage import Storage
 from pipeline.training.identity import differences, identity_digest, identity_of
 
 MANIFEST = "manifest.json"
 RUN = "run.json"
+WITHDRAWN = "manifest.withdrawn.json"  # of a checkpoint that was found damaged and passed over
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
 class ForeignCheckpoint(ValueError):
     """The run's folder holds checkpoints that this configuration would not have made."""
+
+
+class NoSoundCheckpoint(ValueError):
+    """The run has checkpoints and all of them are damaged; the message names what is wrong with each."""
 
 
 def train_folder(run_id: str) -> str:
@@ -32,15 +41,76 @@ def step_folder(run_id: str, step: int) -> str:
     return f"{train_folder(run_id)}/step-{step:08d}"
 
 
-def committed(storage: Storage, run_id: str) -> list[CheckpointManifest]:
-    """The checkpoints of a run that exist, oldest first."""
-    folder = train_folder(run_id)
-    paths = [info.path for info in storage.list(folder) if info.path.endswith(f"/{MANIFEST}")]
-    return [
-        CheckpointManifest.model_validate_json(storage.read(path))
-        for path in paths
-        if path.startswith(f"{folder}/step-")
-    ]
+def manifest_path(run_id: str, step: int) -> str:
+    return f"{step_folder(run_id, step)}/{MANIFEST}"
+
+
+def step_folders(storage: Storage, run_id: str) -> list[int]:
+    """Steps that have a folder, ascending; whether it holds a committed checkpoint only its manifest says."""
+    found = (STEP_FOLDER.fullmatch(name) for name in storage.names(train_folder(run_id)))
+    return sorted(int(match.group(1)) for match in found if match)
+
+
+def read_manifest(storage: Storage, run_id: str, step: int) -> CheckpointManifest | None:
+    """None if the step has no committed checkpoint. Raises DamagedRecord."""
+    path = manifest_path(run_id, step)
+    data = storage.read_or_none(path)
+    return None if data is None else CheckpointManifest.parse(data, storage.uri(path))
+
+
+def commit(storage: Storage, manifest: CheckpointManifest) -> None:
+    """Make the checkpoint exist, once all of its files do. Raises ValueError if another writer has committed another one."""
+    path = manifest_path(manifest.run_id, manifest.step)
+    if storage.create(path, manifest.to_json()):
+        return
+    other = CheckpointManifest.parse(storage.read(path), storage.uri(path))
+    if other != manifest:  # it is our own where the storage's answer was lost
+        raise ValueError(f"{storage.uri(path)}: another writer has committed this step; is the run trained twice?")
+
+
+class Committed(Sequence[CheckpointManifest]):
+    """The checkpoints of a run that exist, oldest first. Manifests are read when they are asked for; one that is torn
+    raises DamagedRecord."""
+
+    def __init__(self, storage: Storage, run_id: str) -> None:
+        self._storage, self._run_id = storage, run_id
+        self._steps = step_folders(storage, run_id)
+
+    def __len__(self) -> int:
+        return sum(self._storage.exists(manifest_path(self._run_id, step)) for step in self._steps)
+
+    def __bool__(self) -> bool:
+        return any(self._storage.exists(manifest_path(self._run_id, step)) for step in reversed(self._steps))
+
+    def __iter__(self) -> Iterator[CheckpointManifest]:
+        return self._read(self._steps)
+
+    def __reversed__(self) -> Iterator[CheckpointManifest]:
+        return self._read(self._steps[::-1])
+
+    @overload
+    def __getitem__(self, index: int) -> CheckpointManifest: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[CheckpointManifest]: ...
+    def __getitem__(self, index: int | slice) -> CheckpointManifest | list[CheckpointManifest]:
+        if isinstance(index, slice):
+            return list(self)[index]
+        found = iter(self) if index >= 0 else reversed(self)
+        for number, manifest in enumerate(found, start=0 if index >= 0 else 1):
+            if number == abs(index):
+                return manifest
+        raise IndexError(index)
+
+    def _read(self, steps: list[int]) -> Iterator[CheckpointManifest]:
+        for step in steps:
+            manifest = read_manifest(self._storage, self._run_id, step)
+            if manifest is not None:
+                yield manifest
+
+
+def committed(storage: Storage, run_id: str) -> Committed:
+    """The checkpoints of a run that exist, oldest first; costs one listing until they are looked at."""
+    return Committed(storage, run_id)
 
 
 @dataclass(frozen=True)
@@ -51,31 +121,76 @@ class RunFacts:
     identity: dict[str, Any]
     dataset_digest: str
     order_digest: str
+    fence: int | None = None  # of the lease under which this process writes
 
     @classmethod
     def of(cls, config: RunConfig, dataset: DatasetManifest, order: Order) -> RunFacts:
         return cls(config.run_id, identity_of(config, dataset.digest, order.describe()), dataset.digest, order.digest)
 
 
-def continue_from(storage: Storage, facts: RunFacts, order: Order) -> CheckpointManifest | None:
-    """The newest checkpoint of the run; None to start afresh.
+def continue_from(
+    storage: Storage,
+    facts: RunFacts,
+    order: Order,
+    *,
+    below: int | None = None,
+    passed_over: Callable[[int, str], None] = lambda step, why: None,
+) -> CheckpointManifest | None:
+    """The newest checkpoint of the run whose files are all there in full length (of a step before `below`, if given); None
+    to start afresh. `passed_over(step, why)` is told of each that is damaged; of contents only a load knows.
 
-    Raises ForeignCheckpoint, which names what differs, if the folder belongs to another run of the same name.
+    Raises ForeignCheckpoint, which names what differs, if the folder belongs to another run of the same name, and
+    NoSoundCheckpoint if there are checkpoints and each is damaged.
     """
-    manifests = committed(storage, facts.run_id)
-    if not manifests:
-        return None
-    newest = manifests[-1]
+    damaged: list[str] = []
+    for step in reversed(step_folders(storage, facts.run_id)):
+        if below is not None and step >= below:
+            continue
+        try:
+            found = read_manifest(storage, facts.run_id, step)
+            why = "" if found is None else _incomplete(storage, found)
+        except DamagedRecord as error:
+            found, why = None, str(error)
+        if why:
+            damaged.append(why)
+            passed_over(step, why)
+        elif found is not None:
+            _refuse_foreign(storage, facts, order, found)
+            return found
+    if damaged:
+        raise NoSoundCheckpoint(
+            f"run {facts.run_id!r} has no sound checkpoint: {'; '.join(damaged)}. Restore one from a copy, or delete "
+            f"{storage.uri(train_folder(facts.run_id))} to train from the beginning"
+        )
+    return None
+
+
+def _incomplete(storage: Storage, manifest: CheckpointManifest) -> str:
+    """Which of its files is missing or of another length; '' if none is."""
+    there = {info.path: info.bytes for info in storage.list(step_folder(manifest.run_id, manifest.step))}
+    for file in manifest.files:
+        if file.path not in there:
+            return f"{storage.uri(file.path)}: the file is missing"
+        if there[file.path] != file.bytes:
+            return f"{storage.uri(file.path)}: {there[file.path]} bytes, {file.bytes} were written"
+    return ""
+
+
+def _refuse_foreign(storage: Storage, facts: RunFacts, order: Order, newest: CheckpointManifest) -> None:
     if newest.run_identity == identity_digest(facts.identity):
-        return newest
+        return
     folder = step_folder(newest.run_id, newest.step)
-    theirs = json.loads(storage.read(f"{folder}/{RUN}"))
-    position = int(order.positions(newest.next_sequence - 1)) + 1
-    found = differences(facts.identity, theirs, position)
+    found = ["its settings are others"]
+    data = storage.read_or_none(f"{folder}/{RUN}")
+    try:
+        theirs = json.loads(data or b"null")
+    except ValueError:
+        theirs = None
+    if theirs is not None and identity_digest(theirs) == newest.run_identity:  # else the explanation itself is damaged
+        found = differences(facts.identity, theirs, int(order.positions(newest.next_sequence - 1)) + 1)
     if found:
         raise ForeignCheckpoint(
             f"run_id {newest.run_id!r} already has a checkpoint of a different run at {storage.uri(folder)}: "
             f"{'; '.join(found)}. Choose another run_id, undo the change, or delete "
             f"{storage.uri(train_folder(newest.run_id))}"
         )
-    return newest

@@ -3,45 +3,88 @@
 Two runs hold the same state exactly if every tensor has the same bytes, whatever the world size, the expert degree or
 the files of the checkpoint. Gathering each tensor to hash it would move the whole state (190 GB for Moonlight). Instead
 the unit of hashing is a row, the last dim of a tensor (one element for vectors): no layout here cuts a row. The digest
-of a tensor is the sum modulo 2^256 of
+of a tensor is the sum modulo 2^128 of
 
-    sha256(name, index of the row, bytes of the row)
+    xxh3_128(bytes of the row, seed = xxh3_64(name) + index of the row)
 
-over its rows, so ranks add up what they hold in any order and only 32 bytes per tensor travel. The index inside each
-term makes the sum depend on where rows are. Against accidents it is as good as a hash of the whole; against an
-adversary who may choose rows a sum is weaker than sha256 itself, and files carry their own sha256 for that.
+over its rows, so ranks add up what they hold in any order and only 16 bytes per tensor travel. The index inside each
+term makes the sum depend on where rows are. The digest of the state is the sha256 of the table of names, shapes, dtypes
+and sums. That tells states apart that differ by accident; it is no defence against an adversary who may choose rows.
 
-Cost: one pass of sha256 over the local shards, about 1 us a row plus 0.7 ns a byte on one core, in the thread that
-writes the checkpoint; the interpreter lock is released while hashing rows of 2 KiB or more.
+Cost: one pass over the local shards in the thread that writes the checkpoint, on blocks that are in the processor's
+cache because they are written, too: 0.3 us a row and 0.03 ns a byte.
 """
 
 from __future__ import annotations
 
-import hashlib
-import struct
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+import xxhash
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from pipeline.manifest import digest_of
 from pipeline.parallel.local import local_part, local_tensor
 
-MODULUS = 1 << 256
+MODULUS = 1 << 128
+BLOCK = 512 * 1024  # bytes of rows that are looked at together: they stay in a core's cache
+
+
+class RowSum:
+    """The share of a tensor's sum that one box of it has; `add` takes the box's rows in order."""
+
+    def __init__(self, name: str, shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> None:
+        """`shape` is the tensor's; the box begins at `offsets` and has `sizes`."""
+        assert len(shape) < 2 or sizes[-1] in (0, shape[-1]), f"{name}: a rank holds part of a row"
+        rows = slice(None) if len(shape) < 2 else slice(-1)
+        self._indices = iter(_global_indices(shape[rows], offsets[rows], sizes[rows]))
+        self._seed = xxhash.xxh3_64_intdigest(name.encode())
+        self.total = 0
+
+    def add(self, rows: memoryview, width: int) -> None:
+        """Whole rows of `width` bytes."""
+        seed, total, hashed = self._seed, self.total, xxhash.xxh3_128_intdigest
+        for start, index in zip(range(0, len(rows), width), self._indices):
+            total += hashed(rows[start : start + width], (seed + index) & 0xFFFFFFFFFFFFFFFF)
+        self.total = total % MODULUS
+
+
+def row_bytes(tensor: Tensor) -> int:
+    """Bytes of a row of the tensor (of an element of a vector or scalar)."""
+    return tensor.element_size() * (tensor.shape[-1] if tensor.ndim > 1 else 1)
+
+
+def blocks_of(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a contiguous CPU tensor without a copy, in blocks of whole rows."""
+    data = as_bytes(tensor)
+    step = max(1, BLOCK // max(1, row_bytes(tensor))) * row_bytes(tensor)
+    for start in range(0, len(data), max(1, step)):
+        yield data[start : start + step]
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    assert tensor.is_contiguous()
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy().data) if tensor.numel() else memoryview(b"")
 
 
 def local_sums(state: dict[str, Tensor], rank: int) -> dict[str, int]:
     """This rank's share of each tensor's sum. Copies are counted once: by the first rank that holds them."""
-    return {name: _rows_sum(name, tensor) if _counts_here(tensor, rank) else 0 for name, tensor in state.items()}
+    return {name: _local_sum(name, tensor) if _counts_here(tensor, rank) else 0 for name, tensor in state.items()}
 
 
-def combine(shares: list[dict[str, int]], state: dict[str, Tensor]) -> str:
+def combine(shares: list[dict[str, int]], state: Mapping[str, Tensor]) -> str:
     """The digest of the state from the shares of all ranks (names, shapes and dtypes are part of it)."""
+    return content_digest({
+        name: (tensor.shape, tensor.dtype, sum(share[name] for share in shares)) for name, tensor in state.items()
+    })  # fmt: skip
+
+
+def content_digest(tensors: Mapping[str, tuple[Sequence[int], torch.dtype, int]]) -> str:
+    """The digest of a state from shape, dtype and sum of each tensor."""
     return digest_of(
-        {
-            name: [list(tensor.shape), str(tensor.dtype), f"{sum(share[name] for share in shares) % MODULUS:064x}"]
-            for name, tensor in state.items()
-        }
+        {name: [list(shape), str(dtype), f"{total % MODULUS:032x}"] for name, (shape, dtype, total) in tensors.items()}
     )
 
 
@@ -55,31 +98,19 @@ def _counts_here(tensor: Tensor, rank: int) -> bool:
     )
 
 
-def _rows_sum(name: str, tensor: Tensor) -> int:
+def _local_sum(name: str, tensor: Tensor) -> int:
     window = local_part(tensor)
     local = local_tensor(tensor).detach().cpu().contiguous()
-    if local.numel() == 0:
-        return 0
-    assert local.ndim < 2 or window[-1] == slice(0, tensor.shape[-1]), f"{name}: a rank holds part of a row"
-    leading = (
-        (local.shape[:-1], tensor.shape[:-1], window[:-1]) if local.ndim > 1 else (local.shape, tensor.shape, window)
-    )
-    indices = _global_indices(*leading)
-    width = local.numel() * local.element_size() // max(len(indices), 1)
-    data = memoryview(local.reshape(-1).view(torch.uint8).numpy().data)
-    prefix = name.encode() + b"\0"
-    total = 0
-    for row, index in enumerate(indices):
-        digest = hashlib.sha256(prefix + struct.pack("<q", index))
-        digest.update(data[row * width : (row + 1) * width])
-        total += int.from_bytes(digest.digest(), "little")
-    return total % MODULUS
+    rows = RowSum(name, tensor.shape, [part.start for part in window], local.shape)
+    for block in blocks_of(local):
+        rows.add(block, row_bytes(local))
+    return rows.total
 
 
-def _global_indices(local_shape: torch.Size, shape: torch.Size, window: tuple[slice, ...]) -> list[int]:
-    """Row-major index in the full tensor of each row held here, in the order held."""
+def _global_indices(shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """Row-major index in the full tensor of each row of a box, in the box's order."""
     indices = torch.zeros((), dtype=torch.int64)
-    for size, full, part in zip(local_shape, shape, window):
-        indices = indices.unsqueeze(-1) * full + torch.arange(part.start, part.start + size)
+    for full, start, size in zip(shape, offsets, sizes):
+        indices = indices.unsqueeze(-1) * full + torch.arange(start, start + size)
     found: list[int] = indices.reshape(-1).tolist()
     return found

@@ -1,120 +1,347 @@
-"""Distributed Checkpoint (DCP) reading and writing straight to a run's storage.
+"""The files of a checkpoint: what Distributed Checkpoint (DCP) asks of a storage, with every byte checked when it is read.
 
-`torch.distributed.checkpoint` writes one file a rank and `.metadata` from rank 0; here both go through the fsspec file
-system that the run's `Storage` uses, a folder or S3 with its endpoint and retries, so no byte is staged on local disk.
-Each file's size and sha256 are taken as it is written and end up in the checkpoint's manifest. torch writes `.metadata`
-under a temporary name and moves it; that is no commit for us (the manifest is), so its contents need no protection.
+    __<rank>_0.distcp    the pieces of tensors that a rank holds, raw little-endian bytes, one after the other
+    .metadata            JSON: shape and dtype of every tensor; box, file, place and xxh3_128 of each of its pieces
+
+DCP plans who writes and who reads which piece, and so reshards; this module moves the bytes. A piece is hashed in blocks
+that are in the processor's cache because they are written or were read just now, which costs 0.03 ns a byte (a checksum of
+the whole from memory: 0.1), and no piece is copied on its way to or from a folder. The manifest has the sha256 of
+`.metadata`, so it vouches for every byte that a load uses; nothing is unpickled.
+
+A rank reads the pieces that its shards touch, whole, since only a whole piece can be checked. Memory of a save: none besides
+the staged state; of a load: on a folder one piece where layouts differ, on S3 `PARALLEL_READS` pieces.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import StorageMeta
+import orjson
+import torch
+import xxhash
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future as TorchFuture
 
-from pipeline.manifest import FileEntry
+from pipeline.manifest import CheckpointManifest, StoredFile
 from pipeline.storage import Storage
+from pipeline.training.content import BLOCK, RowSum, as_bytes, blocks_of, content_digest, row_bytes
+
+METADATA = ".metadata"
+FORMAT = 2
+PARALLEL_READS = 8  # requests to S3 at a time
 
 
-class CheckpointWriter(FileSystemWriter):
-    """A DCP writer into `folder` of the storage. `entries` lists what this rank wrote, once `save` has returned."""
+class DamagedCheckpoint(ValueError):
+    """Stored bytes of a checkpoint are not those that were written; names the file, and the tensor where there is one."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where a box of a tensor lies, and what its bytes are."""
+
+    file: str
+    start: int
+    bytes: int
+    xxh3: str
+    row_sum: int = 0  # its share of the tensor's sum (content.py); known while saving
+
+
+class CheckpointWriter(StorageWriter):
+    """Writes a state into `folder`. After `save`, rank 0 knows `files`, `metadata_sha256` and `content_sha256`."""
 
     def __init__(self, storage: Storage, folder: str) -> None:
-        super().__init__(folder, sync_files=not storage.config.is_s3)  # S3 is durable when the upload ends
-        self.fs: Any = _Files(storage)
-        self.path: Any = storage.key(folder)
+        self._storage = storage
         self._folder = folder
+        self.files: list[StoredFile] = []
+        self.metadata_sha256 = self.content_sha256 = ""
 
-    def storage_meta(self) -> StorageMeta:
-        """What torch would fill with the absolute path and a random id: the same state gives the same bytes anywhere."""
-        return StorageMeta(checkpoint_id=self._folder, save_id="")
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        pass
 
-    @property
-    def entries(self) -> list[FileEntry]:
-        found = [
-            FileEntry(path=f"{self._folder}/{os.path.basename(path)}", bytes=size, sha256=sha256)
-            for path, (size, sha256) in self.fs.written.items()
-        ]
-        return sorted(found, key=lambda entry: entry.path)
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        pass
 
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
 
-class CheckpointReader(FileSystemReader):
-    """A DCP reader of `folder` of the storage; ranged reads, so a rank fetches only what its shards need."""
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        return [replace(plan, storage_data=f"__{rank}_0.distcp") for rank, plan in enumerate(plans)]
 
-    def __init__(self, storage: Storage, folder: str) -> None:
-        super().__init__(folder)
-        self.fs: Any = _Files(storage)
-        self.path: Any = storage.key(folder)
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        results, start = [], 0
+        if plan.items:
+            with self._storage.stream(f"{self._folder}/{plan.storage_data}") as stream:
+                for item in plan.items:
+                    assert item.type != WriteItemType.BYTE_IO, f"{item.index.fqn}: a state holds tensors only"
+                    tensor: Any = planner.resolve_data(item)
+                    facts: Any = item.tensor_data
+                    local = tensor.detach().cpu().contiguous()
+                    whole = xxhash.xxh3_128()
+                    rows = RowSum(item.index.fqn, facts.size, facts.chunk.offsets, facts.chunk.sizes)
+                    for block in blocks_of(local):
+                        rows.add(block, row_bytes(local))
+                        whole.update(block)
+                        stream.write(block)
+                    piece = Piece(plan.storage_data, start, local.nbytes, whole.hexdigest(), rows.total)
+                    results.append(WriteResult(index=item.index, size_in_bytes=local.nbytes, storage_data=piece))
+                    start += local.nbytes
+        done: TorchFuture[list[WriteResult]] = TorchFuture()
+        done.set_result(results)
+        return done
 
-
-class _Files(FileSystemBase):
-    """The file operations DCP asks for."""
-
-    def __init__(self, storage: Storage) -> None:
-        self._fs = storage.fs
-        self.written: dict[str, tuple[int, str]] = {}  # path -> bytes, sha256
-
-    @contextlib.contextmanager
-    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
-        with self._fs.open(str(path), mode) as stream:
-            if mode == "rb":
-                yield stream
-                return
-            hashing = _HashingStream(stream)
-            yield hashing
-        self.written[str(path)] = (hashing.size, hashing.digest.hexdigest())
-
-    def concat_path(self, path: Any, suffix: str) -> str:
-        return f"{path}/{suffix}"
-
-    def rename(self, path: Any, new_path: Any) -> None:
-        self._fs.mv(str(path), str(new_path))
-        self.written[str(new_path)] = self.written.pop(str(path))
-
-    def init_path(self, path: Any) -> Any:
-        return path
-
-    def mkdir(self, path: Any) -> None:
-        self._fs.makedirs(str(path), exist_ok=True)
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        pieces = {result.index: result.storage_data for rank in results for result in rank}
+        sums: dict[str, int] = {}
+        sizes: dict[str, int] = {}
+        for index, piece in pieces.items():
+            sums[index.fqn] = sums.get(index.fqn, 0) + piece.row_sum
+            sizes[piece.file] = max(sizes.get(piece.file, 0), piece.start + piece.bytes)
+        facts: dict[str, Any] = metadata.state_dict_metadata
+        data = orjson.dumps(
+            {
+                "format": FORMAT,
+                "tensors": {
+                    name: {
+                        "dtype": _name_of(tensor.properties.dtype),
+                        "shape": list(tensor.size),
+                        "pieces": [_pack(chunk, pieces[MetadataIndex(name, chunk.offsets)]) for chunk in tensor.chunks],
+                    }
+                    for name, tensor in facts.items()
+                },
+            }
+        )
+        self._storage.write(f"{self._folder}/{METADATA}", data)
+        sizes[METADATA] = len(data)
+        self.files = [StoredFile(path=f"{self._folder}/{name}", bytes=size) for name, size in sorted(sizes.items())]
+        self.metadata_sha256 = hashlib.sha256(data).hexdigest()
+        self.content_sha256 = content_digest(
+            {name: (tensor.size, tensor.properties.dtype, sums[name]) for name, tensor in facts.items()}
+        )
 
     @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return True
 
-    def exists(self, path: Any) -> bool:
-        return bool(self._fs.exists(str(path)))
 
-    def rm_file(self, path: Any) -> None:
-        self._fs.rm_file(str(path))
+class CheckpointReader(StorageReader):
+    """Reads the pieces of a checkpoint that a load asks for; raises DamagedCheckpoint for bytes that are not as they were.
 
+    `check=False` is for benchmarks: it reads without hashing.
+    """
 
-class _HashingStream(io.RawIOBase):
-    """Forwards a sequential write and hashes it on the way."""
+    def __init__(self, storage: Storage, folder: str, manifest: CheckpointManifest, *, check: bool = True) -> None:
+        self._storage = storage
+        self._folder = folder
+        self._expected = manifest.metadata_sha256
+        self._check = check
+        self._metadata: Metadata | None = None
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self.size = 0
-        self.digest = hashlib.sha256()
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        pass
 
-    def writable(self) -> bool:
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Shapes and pieces of all tensors, checked and read once."""
+        if self._metadata is None:
+            path = f"{self._folder}/{METADATA}"
+            data = self._storage.read_or_none(path)
+            if data is None:
+                raise DamagedCheckpoint(f"{self._storage.uri(path)}: the file is missing")
+            found = hashlib.sha256(data).hexdigest()
+            if found != self._expected:
+                raise DamagedCheckpoint(
+                    f"{self._storage.uri(path)}: sha256 is {found[:16]}..., the manifest says {self._expected[:16]}..."
+                )
+            self._metadata = _unpack(orjson.loads(data))
+        return self._metadata
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> TorchFuture[None]:
+        places: dict[MetadataIndex, Piece] = self.read_metadata().storage_data
+        wanted = [(places[item.storage_index], item) for item in plan.items if _volume(item)]
+        wanted.sort(key=lambda pair: (pair[0].file, pair[0].start))
+        if self._storage.config.is_s3:
+            self._read_ahead(wanted, planner)
+        else:
+            self._read_files(wanted, planner)
+        done: TorchFuture[None] = TorchFuture()
+        done.set_result(None)
+        return done
+
+    def verify(self) -> Iterator[tuple[str, int, str]]:
+        """Read every piece, whatever layout: (path, bytes, what is wrong or '') of each."""
+        metadata = self.read_metadata()
+        places: dict[MetadataIndex, Piece] = metadata.storage_data
+        files: dict[str, int] = {}
+        try:
+            for index, piece in sorted(places.items(), key=lambda pair: (pair[1].file, pair[1].start)):
+                what = ""
+                try:
+                    self._fill(piece, index.fqn, memoryview(bytearray(piece.bytes)), self._source(piece, files))
+                except DamagedCheckpoint as error:
+                    what = str(error)
+                yield f"{self._folder}/{piece.file}", piece.bytes, what
+        finally:
+            for number in files.values():
+                os.close(number)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return True
 
-    def write(self, data: Any) -> int:
-        view = memoryview(data)
-        self._stream.write(view)
-        self.digest.update(view)
-        self.size += view.nbytes
-        return view.nbytes
+    # -- bytes ---------------------------------------------------------------------------------------------------
 
-    def tell(self) -> int:
-        return self.size
+    def _read_files(self, wanted: list[tuple[Piece, ReadItem]], planner: LoadPlanner) -> None:
+        """From a folder: straight into the tensor where it holds the whole piece as it is stored."""
+        files: dict[str, int] = {}
+        try:
+            for piece, item in wanted:
+                target = planner.resolve_tensor(item).detach()
+                shape, dtype = self._stored(item)
+                source = self._source(piece, files)
+                if target.is_cpu and target.dtype == dtype and target.is_contiguous() and target.nbytes == piece.bytes:
+                    self._fill(piece, item.storage_index.fqn, as_bytes(target), source)
+                else:
+                    data = memoryview(bytearray(piece.bytes))
+                    self._fill(piece, item.storage_index.fqn, data, source)
+                    _copy(data, shape, dtype, item, target)
+                planner.commit_tensor(item, target)
+        finally:
+            for number in files.values():
+                os.close(number)
 
-    def fileno(self) -> int:
-        self._stream.flush()
-        return int(self._stream.fileno())
+    def _read_ahead(self, wanted: list[tuple[Piece, ReadItem]], planner: LoadPlanner) -> None:
+        """From S3: a few ranged requests at a time."""
+
+        def fetch(piece: Piece, item: ReadItem) -> memoryview:
+            data = memoryview(bytearray(piece.bytes))
+            self._fill(piece, item.storage_index.fqn, data, self._source(piece, {}))
+            return data
+
+        left, running = iter(wanted), deque[tuple[ReadItem, Future[memoryview]]]()
+        with ThreadPoolExecutor(PARALLEL_READS, thread_name_prefix="checkpoint-read") as threads:
+            while True:
+                while len(running) < PARALLEL_READS and (pair := next(left, None)) is not None:
+                    running.append((pair[1], threads.submit(fetch, *pair)))
+                if not running:
+                    return
+                item, future = running.popleft()
+                target = planner.resolve_tensor(item).detach()
+                _copy(future.result(), *self._stored(item), item, target)
+                planner.commit_tensor(item, target)
+
+    def _source(self, piece: Piece, files: dict[str, int]) -> Callable[[int, memoryview], int]:
+        """A function that fills memory from a byte on and says how far it got."""
+        path = f"{self._folder}/{piece.file}"
+        try:
+            if self._storage.config.is_s3:
+                data = self._storage.read_range(path, piece.start, piece.start + piece.bytes) if piece.bytes else b""
+
+                def copy(start: int, into: memoryview) -> int:
+                    part = data[start - piece.start : start - piece.start + len(into)]
+                    into[: len(part)] = part
+                    return len(part)
+
+                return copy
+            if piece.file not in files:
+                files[piece.file] = os.open(self._storage.key(path), os.O_RDONLY)
+        except FileNotFoundError:
+            raise DamagedCheckpoint(f"{self._storage.uri(path)}: the file is missing") from None
+        number = files[piece.file]
+        return lambda start, into: os.preadv(number, [into], start)
+
+    def _fill(self, piece: Piece, tensor: str, into: memoryview, read: Callable[[int, memoryview], int]) -> None:
+        """Read a piece and check it, block by block while it is in the cache."""
+        where = f"{self._storage.uri(f'{self._folder}/{piece.file}')}: {tensor}"
+        whole, at = xxhash.xxh3_128(), 0
+        while at < piece.bytes:
+            count = read(piece.start + at, into[at : at + BLOCK])
+            if not count:
+                raise DamagedCheckpoint(
+                    f"{where}: the file ends at byte {piece.start + at} inside of it, {piece.bytes - at} bytes are missing"
+                )
+            if self._check:
+                whole.update(into[at : at + count])
+            at += count
+        if self._check and whole.hexdigest() != piece.xxh3:
+            raise DamagedCheckpoint(
+                f"{where}: bytes {piece.start} to {piece.start + piece.bytes} have xxh3 {whole.hexdigest()}, "
+                f"written as {piece.xxh3}"
+            )
+
+    def _stored(self, item: ReadItem) -> tuple[torch.Size, torch.dtype]:
+        """Shape and dtype of the piece that a request reads from."""
+        index = item.storage_index
+        facts: Any = self.read_metadata().state_dict_metadata[index.fqn]
+        chunk = next(chunk for chunk in _hinted(facts.chunks, index.index) if chunk.offsets == index.offset)
+        return chunk.sizes, facts.properties.dtype
+
+
+def _hinted(chunks: list[ChunkStorageMetadata], hint: int | None) -> Iterator[ChunkStorageMetadata]:
+    if hint is not None and hint < len(chunks):
+        yield chunks[hint]
+    yield from chunks
+
+
+def _volume(item: ReadItem) -> int:
+    assert item.type == LoadItemType.TENSOR, f"{item.storage_index.fqn}: a state holds tensors only"
+    return torch.Size(item.lengths).numel()
+
+
+def _copy(data: memoryview, shape: torch.Size, dtype: torch.dtype, item: ReadItem, target: Tensor) -> None:
+    """The part of a piece that a request asks for, into the tensor that it is for."""
+    part = torch.frombuffer(data, dtype=dtype).view(shape)
+    for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths)):
+        part = part.narrow(dim, offset, length)
+    target.copy_(part)
+
+
+def _pack(chunk: ChunkStorageMetadata, piece: Piece) -> list[Any]:
+    return [list(chunk.offsets), list(chunk.sizes), piece.file, piece.start, piece.bytes, piece.xxh3]
+
+
+def _unpack(stored: dict[str, Any]) -> Metadata:
+    tensors: dict[str, Any] = {}
+    pieces: dict[MetadataIndex, Piece] = {}
+    for name, facts in stored["tensors"].items():
+        chunks = []
+        for offsets, sizes, *place in facts["pieces"]:
+            chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+            pieces[MetadataIndex(name, offsets)] = Piece(*place)
+        properties = TensorProperties(dtype=getattr(torch, facts["dtype"]))
+        tensors[name] = TensorStorageMetadata(properties, torch.Size(facts["shape"]), chunks)
+    return Metadata(state_dict_metadata=tensors, storage_data=pieces)
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -17,7 +17,7 @@ them one step later and never waits here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -58,6 +58,7 @@ class Step:
         self.device = device
         self.parameters = list(model.parameters())
         self.routers = dict(model.routers())
+        self.before_update: Callable[[], None] = lambda: None  # asked when the weights are about to change
         observe_max_logits(model, self.qk_clip is not None)
 
     def __call__(self, batch: StepBatch, learning_rate: float, bias_rate: float, stop: bool) -> Tensor:
@@ -66,6 +67,7 @@ class Step:
         if self.meshes.world_size > 1:
             dist.all_reduce(tokens)
         loss, aux_loss = self.forward_backward(batch.micro_batches, tokens.clamp(min=1), batch.sequences)
+        self.before_update()
         return self.update(loss, aux_loss, learning_rate, bias_rate, stop)
 
     def forward_backward(

@@ -106,7 +106,8 @@ class Run:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.order = Order.of_run(config, dataset)
         self.facts = RunFacts.of(config, dataset, self.order)
-        self.checkpoints = Checkpointer(storage, config.checkpoint, self.facts, self.device)
+        self.named = named_steps(config)
+        self.checkpoints = Checkpointer(storage, config.checkpoint, self.facts, self.device, self.named)
         self.loader = Loader(self.order, storage, self.rank, self.meshes.world_size)
         self.steps = total_steps(config.schedule, config.training.sequence_length)
 
@@ -118,13 +119,15 @@ class Run:
         self.checkpoint: CheckpointManifest | None = resume_from
         if resume_from is not None:
             state = self.state()
-            self.checkpoints.restore(state, resume_from)
+            self.checkpoint = resume_from = self.checkpoints.restore(state, resume_from, self.order)
             self.optimizer.load_state_dict({name: state[name] for name in self.optimizer.state_dict()})
             self.at = Position(resume_from.step, resume_from.next_sequence, resume_from.tokens_seen)
             self.loss = resume_from.loss
         elif config.training.initial_weights:
             import_weights(self.model, config, storage)
+        self.checkpoints.collect_leftovers(self.at.step)
         self.step = Step(self.model, self.optimizer, self.guard, self.meshes, config.optimizer, self.device)
+        self.step.before_update = self.checkpoints.wait_staged
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that a restart needs, by name; sharing memory with the live ones."""
@@ -169,7 +172,7 @@ class Run:
             if pending is not None:
                 stop = observe(pending).stop
             pending = record
-            if stop or at.step % config.checkpoint.every_steps == 0 or at.step == self.steps:
+            if stop or self.is_due(at.step):
                 seen = observe(pending)  # waits for the device: a save copies the state anyway
                 pending, stop = None, stop or seen.stop
                 watchdog.enter("save", at.step)
@@ -190,6 +193,10 @@ class Run:
         if at.step < self.steps:
             raise TrainingStopped(self.checkpoint)
         return self.finish(files)
+
+    def is_due(self, step: int) -> bool:
+        """Is a checkpoint taken after this step?"""
+        return step % self.config.checkpoint.every_steps == 0 or step == self.steps or step in self.named
 
     def advance(self, stop: bool) -> PendingRecord:
         """Train on the next global batch."""
@@ -221,6 +228,12 @@ class Run:
         if dist.is_initialized():
             dist.barrier()
         return TrainManifest.model_validate_json(self.storage.read(path))
+
+
+def named_steps(config: RunConfig) -> frozenset[int]:
+    """Steps that the configuration names: a checkpoint is taken there, and kept."""
+    wanted = config.evaluation.checkpoint
+    return frozenset() if wanted == "last" else frozenset({wanted})
 
 
 def build(config: RunConfig, meshes: Meshes, device: torch.device) -> tuple[Moonlight, MoonlightOptimizer]:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import hashlib
+import json
 
 import pytest
 import torch
+import xxhash
 
 from pipeline.storage import Storage
 from pipeline.training.checkpoint import load_state
@@ -62,14 +64,14 @@ def test_asynchronous_saves_are_the_same_bytes(tmp_path):
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_failed_save_fails_the_run(tmp_path, monkeypatch, asynchronous):
-    write = Storage.write
+    create = Storage.create
 
     def full(self, path, data):
         if path.endswith("manifest.json"):
             raise OSError("disk full")
-        write(self, path, data)
+        return create(self, path, data)
 
-    monkeypatch.setattr(Storage, "write", full)
+    monkeypatch.setattr(Storage, "create", full)
     with pytest.raises(OSError, match="disk full"):
         Watched().train(tiny(str(tmp_path), checkpoint__async_save=asynchronous))
     assert steps(tmp_path) == []
@@ -98,14 +100,18 @@ def test_tensors_that_do_not_match_are_named(tmp_path, change, message):
         load_state(state, storage, manifest.checkpoint, None)
 
 
-def test_the_manifest_lists_every_file_with_its_hash(tmp_path):
+def test_the_manifest_vouches_for_every_file(tmp_path):
     config = tiny(str(tmp_path), steps=2)
     manifest = Watched().train(config).checkpoint
     storage = Storage(config.storage)
-    assert [entry.path.rsplit("/", 1)[1] for entry in manifest.files] == [".metadata", "__0_0.distcp"]
-    for entry in manifest.files:
-        data = storage.read(entry.path)
-        assert (entry.bytes, entry.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    assert [file.path.rsplit("/", 1)[1] for file in manifest.files] == [".metadata", "__0_0.distcp", "run.json"]
+    assert [file.bytes for file in manifest.files] == [len(storage.read(file.path)) for file in manifest.files]
+    metadata = storage.read(manifest.files[0].path)
+    assert manifest.metadata_sha256 == hashlib.sha256(metadata).hexdigest()
+    pieces = [piece for tensor in json.loads(metadata)["tensors"].values() for piece in tensor["pieces"]]
+    part = storage.read(manifest.files[1].path)
+    assert sum(bytes for _, _, _, _, bytes, _ in pieces) == len(part)  # no byte without a checksum
+    assert all(xxhash.xxh3_128_hexdigest(part[start : start + bytes]) == xxh3 for *_, start, bytes, xxh3 in pieces)
     assert manifest.next_sequence == 16
     assert manifest.tokens_seen == 16 * 16
     assert dataclasses.asdict(Run(config, tiny_dataset(storage), storage).at) == {

@@ -27,7 +27,7 @@ def test_as_in_a_folder(tmp_path, s3_root):
     folder = {"storage__root": str(tmp_path)}
     stopped = run_distributed(started, 2, bucket, True)[0]
     assert stopped.step < 4
-    assert committed(Storage(tiny("", **bucket).storage), "tiny") == [stopped]
+    assert list(committed(Storage(tiny("", **bucket).storage), "tiny")) == [stopped]
     on_s3 = run_distributed(started, 2, bucket, False)[0]
     in_folder = run_distributed(started, 2, folder, False)[0]
     assert on_s3 == in_folder  # digests, metrics and files alike

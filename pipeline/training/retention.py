@@ -1,0 +1,150 @@
+"""Which checkpoints of a run stay: the newest `checkpoint.keep`, every one whose step is a multiple of
+`checkpoint.keep_every`, the one that `evaluation.checkpoint` names, those that have been evaluated, and those that somebody
+reads just now.
+
+Who reads a checkpoint while the run may go on pins it by an object whose name says everything,
+
+    <root>/runs/<run_id>/train/pins/<step>-<UNIX time when it expires>-<random>
+
+and renews it; a reader that was killed holds its checkpoint until then, not for ever. Cost of `collect`: three listings,
+of names only. A checkpoint goes manifest first, so a half-deleted one does not exist; `sweep` collects what is left of it,
+and of saves that were cut off, when the run starts again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from pipeline.config.schema import CheckpointConfig
+from pipeline.storage import Storage
+from pipeline.training.commits import MANIFEST, WITHDRAWN, manifest_path, step_folder, step_folders, train_folder
+
+PIN_SECONDS = 3600.0
+PIN = re.compile(r"(\d{8,})-(\d+)-[0-9a-f]+")
+EVALUATION = re.compile(r"step-(\d{8,})\.json")
+
+
+class Retention:
+    """Deletes checkpoints of one run. Lives on rank 0."""
+
+    def __init__(self, storage: Storage, run_id: str, config: CheckpointConfig, named: frozenset[int]) -> None:
+        """`named`: steps whose checkpoint stays whatever else happens."""
+        self._storage, self._run_id, self._config, self._named = storage, run_id, config, named
+        self._known: set[int] = set()  # to be committed
+
+    def collect(self, newest: int) -> list[int]:
+        """Delete what need not stay now that step `newest` is committed; the steps. Later ones are none of its business."""
+        self._known.add(newest)
+        steps = [step for step in step_folders(self._storage, self._run_id) if step <= newest]
+        kept = self._newest(steps) | self._named | evaluated(self._storage, self._run_id)
+        doomed = [step for step in steps if step not in kept and not self._is_kept_for_good(step)]
+        if doomed:
+            read = pinned(self._storage, self._run_id)
+            doomed = [step for step in doomed if step not in read]
+        for step in doomed:
+            self._delete(step)
+        return doomed
+
+    def sweep(self, resumed: int) -> None:
+        """When a run begins at step `resumed`: collect folders without a manifest, but not those of withdrawn checkpoints,
+        and temporaries of killed processes."""
+        steps = step_folders(self._storage, self._run_id)
+        with ThreadPoolExecutor(16) as threads:
+            there = threads.map(lambda step: self._storage.exists(manifest_path(self._run_id, step)), steps)
+            orphans = [step for step, committed in zip(steps, there) if not committed]
+        for step in orphans:
+            withdrawn = f"{step_folder(self._run_id, step)}/{WITHDRAWN}"
+            if step <= resumed or not self._storage.exists(withdrawn):
+                self._storage.delete(step_folder(self._run_id, step))
+        self._known = set(steps) - set(orphans)
+        self._storage.sweep(train_folder(self._run_id))
+
+    def withdraw(self, after: int) -> list[int]:
+        """The run goes on from step `after`, since every later checkpoint is damaged: they no longer count, but their bytes stay
+        for whoever wants to know, until the run has come that far again. The steps."""
+        found = []
+        for step in step_folders(self._storage, self._run_id):
+            path = manifest_path(self._run_id, step)
+            if step > after and (data := self._storage.read_or_none(path)) is not None:
+                self._storage.write(f"{step_folder(self._run_id, step)}/{WITHDRAWN}", data)
+                self._storage.delete(path)
+                found.append(step)
+        self._known -= set(found)
+        return found
+
+    def _newest(self, steps: list[int]) -> set[int]:
+        """The newest `checkpoint.keep` that are committed."""
+        found: set[int] = set()
+        for step in reversed(steps):
+            if len(found) == self._config.keep:
+                break
+            if step in self._known or self._storage.exists(manifest_path(self._run_id, step)):
+                found.add(step)
+        self._known |= found
+        return found
+
+    def _is_kept_for_good(self, step: int) -> bool:
+        every = self._config.keep_every
+        return every is not None and step % every == 0
+
+    def _delete(self, step: int) -> None:
+        folder = step_folder(self._run_id, step)
+        self._storage.delete(f"{folder}/{MANIFEST}")
+        self._storage.delete(folder)
+        self._known.discard(step)
+
+
+def evaluated(storage: Storage, run_id: str) -> set[int]:
+    """Steps that have a result of evaluation."""
+    found = (EVALUATION.fullmatch(name) for name in storage.names(f"runs/{run_id}/evaluate"))
+    return {int(match.group(1)) for match in found if match}
+
+
+def pinned(storage: Storage, run_id: str) -> set[int]:
+    """Steps that somebody reads. Pins that have expired are deleted."""
+    found, now = set(), time.time()
+    for name in storage.names(_pins(run_id)):
+        match = PIN.fullmatch(name)
+        if match and int(match.group(2)) > now:
+            found.add(int(match.group(1)))
+        elif match:
+            storage.delete(f"{_pins(run_id)}/{name}")
+    return found
+
+
+@contextlib.contextmanager
+def reading(storage: Storage, run_id: str, step: int, seconds: float = PIN_SECONDS) -> Iterator[None]:
+    """Keep the checkpoint of a step while the block runs; `seconds` after a reader's death its pin means nothing."""
+    ended = threading.Event()
+    held = [_pin(storage, run_id, step, seconds)]
+
+    def renew() -> None:
+        while not ended.wait(seconds / 3):
+            held.append(_pin(storage, run_id, step, seconds))
+            storage.delete(held.pop(0))
+
+    thread = threading.Thread(target=renew, name="checkpoint-pin", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        for path in held:
+            storage.delete(path)
+
+
+def _pin(storage: Storage, run_id: str, step: int, seconds: float) -> str:
+    path = f"{_pins(run_id)}/{step:08d}-{int(time.time() + seconds)}-{uuid.uuid4().hex[:12]}"
+    storage.write(path, b"")
+    return path
+
+
+def _pins(run_id: str) -> str:
+    return f"{train_folder(run_id)}/pins"

@@ -1,0 +1,170 @@
+"""Damaged checkpoints: every flip is named, the newest sound checkpoint is used, and what is not used harms nobody."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from pipeline.evaluation.weights import load_model, stream_tensors
+from pipeline.manifest import DamagedRecord
+from pipeline.storage import Storage
+from pipeline.training.checkpoint import load_state
+from pipeline.training.commits import WITHDRAWN, NoSoundCheckpoint, committed, step_folder, train_folder
+from pipeline.training.files import DamagedCheckpoint
+from pipeline.training.trainer import Run
+from tests.distributed import run_distributed
+from tests.training.make import Watched, tiny, tiny_dataset
+
+
+def flip(path: Path, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(bytes(data))
+
+
+def file(root: Path, step: int, name: str) -> Path:
+    return root / step_folder("tiny", step) / name
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of 6 steps with checkpoints at 2, 4 and 6; read only."""
+    root = tmp_path_factory.mktemp("trained")
+    return root, Watched().train(tiny(str(root), steps=6))
+
+
+def again(root: Path, **overrides) -> tuple[Watched, object]:
+    watched = Watched()
+    return watched, watched.train(tiny(str(root), steps=6, **overrides))
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
+@pytest.mark.parametrize("count", [20, pytest.param(300, marks=pytest.mark.long)])
+def test_every_flip_is_named_and_nothing_is_loaded(tmp_path, name, count):
+    config = tiny(str(tmp_path), steps=2)
+    manifest = Watched().train(config).checkpoint
+    storage = Storage(config.storage)
+    run = Run(config, tiny_dataset(storage), storage)
+    state = run.state()
+    run.close()
+    path, rng = file(tmp_path, 2, name), random.Random(count)
+    tensors = set(state)
+    for bit in rng.sample(range(8 * path.stat().st_size), count):
+        flip(path, bit)
+        with pytest.raises(DamagedCheckpoint) as refusal:
+            load_state(state, storage, manifest, None)
+        assert str(refusal.value).startswith(f"{path}: ")
+        if name != ".metadata":
+            assert str(refusal.value).split(": ")[1] in tensors
+        flip(path, bit)
+    load_state(state, storage, manifest, None)
+
+
+def test_evaluation_and_export_refuse_it_by_name(tmp_path):
+    config = tiny(str(tmp_path), steps=2)
+    manifest = Watched().train(config).checkpoint
+    storage = Storage(config.storage)
+    metadata = json.loads(file(tmp_path, 2, ".metadata").read_bytes())
+    start = metadata["tensors"]["lm_head.weight"]["pieces"][0][3]
+    flip(file(tmp_path, 2, "__0_0.distcp"), 8 * start + 6)
+    for load in (
+        lambda: load_model(config, manifest, storage),
+        lambda: list(stream_tensors(config.model, manifest, storage)),
+    ):
+        with pytest.raises(
+            DamagedCheckpoint, match=r"step-00000002/__0_0.distcp: lm_head.weight: bytes \d+ to \d+ have"
+        ):
+            load()
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "why"),
+    [
+        ("__0_0.distcp", lambda path: flip(path, 12345), "have xxh3"),
+        ("__0_0.distcp", truncate, "were written"),
+        ("__0_0.distcp", Path.unlink, "the file is missing"),
+        (".metadata", lambda path: flip(path, 99), "sha256 is"),
+        ("manifest.json", truncate, None),
+        ("manifest.json", lambda path: flip(path, 4000), "not a sound CheckpointManifest"),
+    ],
+)
+def test_the_newest_sound_checkpoint_is_used(tmp_path, trained, capsys, name, harm, why):
+    """The same weights at the end as without the damage, by the same command."""
+    reference = trained[1]
+    again(tmp_path)
+    (tmp_path / train_folder("tiny") / "manifest.json").unlink()
+    harm(file(tmp_path, 6, name))
+    watched, manifest = again(tmp_path)
+    said = capsys.readouterr().err
+    if why is None:  # the last byte of a manifest is a line feed: nothing is lost
+        assert (watched.progress, said) == ([], "")
+    else:
+        assert [progress.step for progress in watched.progress] == [5, 6]
+        assert f"checkpoint of step 6 passed over: {file(tmp_path, 6, name)}: " in said
+        assert why in said
+    assert manifest == reference
+
+
+def test_an_old_one_harms_nobody(tmp_path, trained):
+    again(tmp_path)
+    file(tmp_path, 2, "manifest.json").write_bytes(b"{")
+    flip(file(tmp_path, 4, "__0_0.distcp"), 5)
+    (tmp_path / train_folder("tiny") / "manifest.json").unlink()
+    watched, manifest = again(tmp_path)
+    assert watched.progress == []
+    assert manifest == trained[1]
+    with pytest.raises(DamagedRecord, match=f"{file(tmp_path, 2, 'manifest.json')}: not a sound CheckpointManifest"):
+        list(committed(Storage(tiny(str(tmp_path)).storage), "tiny"))
+
+
+def test_without_a_sound_one_the_run_is_refused(tmp_path):
+    again(tmp_path)
+    for step in (2, 4, 6):
+        truncate(file(tmp_path, step, "__0_0.distcp"))
+    with pytest.raises(
+        NoSoundCheckpoint, match=r"no sound checkpoint: .*step-00000006/.*step-00000004/.*step-00000002/"
+    ):
+        again(tmp_path)
+    assert file(tmp_path, 2, "manifest.json").exists()
+
+
+def test_a_withdrawn_checkpoint_does_not_count(tmp_path, trained):
+    """Its bytes stay until the run has come that far; with another interval nothing of it is left at the end."""
+    again(tmp_path)
+    flip(file(tmp_path, 6, "__0_0.distcp"), 5)
+    (tmp_path / train_folder("tiny") / "manifest.json").unlink()
+
+    class Stopped(Exception):
+        pass
+
+    def stop(progress):
+        raise Stopped
+
+    storage = Storage(tiny(str(tmp_path)).storage)
+    watched = Watched()
+    watched.progress = type("Stop", (list,), {"append": lambda self, progress: stop(progress)})()
+    with pytest.raises(Stopped):
+        watched.train(tiny(str(tmp_path), steps=6))
+    assert [manifest.step for manifest in committed(storage, "tiny")] == [2, 4]
+    assert file(tmp_path, 6, WITHDRAWN).exists()
+    _, manifest = again(tmp_path, checkpoint__every_steps=5)
+    assert manifest.checkpoint.content_sha256 == trained[1].checkpoint.content_sha256
+    assert not file(tmp_path, 6, WITHDRAWN).exists()
+
+
+def resume_on_two(root: str) -> tuple[int, list[int]]:
+    watched = Watched()
+    config = tiny(root, steps=6, parallelism={"shard": 2, "ep": 2}, training__micro_batch=1)
+    manifest = watched.train(config)
+    return manifest.steps, [progress.step for progress in watched.progress]
+
+
+def test_damage_that_one_rank_sees_is_passed_over_by_all(tmp_path):
+    run_distributed(resume_on_two, 2, str(tmp_path))
+    flip(file(tmp_path, 6, "__1_0.distcp"), 77)
+    assert run_distributed(resume_on_two, 2, str(tmp_path)) == [(6, [5, 6]), (6, [])]
