@@ -8,52 +8,19 @@ answer, not a failure. 2: wrong configuration; 12: the storage does not answer, 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from botocore.exceptions import BotoCoreError
-
 from jobs.cli import parser
-from pipeline.config.load import ConfigError, load_config
-from pipeline.config.schema import RunConfig
-from pipeline.manifest import EvaluationManifest
-from pipeline.storage import Storage, open_storage
+from jobs.views import gate
 
 
-def decide(config: RunConfig, storage: Storage) -> tuple[str, str]:
-    """(`open` or `closed`, why)."""
-    folder = f"runs/{config.run_id}/evaluate"
-    found = [entry.path for entry in storage.list(folder) if entry.path.rsplit("/", 1)[-1].startswith("step-")]
-    if not found:
-        return "closed", f"no evaluation below {storage.uri(folder)}"
-    evaluation = EvaluationManifest.model_validate_json(storage.read(max(found)))
-    loss, limit = evaluation.overall.loss, config.publishing.max_loss
-    facts = f"step {evaluation.step}: held-out loss {loss:.4f}, {evaluation.overall.bits_per_byte:.4f} bits per byte"
-    if limit is not None and loss > limit:
-        return "closed", f"{facts}; publishing.max_loss is {limit:g}"
-    return "open", facts
-
-
-def main(arguments: list[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     made = parser("gate", "May this run be published? Compares the newest evaluation with publishing.max_loss.")
     made.add_argument("--output", required=True, type=Path, help="folder for the files gate and reason")
     given = made.parse_args(arguments)
-    try:
-        config = load_config(given.config, given.overrides)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    try:
-        gate, reason = decide(config, open_storage(config.storage))
-    except (OSError, BotoCoreError) as error:
-        from pipeline.workflow.rayjobs import Outcome  # here: it loads the Kubernetes client
-
-        print(f"{config.storage.root} does not answer ({type(error).__name__}: {error})", file=sys.stderr)
-        return int(Outcome.INFRASTRUCTURE)
-    (given.output / "gate").write_text(gate)
-    (given.output / "reason").write_text(reason)
-    print(f"gate {gate}: {reason}")
-    return 0
+    return gate.write(given.config, given.overrides, given.output)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,10 +1,10 @@
-"""The prepare stage on Ray: raw files to a committed dataset (data_prep/prepare.py), units of work as Ray Data tasks."""
+"""Raw files to a committed dataset: the stage is `jobs/stages/prepare.py`."""
 
 from __future__ import annotations
 
 import sys
 
-from jobs.cli import stage_main
+from jobs.stage import main
 
 if __name__ == "__main__":
-    sys.exit(stage_main("prepare"))
+    sys.exit(main("prepare"))

@@ -1,60 +1,10 @@
-"""The publish stage on Ray: one task that writes the Hugging Face folder and moves the pointer."""
+"""An evaluated checkpoint to a published model: the stage is `jobs/stages/publish.py`."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Any
 
-from jobs.cli import stage_main
-from jobs.remote import run_in_task, wants_gpu
-from pipeline.config.load import validate
-from pipeline.config.schema import RunConfig
-from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, ModelManifest, TrainManifest
-from pipeline.publishing.version import PublishProgress
-from pipeline.storage import open_storage
-
-Report = Callable[[PublishProgress], None]
-
-
-def publish_with_ray(
-    config: RunConfig,
-    train: TrainManifest,
-    evaluation: EvaluationManifest,
-    dataset: DatasetManifest,
-    *,
-    checkpoint: CheckpointManifest | None = None,
-    git_commit: str = "unknown",
-    report: Report,
-) -> ModelManifest:
-    """Publish on the connected Ray cluster. `report` is called in the task.
-
-    Raises GateError and ValueError as `pipeline.publishing.export.publish` does, and Ray's error for anything else.
-    """
-    records = [record.model_dump_json() for record in (train, evaluation, dataset, checkpoint or train.checkpoint)]
-    gpus = wants_gpu(config.cluster) if config.publishing.sample_prompts else 0
-    published = run_in_task(
-        config, "publish", _publish, config.model_dump(mode="json"), records, git_commit, report, gpus=gpus
-    )
-    return ModelManifest.model_validate_json(published)
-
-
-def _publish(config_values: dict[str, Any], records: list[str], git_commit: str, report: Report) -> str:
-    from pipeline.publishing.export import publish
-
-    config = validate(config_values)
-    train, evaluation, dataset, checkpoint = records
-    return publish(
-        config,
-        TrainManifest.model_validate_json(train),
-        EvaluationManifest.model_validate_json(evaluation),
-        DatasetManifest.model_validate_json(dataset),
-        open_storage(config.storage),
-        report=report,
-        checkpoint=CheckpointManifest.model_validate_json(checkpoint),
-        git_commit=git_commit,
-    ).model_dump_json()
-
+from jobs.stage import main
 
 if __name__ == "__main__":
-    sys.exit(stage_main("publish"))
+    sys.exit(main("publish"))

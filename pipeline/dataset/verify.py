@@ -1,6 +1,6 @@
 """Proof that a dataset in storage is the one its manifest describes: every checksum, every count, every invariant.
 
-One task per file (checks.py), independent of all others, so that they can run anywhere in parallel (`jobs/verify.py`
+One task per file (checks.py), independent of all others, so that they can run anywhere in parallel (`jobs/on_ray/verify.py`
 gives them to Ray); `summarize` then compares the totals that no single file can show. Cost: the bytes of the dataset
 read once, and a few CPU-seconds per billion tokens.
 """

@@ -24,8 +24,6 @@ from botocore.exceptions import BotoCoreError
 from pipeline.config.schema import StorageConfig
 from pipeline.storage import Storage, open_storage
 
-STAGES = ("prepare", "train", "evaluate", "publish")
-
 
 @dataclass(frozen=True)
 class StageProgress:
@@ -121,7 +119,7 @@ def read_events(storage: Storage, run_id: str) -> list[dict[str, Any]]:
 
 
 def stage_seconds(events: list[dict[str, Any]]) -> dict[str, float]:
-    """Wall seconds of each stage, failed attempts included, since the stage last had to be done."""
+    """Wall seconds of each stage, failed attempts included, since the stage last had to be done; in the order of their first events."""
     seconds: dict[str, float] = {}
     finished: set[str] = set()
     for event in events:
@@ -133,7 +131,7 @@ def stage_seconds(events: list[dict[str, Any]]) -> dict[str, float]:
             seconds[stage] = seconds.get(stage, 0.0) + event["seconds"]
         if event["event"] == "finished":
             finished.add(stage)
-    return {stage: seconds[stage] for stage in STAGES if stage in seconds}
+    return {stage: seconds[stage] for stage in dict.fromkeys(event["stage"] for event in events) if stage in seconds}
 
 
 def duration(seconds: float) -> str:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs import pipeline, status
-from jobs.cli import open_run, stage_main
+from jobs import pipeline, stages, status
+from jobs.cli import open_run
+from jobs.stage import main as stage_main
 from pipeline.config.load import dump_yaml
 from pipeline.storage import open_storage
 from pipeline.workflow.record import ProgressFile, StageProgress, add_event
@@ -106,7 +107,7 @@ def test_a_relative_root_within_a_ray_job(
 def test_help(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module(f"jobs.{name}")
     monkeypatch.setattr(sys, "argv", [f"jobs/{name}.py", "--help"])
-    main = getattr(module, "main", partial(stage_main, name))
+    main = partial(stage_main, name) if name in stages.names() else module.main
     with pytest.raises(SystemExit) as exit_:
         main(["--help"])
     assert exit_.value.code == 0
@@ -158,7 +159,7 @@ def test_status_of_a_run_at_work(
     assert lines[1:3] == ["  prepare   done  1 min 15 s", "  train     not done"]
     assert lines[5] == "now: train      33%  40/120 steps  900 tokens/s  1 min 35 s left"
     later = time.time() + 600
-    monkeypatch.setattr("jobs.status.time.time", lambda: later)
+    monkeypatch.setattr("jobs.views.status.time.time", lambda: later)
     assert status.main(prepared.arguments) == 0
     assert capsys.readouterr().out.splitlines()[5].endswith("left  (no news for 10 min 0 s)")
     storage.delete(f"runs/{run_id}")

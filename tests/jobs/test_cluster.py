@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from jobs.cluster import connect
+from jobs.on_ray.cluster import connect
 from pipeline.config.load import load_config
 
 
@@ -24,7 +24,7 @@ def inherited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[dict
         raise Started
 
     monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setattr("jobs.cluster._check_agent_port", lambda: None)
+    monkeypatch.setattr("jobs.on_ray.cluster._check_agent_port", lambda: None)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
     def start(environment: dict[str, str]) -> dict[str, str]:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from jobs.evaluate import evaluate_with_ray
-from jobs.publish import publish_with_ray
+from jobs.on_ray.evaluate import evaluate_with_ray
+from jobs.on_ray.publish import publish_with_ray
 from pipeline.evaluation.heldout import evaluate
 from pipeline.evaluation.result import manifest_path
 from pipeline.publishing.export import GateError

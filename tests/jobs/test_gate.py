@@ -69,7 +69,7 @@ def test_storage_that_does_not_answer_is_asked_again(tmp_path: Path, monkeypatch
     def silence(config: object, storage: object) -> None:
         raise EndpointConnectionError(endpoint_url="http://127.0.0.1:9")  # after ten real attempts, which take minutes
 
-    monkeypatch.setattr("jobs.gate.decide", silence)
+    monkeypatch.setattr("jobs.stages.publish.gate", silence)
     assert main(["--config", "debug", "--output", str(tmp_path)]) == Outcome.INFRASTRUCTURE
     assert not (tmp_path / "gate").exists()
     templates = yaml.safe_load(Path("k8s/workflows/run.yaml").read_text())["spec"]["templates"]

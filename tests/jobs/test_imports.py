@@ -41,9 +41,12 @@ def loaded_by(module: str) -> set[str]:
         ("jobs.status", set()),
         ("jobs.logs", set()),
         ("jobs.prepare", set()),
-        ("jobs.kuberay", {"kubernetes"}),
-        ("jobs.evaluate", {"ray"}),
-        ("jobs.publish", {"ray"}),
+        ("jobs.drivers.kuberay", {"kubernetes"}),
+        ("jobs.train", set()),
+        ("jobs.evaluate", set()),
+        ("jobs.publish", set()),
+        ("jobs.on_ray.evaluate", {"ray"}),
+        ("jobs.on_ray.publish", {"ray"}),
         ("data_prep.mapping", set()),  # what a prepare task unpickles
     ],
 )
@@ -53,6 +56,6 @@ def test_loads_only_what_it_needs(module: str, needed: set[str]) -> None:
 
 def test_the_driver_of_training_has_torch_but_not_the_trainer() -> None:
     """`TorchTrainer` brings torch; FSDP and DCP (50 MB) belong to the ranks alone."""
-    code = "import sys, jobs.train; print('torch' in sys.modules, 'torch.distributed.fsdp' in sys.modules)"
+    code = "import sys, jobs.on_ray.train; print('torch' in sys.modules, 'torch.distributed.fsdp' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "False"]

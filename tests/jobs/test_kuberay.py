@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from jobs import kuberay, stages, status
-from jobs.pipeline import KUBERAY, main
+from jobs import stages, status
+from jobs.drivers import kuberay
+from jobs.drivers.options import KUBERAY
+from jobs.pipeline import main
+from jobs.views import status as status_view
 from pipeline.config.schema import StorageConfig
 from pipeline.storage import open_storage
 from pipeline.workflow import rayjobs, rayjobs_api
@@ -87,7 +90,7 @@ def test_progress_and_events_hold_what_a_rayjob_waits_for_and_its_dashboard(
     assert waiting is not None
     assert waiting.line() == "train      debug-train-1: queued  quota in use"
     with monkeypatch.context() as later:
-        later.setattr("jobs.status.time.time", lambda: waiting.updated + 7200)
+        later.setattr("jobs.views.status.time.time", lambda: waiting.updated + 7200)
         assert status.main(["--config", "debug", f"storage.root={tmp_path}", small_corpus(tmp_path)]) == 0
     assert "now: train      debug-train-1: queued  quota in use\n" in capsys.readouterr().out  # and no word of silence
     kuberay.show(storage, "debug", state("Running", "RUNNING", dashboard="head:8265"))
@@ -133,7 +136,7 @@ def test_status_shows_the_run_from_anywhere_and_from_the_cluster(
     cluster.remove(name)
     assert status.main(["--kubernetes", *arguments]) == 0
     assert "no RayJobs of this run" in capsys.readouterr().out
-    monkeypatch.setattr(status, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(status_view, "PATIENCE_S", 0.0)
     cluster.faults = ["503"]
     assert status.main(["--kubernetes", *arguments]) == 1
     shown = capsys.readouterr()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs import logs
+from jobs import logs as command
+from jobs.on_ray import logs
 from pipeline.config.schema import StorageConfig
 from pipeline.storage import open_storage
 
@@ -43,8 +44,8 @@ def test_a_last_round_follows_the_signal_and_trouble_ends_nothing(
     stopped = threading.Event()
     stopped.set()
     arguments = ["--name", "debug-train-1", "--config", "debug", "--source", str(tmp_path / "logs")]
-    assert logs.main([*arguments, f"storage.root={tmp_path / 'root'}"], stopped) == 0
+    assert command.main([*arguments, f"storage.root={tmp_path / 'root'}"], stopped) == 0
     assert (tmp_path / "root/runs/debug/logs/debug-train-1/a.log").read_text() == "x"
     (tmp_path / "file").write_text("")
-    assert logs.main([*arguments, f"storage.root={tmp_path / 'file' / 'below'}"], stopped) == 0
+    assert command.main([*arguments, f"storage.root={tmp_path / 'file' / 'below'}"], stopped) == 0
     assert "logs not copied" in capsys.readouterr().err

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 from botocore.exceptions import EndpointConnectionError
 
-from jobs import progress, stages
+from jobs import stages
+from jobs.on_ray import progress
+from jobs.on_ray.progress import ProgressLines, Work
 from jobs.pipeline import main
-from jobs.progress import ProgressLines, Work
 from pipeline.config.schema import StorageConfig
 from pipeline.storage import Storage, open_storage
 from pipeline.workflow.record import ProgressFile, StageProgress, note_waiting, progress_path, read_progress
@@ -234,7 +235,7 @@ def test_a_storage_that_is_away_does_not_disturb_the_driver(
 def test_a_log_file_holds_each_attempts_own_progress(cluster: FakeKubernetes, tmp_path: Path) -> None:
     """A process of its own, as in a pod. KubeRay retries: what the first try wrote is not the second's."""
     storage = open_storage(StorageConfig(root=str(tmp_path / "runs")))
-    code = "import sys; from jobs import pipeline, progress; progress.EVERY_S = 0.01; sys.exit(pipeline.main(sys.argv[1:]))"
+    code = "import sys; from jobs import pipeline; from jobs.on_ray import progress; progress.EVERY_S = 0.01; sys.exit(pipeline.main(sys.argv[1:]))"
     arguments = ["--backend", "kuberay", "--only", "prepare", "--config", "debug", f"storage.root={storage.root}"]
     log = tmp_path / "log"
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from data_prep.prepare import prepare
 from jobs import pipeline, stages
 from jobs.cli import open_run
-from jobs.dataset import open_dataset
+from jobs.stages.records import hold_dataset, open_dataset
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation.heldout import evaluate
@@ -70,8 +70,8 @@ def run(config: RunConfig, storage: Storage) -> tuple[list[float], ModelManifest
     """All four stages, in this process. Returns the losses of the steps and what was published."""
     losses: list[float] = []
     dataset = prepare(config, storage)
-    stages.hold_dataset(config, storage, stages.Records(dataset=dataset))
-    stages.require_inputs("train", config, storage, stages.find(config, storage, "train"))
+    hold_dataset(config, storage, dataset)
+    stages.check(["train"], config, storage, stages.find(config, storage, "train"))
     trained = train(config, dataset, storage, report=lambda at: losses.append(at.loss))
     evaluation = evaluate(config, dataset, trained.checkpoint, storage, report=lambda _: None)
     return losses, publish(config, trained, evaluation, dataset, storage, report=lambda _: None)
@@ -122,7 +122,7 @@ def test_a_corpus_that_grows_while_the_run_waits_or_trains(tmp_path: Path) -> No
     grow(tmp_path, 0, 60)
     config, storage = open_run("debug", arguments(tmp_path, "run_id=monday"))
     monday = prepare(config, storage)
-    stages.hold_dataset(config, storage, stages.Records(dataset=monday))
+    hold_dataset(config, storage, monday)
     assert stages.find(config, storage).dataset == monday
 
     grow(tmp_path, 60, 70)  # while it waits for GPUs
@@ -130,7 +130,7 @@ def test_a_corpus_that_grows_while_the_run_waits_or_trains(tmp_path: Path) -> No
     assert stages.finished("prepare", config, storage)
     assert stages.find(config, storage).dataset is None  # prepare would take the new files in: nothing has begun
     tuesday = prepare(config, storage)
-    stages.hold_dataset(config, storage, stages.find(config, storage))
+    hold_dataset(config, storage, stages.find(config, storage).dataset)
     assert stages.find(config, storage, "train").dataset == tuesday != monday
 
     storage.write("runs/monday/train/step-00000001/anything", b"x")
@@ -182,8 +182,8 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_starts(
 def test_the_first_run_of_a_schedule_says_that_it_starts_afresh(
     promoted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobs.pipeline._run_on_ray", lambda *_: None)
-    monkeypatch.setattr("jobs.pipeline.print_summary", lambda *_: None)
+    monkeypatch.setattr("jobs.drivers.ray_jobs.run_on_ray", lambda *_: None)
+    monkeypatch.setattr("jobs.drivers.pipeline.print_summary", lambda *_: None)
     for name, expected in (("new", "drawn weights: nothing was promoted"), ("m", "models/m/step-00000002-")):
         given = [f"run_id=first-{name}", f"publishing.name={name}", "training.initial_weights=promoted-or-fresh"]
         assert pipeline.main(["--config", "debug", *arguments(promoted, *given)]) == 0

@@ -12,7 +12,10 @@ from data_prep.listing import InputFile
 from data_prep.prepare import identity
 from data_prep.records import dataset_path
 from jobs import stages
-from jobs.stages import MissingInput, Records, check_supply, find, run
+from jobs.commit import git_commit
+from jobs.stages import MissingInput, find, run
+from jobs.stages.prepare import check_supply
+from jobs.stages.records import Records
 from pipeline.config.load import ConfigError, load_config
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation.heldout import evaluate
@@ -22,7 +25,7 @@ from pipeline.publishing.export import publish
 from pipeline.storage import Storage, open_storage
 from pipeline.training.commits import train_folder
 from pipeline.training.identity import run_identity
-from pipeline.workflow.record import STAGES, read_events
+from pipeline.workflow.record import read_events
 from tests.evaluation.make import TEXTS, MadeRun, make_run, run_config
 
 
@@ -64,7 +67,7 @@ def living(tmp_path: Path) -> Living:
 
 def done(config: RunConfig, storage: Storage) -> list[str]:
     records = find(config, storage)
-    return [stage for stage in STAGES if records.done(stage)]
+    return [stage for stage in stages.names() if records.done(stage)]
 
 
 def change(config: RunConfig, section: str, **changes: object) -> RunConfig:
@@ -94,7 +97,7 @@ def test_over_the_life_of_a_run(living: Living) -> None:
     assert (records.dataset, records.train, records.evaluation) == (living.dataset, living.train, evaluation)
     assert records.model == model
 
-    for stage in STAGES:  # done: nothing is run, nothing is written, Ray is not asked for
+    for stage in stages.names():  # done: nothing is run, nothing is written, Ray is not asked for
         run(stage, config, storage)
     assert read_events(storage, config.run_id) == []
 
@@ -102,7 +105,7 @@ def test_over_the_life_of_a_run(living: Living) -> None:
 def test_other_settings_under_the_same_run_id_are_not_done(living: Living, tmp_path: Path) -> None:
     finish(living)
     config, storage = living.config, living.storage
-    assert done(config, storage) == list(STAGES)
+    assert done(config, storage) == stages.names()
     assert done(change(config, "publishing", dtype="bf16"), storage) == ["prepare", "train", "evaluate"]
     assert done(change(config, "evaluation", sequence_length=32), storage) == ["prepare", "train"]
     assert done(change(config, "optimizer", weight_decay=0.3), storage) == ["prepare"]
@@ -110,7 +113,7 @@ def test_other_settings_under_the_same_run_id_are_not_done(living: Living, tmp_p
     assert done(change(config, "corpus", heldout_fraction=0.2), storage) == []
     # not another result, but the published folder tells its configuration
     assert done(change(config, "checkpoint", every_steps=7), storage) == ["prepare", "train", "evaluate"]
-    assert done(change(config, "cluster", cpus_per_worker=3.0), storage) == list(STAGES)
+    assert done(change(config, "cluster", cpus_per_worker=3.0), storage) == stages.names()
     (tmp_path / "prose" / "0.txt").write_text("The corpus changed.")
     assert done(config, storage) == []
 
@@ -152,7 +155,7 @@ def test_a_failed_stage_leaves_its_reason(living: Living, monkeypatch: pytest.Mo
     def broken(*_: object) -> None:
         raise RuntimeError("worker died\nof something")
 
-    monkeypatch.setattr(stages, "_do", broken)
+    monkeypatch.setattr(stages.prepare, "do", broken)
     with pytest.raises(RuntimeError, match="worker died"):
         run("prepare", living.config, living.storage)
     started, failed = read_events(living.storage, living.config.run_id)
@@ -209,11 +212,11 @@ def _plain(config: RunConfig) -> str:
 
 def test_the_commit_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOONLIGHT_GIT_COMMIT", "abc")
-    assert stages.git_commit() == "abc"
+    assert git_commit() == "abc"
     monkeypatch.setenv("MOONLIGHT_GIT_COMMIT", "unknown")  # what an image without the build argument has
-    assert stages.git_commit() != "abc"
+    assert git_commit() != "abc"
     monkeypatch.setenv("PATH", "/nowhere")
-    assert stages.git_commit() == "unknown"
+    assert git_commit() == "unknown"
 
 
 def test_the_real_dataset_of_a_run(prepared) -> None:  # type: ignore[no-untyped-def]

@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from jobs import pipeline, stages, status
-from jobs.cli import stage_main
-from jobs.summary import task_lines
+from jobs.stage import main as stage_main
+from jobs.stages.records import Records
+from jobs.views.summary import task_lines
 from pipeline.manifest import EvaluationManifest, SourceScore, TaskMetric, TaskScore
 from tests.evaluation.make_tasks import write_tasks
 from tests.jobs.conftest import TEXT, override
@@ -173,7 +174,7 @@ def test_lines_of_the_summary() -> None:
 
 
 def test_status_shows_them(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "find", lambda *_: stages.Records(evaluation=scores()))
+    monkeypatch.setattr(stages, "find", lambda *_: Records({"evaluate": scores()}))
     assert status.main(["--config", "debug", f"storage.root={tmp_path}"]) == 0
     shown = capsys.readouterr().out.splitlines()[5:]
     assert shown[0] == "  held out  loss 4.420 nats per token, 1.772 bits per byte"
@@ -184,7 +185,7 @@ def test_the_stage_alone_asks_before_it_joins_a_cluster(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (own / "data" / "sums.jsonl").unlink()
-    monkeypatch.setattr(stages, "find", lambda *_: stages.Records())
+    monkeypatch.setattr(stages, "find", lambda *_: Records())
     monkeypatch.setattr(stages, "require_inputs", lambda *_: None)
     chosen = ["evaluation.tasks=[sums]", f"evaluation.task_folder={own}"]
     assert stage_main("evaluate", ["--config", "debug", f"storage.root={tmp_path / 'root'}", *chosen]) == 2

@@ -12,8 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray.train import PreemptionInfo
 
 from data_prep.records import PrepareProgress
-from jobs.gauges import TRAINING, PrepareGauges
-from jobs.train import PreemptionNotice, train_with_ray
+from jobs.on_ray.gauges import TRAINING, PrepareGauges
+from jobs.on_ray.train import PreemptionNotice, train_with_ray
 from pipeline.storage import Storage
 from pipeline.training.commits import ForeignCheckpoint
 from pipeline.training.metrics import TrainProgress
@@ -115,7 +115,7 @@ def test_prometheus_sees_the_run(tmp_path, cluster):
 
 def test_prometheus_sees_prepare(cluster):
     at = PrepareProgress("tokenize", 3, 8, 0, documents=5, text_bytes=7, tokens=11, seconds=1.0)
-    gauges = PrepareGauges(RUN)
+    gauges = PrepareGauges(RUN, then=lambda _: None)
     gauges(at)
     wanted = {
         "ray_moonlight_prepare_units": 8,

@@ -156,7 +156,7 @@ def test_where_your_names_belong_the_examples_stand() -> None:
 
 
 def test_the_section_of_troubleshooting_is_where_help_points_to() -> None:
-    from jobs.pipeline import KUBERAY
+    from jobs.drivers.options import KUBERAY
 
     page, section = re.findall(r'\((docs/[\w.]+), "(.*)"\)', KUBERAY)[0]
     assert f"## {section}\n" in (REPOSITORY / page).read_text()

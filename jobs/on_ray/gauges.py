@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
 from data_prep.records import PrepareProgress
 from pipeline.training.metrics import TrainProgress
@@ -35,7 +36,7 @@ PREPARING = {
 }
 
 
-class _Gauges:
+class Gauges:
     """Creates the gauges of a table in the connected Ray process, all tagged with the run."""
 
     def __init__(self, table: dict[str, str], run_id: str) -> None:
@@ -53,36 +54,28 @@ class _Gauges:
                 self._gauges[name].set(float(value))
 
 
-class TrainingGauges(_Gauges):
-    """A `report` of training; create it in the worker of rank 0 when its attempt starts."""
+class TrainingGauges:
+    """A `report` of training that passes on to `then`; create it in the worker of rank 0 when its attempt starts."""
 
-    def __init__(self, run_id: str) -> None:
-        super().__init__(TRAINING, run_id)
+    def __init__(self, run_id: str, then: Callable[[TrainProgress], None]) -> None:
+        self._gauges, self._then = Gauges(TRAINING, run_id), then
         self._checkpoint_step: int | None = None
-        self.set(checkpoint_timestamp_seconds=time.time())
+        self._gauges.set(checkpoint_timestamp_seconds=time.time())
 
     def __call__(self, at: TrainProgress) -> None:
-        self.set(
-            step=at.step,
-            steps=at.steps,
-            tokens=at.tokens,
-            tokens_per_second=at.tokens_per_second,
-            loss=at.loss,
-            gradient_norm=at.gradient_norm,
-            learning_rate=at.learning_rate,
-            expert_load=at.expert_load,
-            skipped_steps=at.skipped_steps,
-        )
+        self._gauges.set(**{name: getattr(at, name) for name in TRAINING if name != "checkpoint_timestamp_seconds"})
         if self._checkpoint_step not in (None, at.checkpoint_step):
-            self.set(checkpoint_timestamp_seconds=time.time())
+            self._gauges.set(checkpoint_timestamp_seconds=time.time())
         self._checkpoint_step = at.checkpoint_step
+        self._then(at)
 
 
-class PrepareGauges(_Gauges):
-    """A `report` of prepare; create it in the driver, where units are counted."""
+class PrepareGauges:
+    """A `report` of prepare that passes on to `then`; create it in the driver, where units are counted."""
 
-    def __init__(self, run_id: str) -> None:
-        super().__init__(PREPARING, run_id)
+    def __init__(self, run_id: str, then: Callable[[PrepareProgress], None]) -> None:
+        self._gauges, self._then = Gauges(PREPARING, run_id), then
 
     def __call__(self, at: PrepareProgress) -> None:
-        self.set(prepare_units=at.units_total, prepare_units_done=at.units_done, prepare_tokens=at.tokens)
+        self._gauges.set(prepare_units=at.units_total, prepare_units_done=at.units_done, prepare_tokens=at.tokens)
+        self._then(at)

@@ -15,12 +15,13 @@ from functools import partial
 from botocore.exceptions import BotoCoreError
 
 from jobs import stages
-from jobs.progress import ProgressLines, Work
-from jobs.summary import print_summary
+from jobs.on_ray.progress import ProgressLines, Work
+from jobs.stages.records import hold_dataset
+from jobs.views.summary import print_summary
 from pipeline.config.schema import RunConfig
 from pipeline.storage import Storage
 from pipeline.workflow.rayjobs import Outcome, StageFailed, StageStatus, connect, options_from, run_stage
-from pipeline.workflow.record import STAGES, add_event, note_waiting
+from pipeline.workflow.record import add_event, note_waiting
 
 
 def run_on_kuberay(config: RunConfig, storage: Storage, given: argparse.Namespace) -> int:
@@ -73,18 +74,16 @@ def _run(config: RunConfig, storage: Storage, given: argparse.Namespace) -> int:
             lines.work = Work(status.stage, since=status.began) if status.at_work else None
             show(storage, config.run_id, status)
 
-        for stage in [given.only] if given.only else STAGES:
-            if stage != "prepare":
-                records = stages.find(config, storage, stage)
-                if not records.done(stage):
-                    stages.require_inputs(stage, config, storage, records)
+        for stage in [given.only] if given.only else stages.names():
+            if stage != "prepare":  # whose corpus was looked at a moment ago
+                stages.check([stage], config, storage, stages.find(config, storage, stage), here=False)
             status = run_stage(
                 config, stage, arguments, api=api, done=partial(done, stage), report=report, options=options
             )
             lines.work = None
             print(f"{stage:<9} {'up to date' if status is None else 'done'}", flush=True)
             if stage == "prepare" and status is None:  # one that was at work has done so itself
-                stages.hold_dataset(config, storage, stages.find(config, storage))
+                hold_dataset(config, storage, stages.find(config, storage).dataset)
     if not given.only:
         print_summary(config, storage, stages.find(config, storage), given.config)
     return 0

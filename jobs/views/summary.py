@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jobs.stages import Records
+from jobs.stages.records import Records
 from pipeline.config.schema import RunConfig
 from pipeline.manifest import EvaluationManifest
 from pipeline.publishing import registry

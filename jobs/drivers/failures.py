@@ -1,0 +1,15 @@
+"""How a driver ends before its time."""
+
+from __future__ import annotations
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM; carries the signal's number."""
+
+
+class StageFailure(Exception):
+    """A stage did not succeed; `exit_code` is the pipeline's."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -1,0 +1,88 @@
+"""From the command line of `jobs.pipeline` to its exit code: what can be wrong first, then the stages that are not done."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+
+from jobs import stages
+from jobs.cli import open_run
+from jobs.drivers.failures import Interrupted, StageFailure
+from jobs.on_ray.cluster import in_a_ray_job
+from jobs.stages.records import Records, hold_dataset
+from jobs.views.summary import print_summary
+from pipeline.config.load import ConfigError, dump_yaml, load_config
+from pipeline.config.schema import RunConfig
+from pipeline.storage import Storage
+from pipeline.training import initial
+
+
+def run(given: argparse.Namespace) -> int:
+    """Run what is wanted and not done. Returns the exit code."""
+    try:
+        config, storage, records = _open(given)
+        if given.backend == "kuberay":
+            from jobs.drivers.kuberay import run_on_kuberay
+
+            return run_on_kuberay(config, storage, given)
+        hold_dataset(config, storage, records.dataset)
+        todo = [stage for stage in _wanted(given) if not _report_done(stage, records)]
+        if todo:
+            from jobs.drivers.ray_jobs import run_on_ray
+
+            run_on_ray(todo, config, storage)
+            records = stages.find(config, storage)
+        if not given.only:
+            print_summary(config, storage, records, given.config)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except StageFailure as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except Interrupted as error:
+        number = int(error.args[0])
+        print(f"stopped by {signal.Signals(number).name}; run the same command to go on", file=sys.stderr)
+        return 128 + number
+    return 0
+
+
+def _open(given: argparse.Namespace) -> tuple[RunConfig, Storage, Records]:
+    """Everything that can be wrong is found here, before anything starts. Raises ValueError with one line."""
+    if in_a_ray_job():
+        _refuse_relative_root(given)
+    config, storage = open_run(given.config, given.overrides)
+    storage.check_writable()
+    if given.only in (None, "prepare", "train"):
+        config = initial.pin(config, storage)
+    records = stages.find(config, storage, given.only or "prepare")
+    here = given.backend == "ray" and not os.environ.get("RAY_ADDRESS", "").startswith("http")
+    stages.check(_wanted(given), config, storage, records, here=here)
+    answer = initial.answer_of(config.run_id, storage)
+    if answer is not None and answer.initial_weights == config.training.initial_weights:
+        weights = answer.initial_weights or "drawn weights: nothing was promoted when it began"
+        print(f"{config.run_id} starts from {weights}", flush=True)
+    storage.write(f"runs/{config.run_id}/config.yaml", dump_yaml(config).encode())
+    return config, storage, records
+
+
+def _refuse_relative_root(given: argparse.Namespace) -> None:
+    root = load_config(given.config, given.overrides).storage.root
+    if "://" not in root and not os.path.isabs(os.path.expanduser(root)):
+        raise ConfigError(
+            f"storage.root {root!r} is relative, but a Ray job runs in a folder that is deleted with it; "
+            "give an absolute path or s3://bucket/prefix"
+        )
+
+
+def _wanted(given: argparse.Namespace) -> list[str]:
+    return [given.only] if given.only else stages.names()
+
+
+def _report_done(stage: str, records: Records) -> bool:
+    done = records.done(stage)
+    if done:
+        print(f"{stage:<9} up to date", flush=True)
+    return done

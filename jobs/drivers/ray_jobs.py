@@ -1,0 +1,91 @@
+"""Every stage as a job of its own on a Ray cluster, one after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shlex
+import signal
+import time
+from types import FrameType
+
+from ray.job_submission import JobSubmissionClient
+
+from jobs import stages
+from jobs.commit import git_commit
+from jobs.drivers.failures import Interrupted, StageFailure
+from jobs.on_ray.cluster import code_environment, connect, python
+from jobs.on_ray.progress import ProgressLines, Work
+from pipeline.config.schema import RunConfig
+from pipeline.manifest import digest_of
+from pipeline.storage import Storage
+from pipeline.workflow.ray_jobs import StageJob, StageJobFailed, follow, submit_or_attach
+from pipeline.workflow.record import duration
+
+
+def run_on_ray(todo: list[str], config: RunConfig, storage: Storage) -> None:
+    """Raises StageFailure, and Interrupted on a signal."""
+    _raise_on_signals()
+    address = os.environ.get("RAY_ADDRESS", "")
+    elsewhere = address.startswith("http")  # a job server is all we need
+    own = connect(config, dashboard=True, job_name=f"{config.run_id} pipeline")
+    with contextlib.nullcontext(address) if elsewhere else own as dashboard:
+        print(f"Ray dashboard: {dashboard}", flush=True)
+        client = JobSubmissionClient(dashboard or None)
+        for stage in todo:
+            _run_stage_job(client, stage, config, storage)
+
+
+def _run_stage_job(client: JobSubmissionClient, stage: str, config: RunConfig, storage: Storage) -> None:
+    """Submit or follow the stage's job, show its progress, and check that its record is there at the end."""
+    # The stage reads the run's own copy of the configuration: what it works on cannot change between the stages.
+    settings = digest_of(config)
+    command = f"{python()} -m jobs.{stage} --config {_quoted(storage, config)} {_overrides(config)}".strip()
+    job = StageJob(
+        name=f"{config.run_id}-{stage}-{settings[:6]}{hashlib.sha256(storage.root.encode()).hexdigest()[:4]}",
+        entrypoint=command,
+        metadata={
+            "job_name": f"{config.run_id} {stage}",
+            "run_id": config.run_id,
+            "stage": stage,
+            "storage_root": storage.root,
+            "config_digest": settings[:16],
+            "git_commit": git_commit(),
+        },
+        runtime_env=code_environment(),
+    )
+    start = time.monotonic()
+    submission_id = submit_or_attach(client, job)
+    print(f"{stage:<9} job {submission_id}", flush=True)
+    try:
+        with ProgressLines(storage, config.run_id) as lines:
+            lines.work = Work(stage, since=time.time())
+            follow(client, submission_id)
+    except StageJobFailed as error:
+        raise StageFailure(str(error), 2 if error.exit_code == 2 else 1) from error
+    except Interrupted:
+        client.stop_job(submission_id)
+        raise
+    if not stages.finished(stage, config, storage):
+        raise StageFailure(f"{submission_id} SUCCEEDED, but the stage's record is not in {storage.uri()}", 1)
+    print(f"{stage:<9} done in {duration(time.monotonic() - start)}", flush=True)
+
+
+def _quoted(storage: Storage, config: RunConfig) -> str:
+    return shlex.quote(storage.uri(f"runs/{config.run_id}/config.yaml"))
+
+
+def _overrides(config: RunConfig) -> str:
+    """How a stage reaches the storage that holds the rest of its configuration."""
+    where = config.storage
+    pairs = [("endpoint_url", where.endpoint_url), ("region", where.region)] if where.is_s3 else []
+    return " ".join(shlex.quote(f"storage.{name}={value}") for name, value in pairs if value)
+
+
+def _raise_on_signals() -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)

@@ -1,0 +1,54 @@
+"""One function in as many Ray Train workers as the mesh has ranks, joined into one process group.
+
+Ray starts the group, and starts it again when a worker dies, `cluster.max_failures` times.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, cast
+
+from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
+from ray.train import FailureConfig, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from pipeline.config.schema import RunConfig
+from pipeline.storage import Storage
+
+
+def run_in_group(
+    config: RunConfig,
+    storage: Storage,
+    worker: Callable[[dict[str, Any]], Any],
+    *,
+    name: str,
+    folder: str,
+    **arguments: Any,
+) -> Any:
+    """Call `worker(arguments)` in every rank; returns what rank 0 returned. Ray keeps its own state in `folder` of the storage.
+
+    Raises Ray's error after the last restart.
+    """
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # workers keep the job's working directory; Ray carries this one to them
+    cluster = config.cluster
+    trainer: Any = TorchTrainer(
+        cast(Any, worker),
+        train_loop_config=arguments,
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if cluster.use_gpu else "gloo", timeout_s=int(config.training.step_timeout_s)
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=config.parallelism.world_size,
+            use_gpu=cluster.use_gpu,
+            resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.use_gpu else {})},
+        ),
+        run_config=RayRunConfig(
+            name=name,
+            storage_path=storage.key(folder),
+            storage_filesystem=PyFileSystem(FSSpecHandler(storage.fs)) if config.storage.is_s3 else LocalFileSystem(),
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+        ),
+    )
+    return trainer.fit().return_value

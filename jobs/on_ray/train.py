@@ -1,0 +1,123 @@
+"""Training on Ray: a group of workers that call the training core.
+
+Ray starts the group and starts it again when a worker dies. Nothing else is asked of it: checkpoints go straight from the ranks to storage and commit by their own manifest, so a restarted group simply
+calls `train` again, which continues from the newest one. `ray.train.report` is called once per committed checkpoint, on
+all ranks, for the dashboard; it carries no files, hence Ray's snapshot and our retention cannot disagree.
+
+What a restart cannot cure is found before the start (wrong data, a foreign checkpoint) or returned by the worker rather
+than raised (a run that diverges): raising would restart the group `cluster.max_failures` times. Whether the run is complete is read from storage by the driver.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray.train
+from ray.train.torch import get_device
+
+from jobs.on_ray.gauges import TrainingGauges
+from jobs.on_ray.group import run_in_group
+from pipeline.config.load import validate
+from pipeline.config.schema import RunConfig
+from pipeline.dataset.order import Order, check_demand
+from pipeline.manifest import CheckpointManifest, DatasetManifest, TrainManifest
+from pipeline.storage import Storage, open_storage
+from pipeline.training.commits import RunFacts, continue_from, train_folder
+from pipeline.training.metrics import TrainProgress
+
+Report = Callable[[TrainProgress], None]
+
+
+class TrainingFailed(RuntimeError):
+    """Training ended without a complete run; the message says why."""
+
+
+def train_with_ray(config: RunConfig, dataset: DatasetManifest, storage: Storage, report: Report) -> TrainManifest:
+    """Train the run to its end on the connected Ray cluster. `report` is called in the worker of rank 0.
+
+    Raises ValueError for wrong input, TrainingFailed (or Ray's own error, after `cluster.max_failures` restarts).
+    """
+    check_demand(config, dataset)
+    order = Order.of_run(config, dataset)
+    continue_from(storage, RunFacts.of(config, dataset, order), order)  # refuses a foreign run before anything starts
+    config = config.model_copy(update={"storage": storage.config.model_copy(update={"root": storage.root})})  # absolute
+    folder = train_folder(config.run_id)
+    refusal = run_in_group(
+        config,
+        storage,
+        _worker,
+        name=config.run_id,
+        folder=f"{folder}/ray",
+        config_values=config.model_dump(mode="json"),
+        dataset=dataset.model_dump_json(),
+        report=report,
+    )
+    if isinstance(refusal, str):
+        raise TrainingFailed(refusal)
+    data = storage.read_or_none(f"{folder}/manifest.json")
+    if data is None:
+        raise TrainingFailed(f"the workers ended, but {storage.uri(folder)}/manifest.json is not there")
+    return TrainManifest.model_validate_json(data)
+
+
+def _worker(arguments: dict[str, Any]) -> str | None:
+    """One rank. Returns why the run cannot go on, or None."""
+    import torch
+
+    from pipeline.training.guard import RunDiverged
+    from pipeline.training.trainer import TrainingStopped, train
+
+    config = validate(arguments["config_values"])
+    if config.cluster.use_gpu:
+        torch.cuda.set_device(get_device())  # Ray shows every worker all GPUs of its node
+    else:
+        torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    notice = PreemptionNotice(every=config.training.log_every)
+    report = arguments["report"]
+    if ray.train.get_context().get_world_rank() == 0:
+        report = TrainingGauges(config.run_id, then=report)
+    try:
+        train(
+            config,
+            DatasetManifest.model_validate_json(arguments["dataset"]),
+            open_storage(config.storage),
+            report=report,
+            on_checkpoint=_report_checkpoint,
+            should_stop=notice,
+        )
+    except RunDiverged as error:
+        return str(error)
+    except TrainingStopped:
+        notice.wait_for_the_end()
+        raise
+    return None
+
+
+def _report_checkpoint(manifest: CheckpointManifest) -> None:
+    ray.train.report({"step": manifest.step, "tokens_seen": manifest.tokens_seen, "loss": manifest.loss})
+
+
+class PreemptionNotice:
+    """`should_stop` for nodes that are about to go: asked every step, asks Ray every `every`-th (a barrier of all ranks)."""
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        self._asked = 0
+        self._deadline = 0.0  # UNIX time
+
+    def __call__(self) -> bool:
+        self._asked += 1
+        if self._asked % self._every:
+            return False
+        info = ray.train.get_preemption_info()
+        if info is None:
+            return False
+        self._deadline = info.deadline_ms / 1000 if info.deadline_ms else time.time() + 120
+        return True
+
+    def wait_for_the_end(self) -> None:
+        """With the checkpoint safe, wait for Ray to take the group down: a preemption is no failure of the run."""
+        threading.Event().wait(max(0.0, self._deadline - time.time()) + 60)

@@ -1,0 +1,35 @@
+"""One stage by its name: what `python -m jobs.prepare`, `jobs.train`, `jobs.evaluate` and `jobs.publish` do."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from jobs import stages
+from jobs.cli import open_run, parser
+from jobs.stages.records import hold_dataset
+from pipeline.training import initial
+
+
+def main(stage: str, arguments: Sequence[str] | None = None) -> int:
+    """Do one stage on the Ray cluster at RAY_ADDRESS, or on a local one. Returns the exit code."""
+    given = parser(stage, stages.room(stage).SUMMARY).parse_args(arguments)
+    try:
+        config, storage = open_run(given.config, given.overrides)
+        storage.check_writable()
+        if stage == "train":
+            config = initial.pin(config, storage)
+        records = stages.find(config, storage, stage)
+        if records.done(stage):
+            hold_dataset(config, storage, records.dataset)
+            print(f"{stage}: up to date")
+            return 0
+        stages.check([stage], config, storage, records)
+        from jobs.on_ray.cluster import connect  # here: what is done needs no Ray
+
+        with connect(config):
+            stages.run(stage, config, storage)
+    except ValueError as error:  # ConfigError, StorageError, MissingInput, GateError: the message is the whole story
+        print(f"{stage}: {error}", file=sys.stderr)
+        return 2
+    return 0

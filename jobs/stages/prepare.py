@@ -1,0 +1,126 @@
+"""Prepare: raw files to a committed dataset (data_prep/prepare.py), units of work as Ray Data tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from data_prep.listing import InputFile, list_source
+from data_prep.plan import format_of, is_compressed
+from data_prep.prepare import identity, prepare
+from data_prep.records import PrepareProgress, dataset_path
+from data_prep.tokenizer_stage import find_tokenizer
+from jobs.on_ray.gauges import PREPARING, PrepareGauges
+from jobs.stages.records import Records, held_dataset, hold_dataset
+from pipeline.config.load import ConfigError
+from pipeline.config.schema import MixtureStage, RunConfig
+from pipeline.dataset.order import check_demand
+from pipeline.manifest import DatasetManifest
+from pipeline.publishing import registry
+from pipeline.storage import Storage
+from pipeline.training import initial
+from pipeline.workflow.record import StageProgress
+
+NAME = "prepare"
+SUMMARY = "Tokenize and shard the corpus into a packed, checksummed dataset."
+GAUGES = PREPARING
+SHORTEST_LINE = 12  # bytes of {"text":"x"}
+
+
+def find(config: RunConfig, storage: Storage, records: Records) -> DatasetManifest | None:
+    """Raises ConfigError for a corpus that is missing or empty, and for a demand that the prepared data cannot meet."""
+    name = held_dataset(config, storage, records.seen_by) or identity(config, storage)
+    data = storage.read_or_none(dataset_path(name))
+    return None if data is None else _enough(config, DatasetManifest.model_validate_json(data))
+
+
+def check(config: RunConfig, storage: Storage, records: Records, *, here: bool) -> None:
+    if held_dataset(config, storage) is None:
+        listings = {
+            source.name: list_source(source, index, config.storage)
+            for index, source in enumerate(config.corpus.sources)
+        }
+        check_supply(config, listings)
+        check_tokenizer(config, storage, listings)
+
+
+def do(config: RunConfig, storage: Storage, records: Records, report: Callable[[PrepareProgress], None]) -> None:
+    from data_prep.mapping import map_on_ray
+
+    gauges = PrepareGauges(config.run_id, then=report)
+    dataset = prepare(config, storage, map_units=map_on_ray(config.cluster), report=gauges)
+    hold_dataset(config, storage, _enough(config, dataset))
+
+
+def progress() -> Callable[[PrepareProgress], StageProgress]:
+    return _progress
+
+
+def _progress(at: PrepareProgress) -> StageProgress:
+    note = (
+        f"{at.phase}  {at.documents:,} documents  {at.text_bytes / 1e6:,.1f} MB ({at.megabytes_per_second:,.1f} MB/s)"
+    )
+    if at.units_failed:
+        note += f"  {at.units_failed} FAILED"
+    return StageProgress(
+        NAME, at.units_done, at.units_total, "units", at.tokens_per_second, "tokens", at.eta_seconds, note
+    )
+
+
+def _enough(config: RunConfig, dataset: DatasetManifest) -> DatasetManifest:
+    try:
+        check_demand(config, dataset)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return dataset
+
+
+def check_supply(config: RunConfig, listings: dict[str, list[InputFile]]) -> None:
+    """Refuse, before any work, a demand that no tokenizer could meet. Raises ConfigError.
+
+    Generous, because only the tokenized corpus knows (`check_demand`, after prepare): a token is at least one byte or ends a
+    document, packing fills rows at least half, and a document is a file or a line of some bytes. Nothing bounds what a
+    compressed file holds, or how empty the rows of `data.packing=pad` are.
+    """
+    for index, source in enumerate(config.corpus.sources):
+        files = listings[source.name]
+        formats = {format_of(file.path, source.format) for file in files}
+        if config.data.packing == "pad" or "parquet" in formats or any(is_compressed(file.path) for file in files):
+            continue
+        size = sum(file.bytes for file in files)
+        documents = len(files) + (size // SHORTEST_LINE if "jsonl" in formats else 0)
+        padded = documents * config.data.sequence_length // config.data.max_documents_per_row
+        most = int(source.max_epochs * (2 * (size + documents) + padded))
+        demand = _demand(config, source.name)
+        if demand > most:
+            raise ConfigError(
+                f"schedule.total_tokens {config.schedule.total_tokens:,} asks for {demand:,.0f} tokens of source {source.name!r}, "
+                f"whose {size:,} bytes give less than {most:,} over the epochs allowed: add text, raise "
+                f"corpus.sources[{index}].max_epochs, lower its weight or train on less"
+            )
+
+
+def check_tokenizer(config: RunConfig, storage: Storage, listings: dict[str, list[InputFile]]) -> None:
+    """Refuse, before prepare, a corpus whose tokenizer is not that of the model the run starts from. Raises ConfigError."""
+    manifest = initial.find(config, storage)
+    if manifest is None:
+        return
+    tokenizer = find_tokenizer(config, storage, listings)
+    if tokenizer is not None:
+        initial.check(config, storage, tokenizer.sha256)
+    elif config.tokenizer.path is None:
+        folder = storage.uri(registry.folder(manifest.name, manifest.version))
+        raise ConfigError(
+            f"tokenizer.path: the corpus lost files or the tokenizer's settings changed, so a new one would be trained, but the run "
+            f"starts from {manifest.name} {manifest.version}: set tokenizer.path to {folder}"
+        )
+
+
+def _demand(config: RunConfig, source: str) -> float:
+    """Tokens of the whole run that come from a source, by the mixture's weights."""
+    total, before, demand = config.schedule.total_tokens, 0, 0.0
+    weights = {each.name: each.weight for each in config.corpus.sources}
+    for stage in config.corpus.mixture or (MixtureStage(until_tokens=total, weights=weights),):
+        share = stage.weights.get(source, 0.0) / sum(stage.weights.values())
+        demand += share * (min(stage.until_tokens, total) - min(before, total))
+        before = stage.until_tokens
+    return demand

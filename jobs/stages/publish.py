@@ -1,0 +1,69 @@
+"""Publish: the evaluated checkpoint as a Hugging Face folder, promoted unless a gate is closed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jobs.commit import git_commit
+from jobs.stages.records import Records
+from pipeline.config.schema import RunConfig
+from pipeline.manifest import EvaluationManifest, ModelManifest
+from pipeline.publishing import registry
+from pipeline.publishing.version import PublishProgress, version_name
+from pipeline.storage import Storage
+from pipeline.workflow.record import StageProgress
+
+NAME = "publish"
+SUMMARY = "Export the evaluated checkpoint as a Hugging Face folder and promote it."
+GAUGES: dict[str, str] = {}
+
+
+def find(config: RunConfig, storage: Storage, records: Records) -> ModelManifest | None:
+    assert records.dataset is not None
+    assert records.checkpoint is not None
+    assert records.evaluation is not None
+    version = version_name(config, records.checkpoint, records.evaluation, records.dataset)
+    return registry.find(storage, config.publishing.name, version)
+
+
+def check(config: RunConfig, storage: Storage, records: Records, *, here: bool) -> None:
+    """Its gate is asked where the model is published: `publishing.max_loss` needs the evaluation."""
+
+
+def gate(config: RunConfig, storage: Storage) -> tuple[str, str]:
+    """(`open` or `closed`, why): the newest evaluation against `publishing.max_loss`."""
+    folder = f"runs/{config.run_id}/evaluate"
+    found = [entry.path for entry in storage.list(folder) if entry.path.rsplit("/", 1)[-1].startswith("step-")]
+    if not found:
+        return "closed", f"no evaluation below {storage.uri(folder)}"
+    evaluation = EvaluationManifest.model_validate_json(storage.read(max(found)))
+    loss, limit = evaluation.overall.loss, config.publishing.max_loss
+    facts = f"step {evaluation.step}: held-out loss {loss:.4f}, {evaluation.overall.bits_per_byte:.4f} bits per byte"
+    if limit is not None and loss > limit:
+        return "closed", f"{facts}; publishing.max_loss is {limit:g}"
+    return "open", facts
+
+
+def do(config: RunConfig, storage: Storage, records: Records, report: Callable[[PublishProgress], None]) -> None:
+    from jobs.on_ray.publish import publish_with_ray  # here: it brings Ray
+
+    assert records.dataset is not None
+    assert records.train is not None
+    assert records.evaluation is not None
+    publish_with_ray(
+        config,
+        records.train,
+        records.evaluation,
+        records.dataset,
+        checkpoint=records.checkpoint,
+        git_commit=git_commit(),
+        report=report,
+    )
+
+
+def progress() -> Callable[[PublishProgress], StageProgress]:
+    return _progress
+
+
+def _progress(at: PublishProgress) -> StageProgress:
+    return StageProgress(NAME, at.done_bytes, at.total_bytes, "bytes", 0.0, "bytes", None, at.doing)

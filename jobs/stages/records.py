@@ -1,0 +1,101 @@
+"""What a run has: the records that its stages have left, and the version of its corpus that it holds on to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import cast
+
+from data_prep.prepare import identity, settings_digest
+from data_prep.records import dataset_path
+from pipeline.config.schema import RunConfig
+from pipeline.manifest import (
+    CheckpointManifest,
+    DatasetManifest,
+    EvaluationManifest,
+    ModelManifest,
+    Record,
+    TrainManifest,
+)
+from pipeline.storage import Storage
+from pipeline.training.commits import train_folder
+
+
+@dataclass
+class Records:
+    """The records of the stages that are done, by stage, up to the first one that is not."""
+
+    of: dict[str, Record] = field(default_factory=dict)
+    checkpoint: CheckpointManifest | None = None  # the one to evaluate and publish
+    seen_by: str = "prepare"  # the stage that asks, see `held_dataset`
+
+    def done(self, stage: str) -> bool:
+        return stage in self.of
+
+    @property
+    def dataset(self) -> DatasetManifest | None:
+        return cast(DatasetManifest | None, self.of.get("prepare"))
+
+    @property
+    def train(self) -> TrainManifest | None:
+        return cast(TrainManifest | None, self.of.get("train"))
+
+    @property
+    def evaluation(self) -> EvaluationManifest | None:
+        return cast(EvaluationManifest | None, self.of.get("evaluate"))
+
+    @property
+    def model(self) -> ModelManifest | None:
+        return cast(ModelManifest | None, self.of.get("publish"))
+
+
+class HeldDataset(Record):
+    """`<root>/runs/<run_id>/dataset.json`: which version of its corpus a run works on."""
+
+    dataset: str  # identity
+    settings: str  # digest of the settings it was made with: with others it is not this run's dataset
+
+
+def held_path(run_id: str) -> str:
+    return f"runs/{run_id}/dataset.json"
+
+
+def held_dataset(config: RunConfig, storage: Storage, stage: str = "prepare") -> str | None:
+    """The dataset that the run holds on to; None if it takes the corpus as it is now.
+
+    A corpus may grow at any time, also while a run waits for its GPUs or trains for weeks. So prepare follows the corpus until
+    training has begun; the stages after it use what prepare left, and from the first step on so does the whole run. New files
+    are for the next run.
+    """
+    data = storage.read_or_none(held_path(config.run_id))
+    held = None if data is None else HeldDataset.model_validate_json(data)
+    if held is None or held.settings != settings_digest(config):
+        return None
+    if stage == "prepare" and not storage.list(train_folder(config.run_id)):
+        return None
+    return held.dataset
+
+
+def hold_dataset(config: RunConfig, storage: Storage, dataset: DatasetManifest | None) -> None:
+    """Hold on to the dataset that was found, if one was."""
+    if dataset is not None:
+        held = HeldDataset(dataset=dataset.identity, settings=settings_digest(config)).to_json()
+        if storage.read_or_none(held_path(config.run_id)) != held:
+            storage.write(held_path(config.run_id), held)
+
+
+def open_dataset(config: RunConfig, storage: Storage, name: str | None = None) -> DatasetManifest:
+    """The committed dataset `name`, by default the run's: what its prepare left, else what the corpus stands for now.
+
+    Raises ValueError if there is none.
+    """
+    found = name or held_dataset(config, storage, "train") or identity(config, storage)
+    data = storage.read_or_none(dataset_path(found))
+    if data is None:
+        others = sorted(
+            entry.path.split("/")[1] for entry in storage.list("datasets") if entry.path.endswith("/dataset.json")
+        )
+        raise ValueError(
+            f"no dataset {found} in {storage.uri()}; there are: {', '.join(others) or 'none'}; "
+            "prepare it, or name one with --dataset"
+        )
+    return DatasetManifest.model_validate_json(data)

@@ -1,0 +1,65 @@
+"""Train: the network on the prepared dataset, from the newest checkpoint if there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jobs.on_ray.gauges import TRAINING
+from jobs.stages.records import Records
+from pipeline.config.load import ConfigError
+from pipeline.config.schema import RunConfig
+from pipeline.manifest import CheckpointManifest, TrainManifest
+from pipeline.storage import Storage
+from pipeline.training import initial
+from pipeline.training.commits import committed, train_folder
+from pipeline.training.identity import run_identity
+from pipeline.training.metrics import TrainProgress
+from pipeline.workflow.record import StageProgress
+
+NAME = "train"
+SUMMARY = "Train the model on the prepared dataset, from the newest checkpoint if there is one."
+GAUGES = TRAINING
+
+
+def find(config: RunConfig, storage: Storage, records: Records) -> TrainManifest | None:
+    """Also sets the checkpoint that the later stages are about. Raises ConfigError if the one asked for is not there."""
+    assert records.dataset is not None
+    data = storage.read_or_none(f"{train_folder(config.run_id)}/manifest.json")
+    train = None if data is None else TrainManifest.model_validate_json(data)
+    if train is None or train.identity != run_identity(config, records.dataset):
+        return None
+    records.checkpoint = _chosen_checkpoint(config, train, storage)
+    return train
+
+
+def check(config: RunConfig, storage: Storage, records: Records, *, here: bool) -> None:
+    """Training starts from the weights that the run has pinned; later the weights are in the checkpoints."""
+    if records.dataset is not None and not committed(storage, config.run_id):
+        initial.check(config, storage, records.dataset.tokenizer.sha256)
+
+
+def do(config: RunConfig, storage: Storage, records: Records, report: Callable[[TrainProgress], None]) -> None:
+    from jobs.on_ray.train import train_with_ray  # here: it brings torch, 150 MB a process
+
+    assert records.dataset is not None
+    train_with_ray(config, records.dataset, storage, report)
+
+
+def progress() -> Callable[[TrainProgress], StageProgress]:
+    return _progress
+
+
+def _progress(at: TrainProgress) -> StageProgress:
+    return StageProgress(
+        NAME, at.step, at.steps, "steps", at.tokens_per_second, "tokens", at.eta_s, f"loss {at.loss:.4f}"
+    )
+
+
+def _chosen_checkpoint(config: RunConfig, train: TrainManifest, storage: Storage) -> CheckpointManifest:
+    wanted = config.evaluation.checkpoint
+    if wanted == "last" or wanted == train.checkpoint.step:
+        return train.checkpoint
+    found = {manifest.step: manifest for manifest in committed(storage, config.run_id)}
+    if wanted not in found:
+        raise ConfigError(f"evaluation.checkpoint {wanted}: no such checkpoint; there are {sorted(found)}")
+    return found[wanted]

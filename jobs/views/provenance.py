@@ -1,0 +1,68 @@
+"""What training sees, as lines of text: steps, sequences, the mixture, rows."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+import numpy as np
+
+from pipeline.config.schema import RunConfig
+from pipeline.dataset.order import Order, step_sequences, total_sequences
+from pipeline.dataset.provenance import mixture_table, row_tokens, sequences
+from pipeline.manifest import DatasetManifest
+from pipeline.storage import Storage
+from pipeline.tokenizer.encoder import Encoder
+
+
+def lines(given: argparse.Namespace, config: RunConfig, dataset: DatasetManifest, storage: Storage) -> Iterator[str]:
+    """What `given.what` asks for: a step, a sequence, the mixture or a row. Raises ValueError if there is no such thing."""
+    order = Order.of_run(config, dataset)
+    if given.what == "step":
+        first, count = step_sequences(config.schedule, order.sequence_length, given.number)
+        yield f"step {given.number}: sequences {first} to {first + count - 1}"
+        yield from sequence_lines(order, storage, range(first, first + count))
+    elif given.what == "sequence":
+        total = total_sequences(config.schedule, order.sequence_length)
+        if not 0 <= given.number < total:
+            raise ValueError(f"sequence {given.number} is not one of the run's sequences 0 to {total - 1}")
+        yield from sequence_lines(order, storage, range(given.number, given.number + 1))
+    elif given.what == "mixture":
+        yield from mixture_lines(config, order)
+    else:
+        yield from row_lines(dataset, order, storage, given.source, given.number)
+
+
+def sequence_lines(order: Order, storage: Storage, numbers: range) -> Iterator[str]:
+    for found in sequences(order, storage, numbers):
+        part = f", part {found.part}" if order.parts > 1 else ""
+        yield f"{found.number}: {found.source}, epoch {found.epoch}, {found.path}, row group {found.row_group}, row {found.row}{part}"
+        for length, piece in zip(found.doc_lens, found.pieces):
+            name = piece.document if piece.document is not None else "(document not found)"
+            yield f"    {length} tokens of {name}, of its tokens {piece.start} to {piece.stop}"
+
+
+def mixture_lines(config: RunConfig, order: Order) -> Iterator[str]:
+    total = total_sequences(config.schedule, order.sequence_length)
+    max_epochs = {source.name: source.max_epochs for source in config.corpus.sources}
+    yield f"{total:,} sequences of {order.sequence_length} tokens; order {order.digest[:16]}"
+    yield from mixture_table(order, total, max_epochs)
+    block_bytes = order.rows_per_group * order.dataset.sequence_length * np.dtype(order.dataset.token_dtype).itemsize
+    world = config.parallelism.world_size
+    held = order.blocks_open(world) * block_bytes
+    enough = "" if held <= config.data.cache_bytes else ": blocks will be read more than once"
+    yield (
+        f"each of {world} ranks reads from about {order.blocks_open(world)} blocks at a time, {held / 1e6:,.0f} MB; "
+        f"data.cache_bytes is {config.data.cache_bytes / 1e6:,.0f} MB{enough}"
+    )
+
+
+def row_lines(dataset: DatasetManifest, order: Order, storage: Storage, source: str, row: int) -> Iterator[str]:
+    tokens, doc_lens = row_tokens(order, storage, source, row)
+    encoder = Encoder.load(dataset.tokenizer.folder, storage)
+    yield f"{source}, row {row}: documents of {doc_lens} tokens, {len(tokens) - sum(doc_lens)} of padding"
+    start = 0
+    for length in doc_lens:
+        yield f"--- {length} tokens"
+        yield encoder.decode(tokens[start : start + length])
+        start += length

@@ -1,0 +1,65 @@
+"""Where a run stands, on the screen."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+from jobs import stages
+from jobs.stages.records import Records
+from jobs.views.summary import task_lines
+from pipeline.config.schema import RunConfig
+from pipeline.storage import Storage
+from pipeline.workflow.record import duration, read_events, read_progress, stage_seconds
+
+STALE_S = 120.0
+PATIENCE_S = 20.0  # for a cluster's API: somebody is looking at the screen
+
+
+def show(config: RunConfig, storage: Storage, records: Records, *, kubernetes: bool) -> int:
+    """Print it; with `kubernetes` ask the cluster, too. Returns the exit code."""
+    print(f"run {config.run_id} in {storage.uri()}")
+    events = read_events(storage, config.run_id)
+    seconds = stage_seconds(events)
+    for stage in stages.names():
+        took = f"  {duration(seconds[stage])}" if stage in seconds else ""
+        print(f"  {stage:<9} {'done' if records.done(stage) else 'not done'}{took}")
+    if records.evaluation is not None:
+        overall = records.evaluation.overall
+        print(f"  held out  loss {overall.loss:.3f} nats per token, {overall.bits_per_byte:.3f} bits per byte")
+        for line in task_lines(records.evaluation, "  tasks     "):
+            print(line)
+    progress = read_progress(storage, config.run_id)
+    if progress and not records.done(progress.stage):
+        age = time.time() - progress.updated
+        stale = f"  (no news for {duration(age)})" if age > STALE_S and progress.unit else ""  # waiting makes no news
+        print(f"now: {progress.line()}{stale}")
+    return _show_now(config.run_id) if kubernetes else _show_last_seen(events)
+
+
+def _show_last_seen(events: list[dict[str, Any]]) -> int:
+    """The newest event of each RayJob."""
+    last = {event["name"]: event for event in events if event["event"] == "rayjob"}
+    for event in last.values():
+        at = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(event["time"]))
+        where = f"  dashboard {event['dashboard']}" if event.get("dashboard") else ""
+        print(f"  RayJob {event['name']}: {event['phase']} at {at}  {event['detail']}{where}".rstrip())
+    return 0
+
+
+def _show_now(run_id: str) -> int:
+    from pipeline.workflow.rayjobs import ApiUnavailable, NotServed, Refused, connect, stages_of
+
+    try:
+        jobs = stages_of(connect(os.environ, PATIENCE_S), run_id)
+    except (ApiUnavailable, NotServed, Refused, ValueError) as error:
+        print(f"error: --kubernetes: {error}", file=sys.stderr)
+        return 1
+    for job in jobs:
+        where = f"  dashboard {job.dashboard_url}" if job.dashboard_url else ""
+        print(f"  RayJob {job.name}: {job.phase}  {job.reason} {job.message}{where}".rstrip())
+    if not jobs:
+        print("  no RayJobs of this run in the cluster")
+    return 0
