@@ -27,6 +27,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.memory import peak_bytes
+
 ENDINGS = {
     ".py", ".pyi", ".md", ".rst", ".txt", ".c", ".h", ".hpp", ".cc", ".cpp", ".cu", ".cuh", ".js", ".ts", ".html", ".rs", ".sh", ".tex",
     ".pod", ".pm", ".pl", ".tcl", ".el", ".rb", ".go", ".java", ".cmake", ".inl", "",
@@ -136,14 +138,13 @@ class Meter:
         self._cpu, self._wall = _cpu_seconds(), time.monotonic()
 
     def result(self, text_bytes: int, tokens: int) -> dict[str, float]:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 * 1.048576
         cpu = _cpu_seconds() - self._cpu
         return {
             "text_mb": text_bytes / 1e6,
             "tokens": tokens,
             "cpu_s": cpu,
             "wall_s": time.monotonic() - self._wall,
-            "peak_mb": peak,
+            "peak_mb": peak_bytes() / 1e6,
         }
 
 

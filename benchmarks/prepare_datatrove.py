@@ -45,7 +45,8 @@ def main(folder: Path, name: str, tokenizer: Path, megabytes: float) -> None:
     cpu, wall = _cpu_seconds() - cpu, time.monotonic() - wall
     del stats
     tokens = sum(path.stat().st_size for path in (folder / "datatrove-out").glob("*.ds")) // 2
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    status = Path("/proc/self/status").read_text()  # as benchmarks/memory.py, which this interpreter does not know
+    peak = int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1]) * 1024 / 1e6
     print(json.dumps({"text_mb": text_bytes / 1e6, "tokens": tokens, "cpu_s": cpu, "wall_s": wall, "peak_mb": peak}))
 
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
@@ -36,6 +35,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from benchmarks.memory import peak_bytes
 from benchmarks.train_step_torchtitan import build, torchtitan_name
 from pipeline.config.load import load_config
 from pipeline.config.schema import ModelConfig, OptimizerConfig
@@ -167,7 +167,7 @@ def serve(contender: str, size: Size, folder: str | None, pipe: Connection) -> N
         start = time.process_time()
         loss = step()
         pipe.send((time.process_time() - start, loss))
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    pipe.send(peak_bytes())
 
 
 def tokens_of(size: Size) -> tuple[Tensor, Tensor]:

@@ -26,13 +26,13 @@ from typing import IO, Any
 import fsspec
 
 from pipeline.config.schema import StorageConfig
+from pipeline.s3_listing import below
 
 CHUNK = 8 * 1024 * 1024
 UPLOAD_PART = 16 * 1024 * 1024  # files of two and more are uploaded in parts
 CONFLICTS = 10  # of one conditional write with others
 UPLOADS = 3  # that are tried for one file
 DELETIONS = 100  # of its folder that one write outlasts
-DELETED_AT_ONCE = 1000  # S3's limit for one request
 
 
 class StorageError(ValueError):
@@ -102,7 +102,9 @@ class Storage:
         return bool(self.fs.exists(self.key(path)))
 
     def list(self, prefix: str) -> list[ObjectInfo]:
-        """All objects below a folder, sorted by path. Unfinished temporaries are not shown."""
+        """All objects below a folder, and one of its own name, sorted by path. Unfinished temporaries are not shown."""
+        if self.config.is_s3:
+            return sorted(self._below(prefix), key=lambda entry: entry.path)
         try:
             found: dict[str, dict[str, Any]] = self.fs.find(self.key(prefix), detail=True)
         except FileNotFoundError:
@@ -111,7 +113,7 @@ class Storage:
         entries = [
             ObjectInfo(key[start:], int(info["size"]), _etag(info))
             for key, info in found.items()
-            if info["type"] != "directory" and ".tmp-" not in key[start:]  # s3fs: the folder, if filled while it looks
+            if info["type"] != "directory" and ".tmp-" not in key[start:]
         ]
         return sorted(entries, key=lambda entry: entry.path)
 
@@ -202,9 +204,10 @@ class Storage:
     def delete(self, prefix: str) -> None:
         """Remove an object or everything below a folder. Nothing there is fine; what others put there meanwhile may stay."""
         if self.config.is_s3:
-            keys = self.fs.find(self.key(prefix))
-            for start in range(0, len(keys), DELETED_AT_ONCE):
-                self._delete_keys(keys[start : start + DELETED_AT_ONCE])
+            bucket = self.key("").partition("/")[0]
+            for page in below(self.fs, self.key(prefix)):  # at most as many as one request deletes
+                if page:
+                    self._delete_keys(bucket, [found.key for found in page])
             return
         target = Path(self.key(prefix))
         try:
@@ -268,10 +271,20 @@ class Storage:
             finally:
                 temporary.unlink(missing_ok=True)
 
-    def _delete_keys(self, keys: Sequence[str]) -> None:
+    def _below(self, prefix: str) -> Iterator[ObjectInfo]:
+        start = len(self.key("").partition("/")[2])
+        start += 1 if start else 0
+        try:
+            for page in below(self.fs, self.key(prefix)):
+                for key, size, etag in page:
+                    if not key.endswith("/"):  # what consoles make for an empty folder
+                        yield ObjectInfo(key[start:], size, etag)
+        except FileNotFoundError:  # no such bucket
+            return
+
+    def _delete_keys(self, bucket: str, keys: Sequence[str]) -> None:
         """Delete up to 1,000 objects in one request, whose answer may be 200 and yet hold errors of single objects."""
-        bucket = keys[0].partition("/")[0]
-        names = [{"Key": key.partition("/")[2]} for key in keys]
+        names = [{"Key": key} for key in keys]
         answer = self.fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": names, "Quiet": True})
         for error in answer.get("Errors", []):
             raise OSError(

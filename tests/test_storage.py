@@ -61,6 +61,34 @@ def test_write_read_list_delete(storage: Storage) -> None:
     assert names(storage) == ["runs/ab/c.json", "z"]
 
 
+def test_a_key_that_is_also_a_prefix_of_others(s3_root: StorageConfig) -> None:
+    """`d` beside `d/x`: no folder can hold that, S3 can. Asked for `d`, s3fs' own `find` shows `d/x` alone."""
+    storage = open_storage(s3_root)
+    paths = ["d", "d/x", "d/x/y", "d/x/y z+%41&amp;", "d.1", "dd", "e/d"]
+    for path in paths:
+        storage.write(path, path.encode())
+    assert names(storage) == sorted(paths)
+    assert [(entry.path, entry.bytes, entry.etag) for entry in storage.list("d/x")] == [
+        (path, len(path), storage.etag(path)) for path in ("d/x", "d/x/y", "d/x/y z+%41&amp;")
+    ]
+    storage.delete("d/x")
+    assert names(storage) == ["d", "d.1", "dd", "e/d"]
+    storage.write("d/z", b"")
+    storage.delete("d")
+    assert names(storage) == ["d.1", "dd", "e/d"]
+
+
+def test_more_objects_than_one_request_lists(s3_root: StorageConfig) -> None:
+    storage = open_storage(s3_root)
+    paths = [f"many/{number:04d}" for number in range(2100)]
+    with ThreadPoolExecutor(WRITERS) as pool:
+        list(pool.map(lambda path: storage.write(path, b""), ["other", *paths]))
+    assert names(storage, "many") == paths
+    assert len(storage.fs.ls(storage.key("many"))) == 2100  # the client's own listings are as before
+    storage.delete("many")
+    assert names(storage) == ["other"]
+
+
 def test_open_reads_ranges(storage: Storage) -> None:
     data = os.urandom(100_000)
     storage.write("x", data)

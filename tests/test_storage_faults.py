@@ -109,7 +109,7 @@ def test_an_object_that_may_not_be_deleted_is_named(faulty: tuple[Storage, Fault
     """The server answers 200, and in the answer that it refused."""
     storage, proxy = faulty
     storage.write("a/b", b"")
-    proxy.script = ["served", "not deleted"]  # list, delete
+    proxy.script = ["served", "served", "not deleted"]  # list the object, list the folder, delete
     with pytest.raises(OSError, match=r"/root/a/b was not deleted: AccessDenied Access Denied"):
         storage.delete("a")
     assert storage.exists("a/b")
@@ -134,6 +134,6 @@ def test_a_folder_that_is_filled_while_it_is_listed(faulty: tuple[Storage, Fault
     """An empty listing, and a moment later there is something: the folder itself is no object."""
     storage, proxy = faulty
     storage.write("folder/a", b"")
-    proxy.script = ["nothing listed"]
+    proxy.script = ["nothing listed", "nothing listed"]
     assert storage.list("folder") == []
     assert [entry.path for entry in storage.list("folder")] == ["folder/a"]
