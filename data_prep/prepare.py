@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -44,6 +45,8 @@ from pipeline.config.schema import RunConfig, SourceConfig
 from pipeline.manifest import DatasetManifest, DocumentCounts, SourceManifest, digest_of
 from pipeline.storage import Storage
 
+log = logging.getLogger(__name__)
+
 LIBRARIES = ("pyarrow", "gigatoken", "tokenizers")  # whose versions decide bytes
 
 
@@ -72,6 +75,8 @@ def prepare(
     if done is not None:
         return DatasetManifest.model_validate_json(done)
     plan = _plan(config, storage, listings, dataset_identity, report)
+    for note in plan.tokenizer.notes:
+        log.warning("tokenizer: %s", note)
     units = [Unit.from_json(value) for value in plan.units]
     tokenized = _tokenize(config, storage, plan, units, map_units, report)
     heldout, packed = _resolve_and_pack(config, storage, plan, units, tokenized, map_units, report)

@@ -54,7 +54,10 @@ class UnitManifest(Record):
     index: FileEntry | None
     candidates: FileEntry | None
     quarantine: FileEntry | None
-    cross_checked: int  # documents encoded by the second engine too, with equal ids
+    cross_checked: int  # documents encoded by the reference too, with equal ids
+    engines: tuple[
+        str, ...
+    ] = ()  # that encoded it: the tokenizer's, or the reference where one of these gave other ids
     failed: str = ""  # not empty: why the whole unit is in quarantine
     versions: dict[str, str]
 

@@ -1,7 +1,11 @@
 """The tokenizer of a dataset: loaded, or trained on a sample of the corpus, committed under `tokenizers/<identity>/`.
 
-A corpus that only grew keeps its tokenizer: one that was trained here with the same settings, on files that are all still
-in the corpus, is used again, so that old shards stay valid and a checkpoint's vocabulary stays the vocabulary.
+It depends on the settings of its own section and on the files that it is trained on, not on the mixture: the weight of a
+source in training is no reason to tokenize anything again. A corpus that only grew, by files or by sources, keeps its
+tokenizer: one that was trained here with the same settings, on files that are all still in the corpus, is used again, so
+that old shards stay valid and a checkpoint's vocabulary stays the vocabulary.
+
+When it is committed, it is decided which engine encodes (pipeline/tokenizer/agreement.py); the manifest says so.
 """
 
 from __future__ import annotations
@@ -18,22 +22,33 @@ from data_prep.plan import Slice
 from data_prep.readers import ReaderSettings, read_slice
 from data_prep.tokenize_unit import document_hash, is_heldout_candidate, open_input
 from pipeline.config.load import ConfigError, expand_path
-from pipeline.config.schema import RunConfig, SourceConfig
+from pipeline.config.schema import DEFAULT_EOS, RunConfig, SourceConfig
 from pipeline.manifest import FileEntry, TokenizerManifest, digest_of
 from pipeline.storage import Storage, filesystem
-from pipeline.tokenizer import Encoder, read_tokenizer, train_tokenizer
-from pipeline.tokenizer.files import CONFIG_JSON, RANK_FILE, TOKENIZER_JSON
+from pipeline.tokenizer import Encoder, find_engines, read_given, train_tokenizer
+from pipeline.tokenizer.agreement import Agreement
+from pipeline.tokenizer.engines import FAST, REFERENCE, REFERENCE_DOCUMENT_BYTES
+from pipeline.tokenizer.files import RANK_FILE, TOKENIZER_JSON
+from pipeline.tokenizer.given import CHAT_TEMPLATES, NAMES
 
+CORE_HOURS = {"gigatoken": 2, "fastokens": 10, REFERENCE: 150}  # of encoding alone: benchmarks/README.md
 SMALLEST_SHARE = 64 * 1024  # bytes taken from one file of the sample, at least
 
 
 def tokenizer_identity(config: RunConfig) -> dict[str, Any]:
     """What, beside the corpus, decides the tokenizer. Raises ConfigError if `tokenizer.path` holds none."""
-    settings = config.tokenizer.model_dump(mode="json", exclude={"path"})
-    if config.tokenizer.path is None:
-        weights = {source.name: source.weight for source in config.corpus.sources}
-        return {"settings": settings, "weights": weights}
-    names = {"eos_token": settings["eos_token"], "special_tokens": settings["special_tokens"]}
+    settings = config.tokenizer
+    if settings.path is None:
+        return {
+            "settings": {
+                "vocab_size": settings.vocab_size,
+                "training_bytes": settings.training_bytes,
+                "sources": settings.sources,
+                "special_tokens": list(settings.trained_special_tokens),
+                "eos_token": settings.eos_token or DEFAULT_EOS,
+            }
+        }
+    names = {"eos_token": settings.eos_token, "special_tokens": settings.special_tokens}
     files = {name: hashlib.sha256(data).hexdigest() for name, data in _given_files(config).items()}
     return {"settings": names, "files": files}
 
@@ -59,22 +74,29 @@ def ensure_tokenizer(config: RunConfig, storage: Storage, listings: dict[str, li
     folder = _folder(config, listings)
     if training is None:
         try:
-            files = read_tokenizer(_given_files(config), config.tokenizer)
-        except (ValueError, KeyError) as error:
+            given = read_given(_given_files(config), config.tokenizer)
+        except ValueError as error:
             raise ConfigError(f"tokenizer.path: {config.tokenizer.path}: {error}") from error
-    else:
-        files = train_tokenizer(sample(config, listings), config.tokenizer)
-    return _commit(storage, folder, files, training, config)
+        return _commit(storage, folder, given.files, given.notes, None, config)
+    files = train_tokenizer(sample(config, listings), config.tokenizer)
+    return _commit(storage, folder, files, (), training, config)
+
+
+def tokenizer_sources(config: RunConfig) -> dict[str, float]:
+    """Of the sources that a tokenizer is trained on, the share of its text, in the corpus's order."""
+    shares = config.tokenizer.sources or dict.fromkeys((source.name for source in config.corpus.sources), 1.0)
+    total = sum(shares.values())
+    return {source.name: shares[source.name] / total for source in config.corpus.sources if source.name in shares}
 
 
 def sample(config: RunConfig, listings: dict[str, list[InputFile]]) -> Iterator[str]:
-    """About `tokenizer.training_bytes` of text: of each source its weight's share, spread over its files in hash order.
+    """About `tokenizer.training_bytes` of text: of each source its share of it, spread over its files in hash order.
 
     Documents that could be held out are not looked at.
     """
-    total = sum(source.weight for source in config.corpus.sources)
+    shares = tokenizer_sources(config)
     for source in config.corpus.sources:
-        budget = int(config.tokenizer.training_bytes * source.weight / total)
+        budget = int(config.tokenizer.training_bytes * shares.get(source.name, 0.0))
         files = sorted((file for file in listings[source.name] if file.bytes), key=lambda file: hash_order(file.path))
         share = max(budget // max(len(files), 1), min(budget // 64, 1 << 24), SMALLEST_SHARE)
         for file in files:
@@ -114,7 +136,10 @@ def _folder(config: RunConfig, listings: dict[str, list[InputFile]]) -> str:
 def _corpus_of(config: RunConfig, listings: dict[str, list[InputFile]]) -> dict[str, Any]:
     corpus = {}
     for source in config.corpus.sources:
+        if source.name not in tokenizer_sources(config):
+            continue
         settings = source.model_dump(mode="json", include={"format", "text_field", "filters"})
+        del settings["filters"]["drop_exact_duplicates"]  # the sample takes documents as they come
         corpus[source.name] = {
             "settings": settings,
             "files": {file.path: file.identity for file in listings[source.name]},
@@ -132,9 +157,10 @@ def _trained_on_less(storage: Storage, settings: dict[str, Any], corpus: dict[st
         if earlier["settings"] != settings or earlier["corpus"]["heldout_fraction"] != corpus["heldout_fraction"]:
             continue
         sources = earlier["corpus"]["sources"]
-        if sources.keys() == corpus["sources"].keys() and all(
-            sources[name]["settings"] == now["settings"] and sources[name]["files"].items() <= now["files"].items()
-            for name, now in corpus["sources"].items()
+        now = corpus["sources"]
+        if sources.keys() <= now.keys() and all(
+            before["settings"] == now[name]["settings"] and before["files"].items() <= now[name]["files"].items()
+            for name, before in sources.items()
         ):
             size = sum(len(source["files"]) for source in sources.values())
             found.append((-size, entry.path))
@@ -146,7 +172,12 @@ def _trained_on_less(storage: Storage, settings: dict[str, Any], corpus: dict[st
 
 
 def _commit(
-    storage: Storage, folder: str, files: dict[str, bytes], training: dict[str, Any] | None, config: RunConfig
+    storage: Storage,
+    folder: str,
+    files: dict[str, bytes],
+    notes: Sequence[str],
+    training: dict[str, Any] | None,
+    config: RunConfig,
 ) -> TokenizerManifest:
     encoder = Encoder(files)
     if encoder.vocab_size > config.model.vocab_size:
@@ -154,6 +185,9 @@ def _commit(
             f"model.vocab_size: {config.model.vocab_size} is too small for the tokenizer's {encoder.vocab_size} ids; "
             f"set it to at least {encoder.vocab_size}"
         )
+    agreement = find_engines(files)
+    if agreement.engines[0] != FAST[0]:
+        notes = [*notes, _cost(agreement)]
     if training is not None:
         storage.write(f"{folder}/training.json", json.dumps(training, indent=1, sort_keys=True).encode() + b"\n")
     for name, data in files.items():
@@ -168,9 +202,21 @@ def _commit(
         eos_id=encoder.eos_id,
         special_tokens=encoder.special_tokens,
         sha256=encoder.sha256,
+        engines=agreement.engines,
+        notes=tuple(notes),
     )
     storage.create(f"{folder}/manifest.json", manifest.to_json())
-    return manifest
+    return TokenizerManifest.model_validate_json(storage.read(f"{folder}/manifest.json"))
+
+
+def _cost(agreement: Agreement) -> str:
+    """A rough figure, which is what one needs to know of a factor of 10 or 100; rounded, so that every prepare says the same."""
+    name = agreement.engines[0]
+    note = f"encoded by {name}, {CORE_HOURS[name]} core-hours a TB of text (gigatoken: {CORE_HOURS['gigatoken']}), because "
+    note += "; ".join(agreement.reasons)
+    if name == REFERENCE:
+        note += f". Documents over {REFERENCE_DOCUMENT_BYTES >> 20} MiB go to quarantine: it takes 116 bytes of memory a byte"
+    return note
 
 
 def _given_files(config: RunConfig) -> dict[str, bytes]:
@@ -179,11 +225,17 @@ def _given_files(config: RunConfig) -> dict[str, bytes]:
     path = expand_path(config.tokenizer.path).rstrip("/")
     fs = filesystem(path, config.storage)
     key = path.removeprefix("s3://")
-    names: Sequence[str] = (RANK_FILE, TOKENIZER_JSON, CONFIG_JSON)
     if fs.isfile(key):
         name = RANK_FILE if Path(key).suffix in {".model", ".tiktoken"} else TOKENIZER_JSON
         return {name: fs.cat_file(key)}
-    found = {name: fs.cat_file(f"{key}/{name}") for name in names if fs.exists(f"{key}/{name}")}
+    found = {name: fs.cat_file(f"{key}/{name}") for name in NAMES if fs.exists(f"{key}/{name}")}
+    if fs.exists(f"{key}/{CHAT_TEMPLATES}"):
+        for path in sorted(fs.ls(f"{key}/{CHAT_TEMPLATES}", detail=False)):
+            if path.endswith(".jinja"):
+                found[f"{CHAT_TEMPLATES}/{Path(path).name}"] = fs.cat_file(path)
     if RANK_FILE not in found and TOKENIZER_JSON not in found:
-        raise ConfigError(f"tokenizer.path: {path} holds neither {TOKENIZER_JSON} nor {RANK_FILE}")
+        raise ConfigError(
+            f"tokenizer.path: {path} holds neither {TOKENIZER_JSON} nor {RANK_FILE}; of other formats, "
+            f"AutoTokenizer.from_pretrained(...).save_pretrained(...) writes a {TOKENIZER_JSON}"
+        )
     return found

@@ -111,6 +111,8 @@ class TokenizerManifest(Record):
     eos_id: int
     special_tokens: dict[str, int]
     sha256: str  # of tokenizer.json: the identity that data carries
+    engines: tuple[str, ...] = ("tokenizers",)  # that give its ids: of documents, and of those with newer letters
+    notes: tuple[str, ...] = ()  # what whoever prepares a corpus with it should know
 
 
 class PackedFile(FileEntry):

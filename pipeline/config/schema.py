@@ -56,22 +56,35 @@ class StorageConfig(Section):
         return self.root.startswith("s3://")
 
 
+DEFAULT_EOS = "[EOS]"
+DEFAULT_SPECIAL_TOKENS = ("[BOS]", DEFAULT_EOS, "[PAD]", "[UNK]")
+
+
 class TokenizerConfig(Section):
     """Train a byte-level BPE with Moonlight's split pattern, or load one (`tokenizer.json` or Moonshot's `tiktoken.model`)."""
 
     path: Uri | None = None  # folder or file to load; None trains one on the corpus
-    vocab_size: PositiveInt = 8192  # includes the special tokens
-    training_bytes: PositiveInt = 40_000_000  # text sampled from the corpus, spread over its sources by weight
-    special_tokens: tuple[str, ...] = ("[BOS]", "[EOS]", "[PAD]", "[UNK]")
-    eos_token: str = "[EOS]"
+    vocab_size: PositiveInt = 8192  # of a trained one; includes the special tokens
+    training_bytes: PositiveInt = 40_000_000  # text sampled from the corpus, spread over `sources`
+    sources: dict[
+        str, PositiveFloat
+    ] = {}  # share of each source in that text; empty: all sources of the corpus, equally
+    special_tokens: tuple[str, ...] | None = None  # None: [BOS] [EOS] [PAD] [UNK] if trained, any if loaded
+    eos_token: str | None = None  # closes a document; None: [EOS] if trained, the tokenizer's own if loaded
+
+    @property
+    def trained_special_tokens(self) -> tuple[str, ...]:
+        return DEFAULT_SPECIAL_TOKENS if self.special_tokens is None else self.special_tokens
 
     @model_validator(mode="after")
     def _eos_is_special(self) -> TokenizerConfig:
-        if self.eos_token not in self.special_tokens:
-            raise ValueError(f"eos_token {self.eos_token!r} is not among special_tokens {list(self.special_tokens)}")
-        if self.path is None and self.vocab_size < 256 + len(self.special_tokens):
+        known = self.trained_special_tokens if self.path is None else self.special_tokens
+        eos = self.eos_token or (DEFAULT_EOS if self.path is None else None)
+        if eos is not None and known is not None and eos not in known:
+            raise ValueError(f"eos_token {eos!r} is not among special_tokens {list(known)}")
+        if self.path is None and self.vocab_size < 256 + len(self.trained_special_tokens):
             raise ValueError(
-                f"vocab_size {self.vocab_size} is too small: 256 bytes + {len(self.special_tokens)} special tokens"
+                f"vocab_size {self.vocab_size} is too small: 256 bytes + {len(self.trained_special_tokens)} special tokens"
             )
         return self
 
@@ -417,6 +430,9 @@ class RunConfig(Section):
 def _disagreements(run: RunConfig) -> list[str]:
     """What no section can see alone. Each message starts with the key to change."""
     found = []
+    unknown = sorted(set(run.tokenizer.sources) - {source.name for source in run.corpus.sources})
+    if unknown:
+        found.append(f"tokenizer.sources: no source of the corpus is named {unknown[0]!r}")
     model, training, parallelism = run.model, run.training, run.parallelism
     if training.sequence_length > model.max_position_embeddings:
         found.append(

@@ -4,7 +4,7 @@
         config.json generation_config.json            DeepseekV3ForCausalLM, read by transformers without remote code
         model-00001-of-00002.safetensors ...          weights in `publishing.dtype`, router biases in fp32
         model.safetensors.index.json
-        tokenizer.json tokenizer_config.json
+        tokenizer.json tokenizer_config.json          and the chat templates that came with them
         README.md loss.png                            the model card
         manifest.json                                 sha256 of every file and all digests; written last: the commit
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from math import isfinite, prod
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import orjson
@@ -50,6 +50,7 @@ from pipeline.publishing.sample import generate
 from pipeline.publishing.version import PublishProgress, published_config, version_name
 from pipeline.storage import Storage, sha256_of
 from pipeline.tokenizer import Encoder
+from pipeline.tokenizer.files import CONFIG_JSON, TOKENIZER_JSON
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROUTER_BIAS = "e_score_correction_bias"  # stays fp32: it decides near-ties between experts
@@ -133,11 +134,12 @@ def _write(
         files.append(FileEntry(path=name, bytes=len(data), sha256=registry.sha256_bytes(data)))
 
     files += write_weights(config, checkpoint, storage, folder, report)
-    put("config.json", registry.pretty_json(_config_json(config, dataset.tokenizer)))
-    put("generation_config.json", registry.pretty_json(_generation_config(config, dataset.tokenizer)))
-    put("tokenizer.json", storage.read(f"{dataset.tokenizer.folder}/tokenizer.json"))
-    stored = storage.read_or_none(f"{dataset.tokenizer.folder}/tokenizer_config.json")
-    put("tokenizer_config.json", registry.pretty_json(_tokenizer_config(config, dataset.tokenizer, stored)))
+    tokenizer_files = _tokenizer_files(config, dataset.tokenizer, storage)
+    ids = _role_ids(dataset.tokenizer, tokenizer_files)
+    put("config.json", registry.pretty_json(_config_json(config, ids)))
+    put("generation_config.json", registry.pretty_json({**ids, "max_length": config.model.max_position_embeddings}))
+    for name, data in tokenizer_files.items():
+        put(name, data)
 
     report(PublishProgress("samples and model card", 0, 0))
     curve = [
@@ -241,40 +243,40 @@ def _upload(contents: dict[str, torch.Tensor], storage: Storage, folder: str, fi
 # -- what stands beside the weights -------------------------------------------------------------------------------------
 
 
-def _special_tokens(config: RunConfig, tokenizer: TokenizerManifest) -> dict[str, tuple[str, int]]:
-    """Role -> (text, id), for the roles that the tokenizer has; without a [PAD] the end of text pads."""
-    known = tokenizer.special_tokens
-    eos = config.tokenizer.eos_token
-    assert known[eos] == tokenizer.eos_id, f"tokenizer: {eos} is {known[eos]}, eos_id is {tokenizer.eos_id}"
-    texts = {"bos": "[BOS]", "eos": eos, "pad": "[PAD]" if "[PAD]" in known else eos, "unk": "[UNK]"}
-    return {role: (text, known[text]) for role, text in texts.items() if text in known}
-
-
-def _config_json(config: RunConfig, tokenizer: TokenizerManifest) -> dict[str, Any]:
-    special = _special_tokens(config, tokenizer)
-    bos = special["bos"][1] if "bos" in special else None
-    dtype = str(DTYPES[config.publishing.dtype]).removeprefix("torch.")
-    fields = hf_config(config.model, bos_token_id=bos, eos_token_id=tokenizer.eos_id, dtype=dtype)
-    return {**fields, "dtype": dtype, "pad_token_id": special["pad"][1]}
-
-
-def _generation_config(config: RunConfig, tokenizer: TokenizerManifest) -> dict[str, Any]:
-    special = _special_tokens(config, tokenizer)
-    ids = {f"{role}_token_id": token_id for role, (_, token_id) in special.items() if role != "unk"}
-    return {**ids, "max_length": config.model.max_position_embeddings}
-
-
-def _tokenizer_config(config: RunConfig, tokenizer: TokenizerManifest, stored: bytes | None) -> dict[str, Any]:
-    """What `AutoTokenizer` needs; a chat template and other settings that came with the tokenizer are kept."""
-    texts = {f"{role}_token": text for role, (text, _) in _special_tokens(config, tokenizer).items()}
-    return {
-        **(orjson.loads(stored) if stored else {}),
-        **texts,
-        "tokenizer_class": "PreTrainedTokenizerFast",
+def _tokenizer_files(config: RunConfig, tokenizer: TokenizerManifest, storage: Storage) -> dict[str, bytes]:
+    """All that came with the tokenizer, as it is, but for what the network decides: its limit and its inputs."""
+    came = [PurePosixPath(file.path).relative_to(tokenizer.folder).as_posix() for file in tokenizer.files]
+    names = [TOKENIZER_JSON, CONFIG_JSON, *(name for name in came if name.endswith(".jinja"))]
+    files = {name: storage.read(f"{tokenizer.folder}/{name}") for name in names}
+    settings = {
+        **orjson.loads(files[CONFIG_JSON]),
         "model_max_length": config.model.max_position_embeddings,
-        "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
+    return {**files, CONFIG_JSON: registry.pretty_json(settings)}
+
+
+def _role_ids(tokenizer: TokenizerManifest, files: dict[str, bytes]) -> dict[str, int]:
+    """bos_token_id, eos_token_id and pad_token_id as the published tokenizer gives them; a role that it has not is absent."""
+    settings = orjson.loads(files[CONFIG_JSON])
+    ids = {token["content"]: token["id"] for token in orjson.loads(files[TOKENIZER_JSON])["added_tokens"]}
+    found = {}
+    for role in ("bos", "eos", "pad"):
+        token = settings.get(f"{role}_token")
+        if token is not None:
+            found[f"{role}_token_id"] = ids[token["content"] if isinstance(token, dict) else token]
+    assert found["eos_token_id"] == tokenizer.eos_id, (
+        f"tokenizer: EOS is {found['eos_token_id']}, not {tokenizer.eos_id}"
+    )
+    return found
+
+
+def _config_json(config: RunConfig, ids: dict[str, int]) -> dict[str, Any]:
+    bos, eos, pad = (ids.get(f"{role}_token_id") for role in ("bos", "eos", "pad"))
+    assert eos is not None
+    dtype = str(DTYPES[config.publishing.dtype]).removeprefix("torch.")
+    fields = hf_config(config.model, bos_token_id=bos, eos_token_id=eos, dtype=dtype)
+    return {**fields, "dtype": dtype, "pad_token_id": pad}
 
 
 def write_samples(model: Moonlight, config: RunConfig, encoder: Encoder) -> list[Sample]:

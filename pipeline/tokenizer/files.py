@@ -7,7 +7,7 @@ the rank of their result, `ignore_merges` on. So `AutoTokenizer` gives the same 
 recognises in text and the encoder does not).
 
 Special tokens come after the ranks. A trained tokenizer has exactly the configured ones; a rank file that is loaded has
-Moonshot's 256: five chat roles and the rest at fixed offsets, unused ids named `<|reserved_token_{id}|>`.
+Moonshot's 256: those that its tokenizer_config.json names or else Moonlight's, unused ids named `<|reserved_token_{id}|>`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+from collections.abc import Collection
 from typing import Any
 
 import orjson
 
-from pipeline.config.schema import TokenizerConfig
 from pipeline.tokenizer.pattern import SPLIT_PATTERN, to_bytes, to_characters
 
 RANK_FILE = "tiktoken.model"
 TOKENIZER_JSON = "tokenizer.json"
 CONFIG_JSON = "tokenizer_config.json"
+TOKENIZER_CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json whole; the classes of models rebuild parts of it
 MOONSHOT_RESERVED = 256
 MOONSHOT_OFFSETS = {
     "[BOS]": 0,
@@ -73,50 +74,43 @@ def format_ranks(ranks: Ranks) -> bytes:
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in _by_id(ranks))
 
 
-def moonshot_special_tokens(n_ranks: int) -> dict[str, int]:
-    """Moonshot's layout after `n_ranks` ranks: 163,584 ranks give [BOS] 163584 ... [UNK] 163839."""
-    named = {n_ranks + offset: name for name, offset in MOONSHOT_OFFSETS.items()}
+def moonshot_special_tokens(n_ranks: int, named: dict[int, str] | None = None) -> dict[str, int]:
+    """Moonshot's layout after `n_ranks` ranks: 163,584 ranks give [BOS] 163584 ... [UNK] 163839.
+
+    `named`: names by id where a model has others than Moonlight's.
+    """
+    named = named or {n_ranks + offset: name for name, offset in MOONSHOT_OFFSETS.items()}
     ids = range(n_ranks, n_ranks + MOONSHOT_RESERVED)
     return {named.get(token_id, f"<|reserved_token_{token_id}|>"): token_id for token_id in ids}
 
 
-def build_files(ranks: Ranks, special_tokens: dict[str, int], config: TokenizerConfig) -> dict[str, bytes]:
+def build_files(ranks: Ranks, added_tokens: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, bytes]:
     """Everything a tokenizer folder holds, as bytes that depend on nothing but the arguments."""
-    absent = [token for token in config.special_tokens if token not in special_tokens]
-    if absent:
-        raise ValueError(
-            f"tokenizer.special_tokens: {absent[0]!r} is not a special token of the tokenizer that was loaded; "
-            f"it has {', '.join(token for token in special_tokens if 'reserved' not in token)}"
-        )
     return {
         RANK_FILE: format_ranks(ranks),
-        TOKENIZER_JSON: _json(_tokenizer_json(ranks, special_tokens)),
-        CONFIG_JSON: _json(_tokenizer_config(special_tokens, config)),
+        TOKENIZER_JSON: to_json(tokenizer_document(ranks, added_tokens)),
+        CONFIG_JSON: to_json(settings),
     }
 
 
-def read_tokenizer(files: dict[str, bytes], config: TokenizerConfig) -> dict[str, bytes]:
-    """The files to commit for a tokenizer that somebody else made: a rank file, or a `tokenizer.json`.
+def special_token(content: str, token_id: int) -> dict[str, Any]:
+    """An entry of `added_tokens`."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {"id": token_id, "content": content, **flags}
 
-    A rank file gets Moonshot's special tokens. Of a `tokenizer.json` the special tokens are kept; it must be byte-level BPE.
-    Raises ValueError naming what is wrong.
-    """
-    if RANK_FILE in files:
-        ranks = parse_ranks(files[RANK_FILE])
-        if TOKENIZER_JSON in files:
-            special = special_tokens_of(files[TOKENIZER_JSON])
-        else:
-            special = moonshot_special_tokens(len(ranks))
-        return build_files(ranks, special, config)
-    if TOKENIZER_JSON not in files:
-        raise ValueError(f"tokenizer.path: no {RANK_FILE} and no {TOKENIZER_JSON} there")
-    document = json.loads(files[TOKENIZER_JSON])
-    special = special_tokens_of(files[TOKENIZER_JSON])
-    if split_pattern_of(document) == SPLIT_PATTERN:
-        return build_files(ranks_of(document), special, config)
-    if config.eos_token not in special:
-        raise ValueError(f"tokenizer.eos_token: {config.eos_token!r} is not a special token of {TOKENIZER_JSON}")
-    return {TOKENIZER_JSON: files[TOKENIZER_JSON], CONFIG_JSON: _json(_tokenizer_config(special, config))}
+
+def default_settings(special_tokens: Collection[str], eos_token: str) -> dict[str, Any]:
+    """tokenizer_config.json of a tokenizer that came without one: roles by their usual names, Moonlight's chat template."""
+    roles = {"bos_token": "[BOS]", "pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": eos_token}
+    settings: dict[str, Any] = {role: token for role, token in roles.items() if token in special_tokens}
+    if {"<|im_user|>", "<|im_assistant|>", "<|im_system|>", "<|im_middle|>", "<|im_end|>"} <= set(special_tokens):
+        settings["chat_template"] = _CHAT_TEMPLATE
+    return {
+        **settings,
+        "tokenizer_class": TOKENIZER_CLASS,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1_000_000_000,
+    }
 
 
 def special_tokens_of(tokenizer_json: bytes) -> dict[str, int]:
@@ -147,7 +141,8 @@ def ranks_of(document: dict[str, Any]) -> Ranks:
     return ranks
 
 
-def _tokenizer_json(ranks: Ranks, special_tokens: dict[str, int]) -> dict[str, Any]:
+def tokenizer_document(ranks: Ranks, added_tokens: list[dict[str, Any]]) -> dict[str, Any]:
+    """The tokenizer.json of these ranks. `added_tokens`: its entries, in the order of their ids."""
     ordered_tokens = sorted(ranks, key=ranks.__getitem__)
     names = [to_characters(token) for token in ordered_tokens]
     merges = []
@@ -155,14 +150,13 @@ def _tokenizer_json(ranks: Ranks, special_tokens: dict[str, int]) -> dict[str, A
         splits = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
         pairs = sorted((ranks[left], ranks[right]) for left, right in splits if left in ranks and right in ranks)
         merges += [[names[left], names[right]] for left, right in pairs]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated", "invert": False}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": token_id, "content": token, **flags} for token, token_id in _by_id(special_tokens)],
+        "added_tokens": added_tokens,
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel", **byte_level}]},
         "post_processor": None,
@@ -186,20 +180,5 @@ def _by_id(ids: dict[Any, int]) -> list[tuple[Any, int]]:
     return sorted(ids.items(), key=lambda item: item[1])
 
 
-def _tokenizer_config(special_tokens: dict[str, int], config: TokenizerConfig) -> dict[str, Any]:
-    roles = {"bos_token": "[BOS]", "pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": config.eos_token}
-    settings: dict[str, Any] = {role: token for role, token in roles.items() if token in special_tokens}
-    if "pad_token" not in settings:
-        settings["pad_token"] = config.eos_token
-    if {"<|im_end|>", "<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>"} <= set(special_tokens):
-        settings["chat_template"] = _CHAT_TEMPLATE
-    return {
-        **settings,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 1_000_000_000,
-    }
-
-
-def _json(value: dict[str, Any]) -> bytes:
+def to_json(value: dict[str, Any]) -> bytes:
     return orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-from pipeline.config.schema import TokenizerConfig
-from pipeline.tokenizer.files import build_files, ranks_of
+from pipeline.config.schema import DEFAULT_EOS, TokenizerConfig
+from pipeline.tokenizer.files import build_files, default_settings, ranks_of, special_token
 from pipeline.tokenizer.pattern import SPLIT_PATTERN, byte_alphabet
 
 
@@ -38,7 +38,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> dict[str, 
         ]
     )
     trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size - len(config.special_tokens),
+        vocab_size=config.vocab_size - len(config.trained_special_tokens),
         initial_alphabet=byte_alphabet(),
         show_progress=False,
     )
@@ -46,5 +46,6 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> dict[str, 
     if not seen:
         raise ValueError("tokenizer: there is no text to train on; every document was empty, filtered or quarantined")
     ranks = ranks_of(json.loads(tokenizer.to_str()))
-    special = {token: len(ranks) + index for index, token in enumerate(config.special_tokens)}
-    return build_files(ranks, special, config)
+    special = [special_token(token, len(ranks) + index) for index, token in enumerate(config.trained_special_tokens)]
+    eos = config.eos_token or DEFAULT_EOS
+    return build_files(ranks, special, default_settings(config.trained_special_tokens, eos))

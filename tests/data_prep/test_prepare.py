@@ -15,14 +15,17 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
 
+from data_prep.listing import list_source
 from data_prep.mapping import map_in_process, map_on_ray
 from data_prep.prepare import identity, prepare
-from data_prep.records import PrepareProgress
+from data_prep.records import PrepareProgress, UnitManifest
+from data_prep.tokenizer_stage import ensure_tokenizer
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.manifest import DatasetManifest
 from pipeline.storage import Storage, filesystem, open_storage
 from pipeline.tokenizer import Encoder
+from pipeline.tokenizer.engines import Gigatoken
 
 Make = Callable[..., RunConfig]
 
@@ -274,7 +277,30 @@ def test_a_file_that_changes_under_the_run(jsonl: Path, run_config: Make) -> Non
 
 
 def test_encoders_that_disagree(jsonl: Path, run_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first document of a unit is always encoded twice; one token of difference, and the unit is not committed."""
+    """The first document of a unit is always encoded twice; a token of difference, and the reference encodes the unit."""
+    encode = Gigatoken.encode
+
+    def wrong(engine: Gigatoken, documents: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        ids, offsets = encode(engine, documents)
+        return np.where(np.arange(len(ids)) == offsets[1] - 1, 0, ids).astype(np.uint32), offsets
+
+    config = run_config(jsonl)
+    storage = open_storage(config.storage)
+    ensure_tokenizer(config, storage, {"main": list_source(config.corpus.sources[0], 0, config.storage)})
+    monkeypatch.setattr(Gigatoken, "encode", wrong)
+    dataset = prepare(config, storage)
+    units = [UnitManifest.model_validate_json(storage.read(entry.path)) for entry in storage.list("datasets/units")]
+    assert {unit.engines for unit in units} == {("tokenizers",)}
+    monkeypatch.undo()
+    other = run_config(jsonl, storage__root=f"{config.storage.root}-2")
+    fine = prepare(other, open_storage(other.storage))
+    assert dataset.tokenizer.engines == fine.tokenizer.engines == ("gigatoken", "fastokens")
+    assert [source.packed for source in dataset.sources] == [source.packed for source in fine.sources]
+
+
+def test_nothing_is_committed_where_the_reference_disagrees_with_itself(
+    jsonl: Path, run_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     check = Encoder.check
 
     def wrong(encoder: Encoder, document: bytes) -> np.ndarray:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, pre_tokenizers
 
 from pipeline.config.schema import TokenizerConfig
-from pipeline.tokenizer import Encoder, read_tokenizer, train_tokenizer
+from pipeline.tokenizer import Encoder, find_engines, read_tokenizer, train_tokenizer
 from pipeline.tokenizer.files import format_ranks, moonshot_special_tokens, parse_ranks
 from pipeline.tokenizer.pattern import SPLIT_PATTERN, byte_alphabet, to_bytes, to_characters
 
@@ -67,7 +67,9 @@ def files(texts: list[str]) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def encoder(files: dict[str, bytes]) -> Encoder:
-    return Encoder(files)
+    engines = find_engines(files).engines
+    assert engines == ("gigatoken", "fastokens")
+    return Encoder(files, engines)
 
 
 def tiktoken_of(files: dict[str, bytes]) -> tiktoken.Encoding:
@@ -143,7 +145,7 @@ def test_training_does_not_depend_on_threads_or_hash_seeds(texts: list[str], fil
         "print(json.dumps({name: hashlib.sha256(data).hexdigest() for name, data in files.items()}))"
     )
     expected = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     for seed, threads in [("1", "1"), ("2", "4")]:
         environment = {"PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": threads, "PYTHONPATH": str(root)}
         done = subprocess.run(
@@ -230,8 +232,8 @@ def test_byte_alphabet_is_hugging_faces() -> None:
 
 
 def test_the_engine_is_recycled(files: dict[str, bytes], texts: list[str]) -> None:
-    encoder = Encoder(files, growth_limit_bytes=0)
+    encoder = Encoder(files, ("gigatoken",), growth_limit_bytes=0)
     before = ids_of(encoder, texts[0])
     assert encoder.recycle()
     assert ids_of(encoder, texts[0]) == before
-    assert not Encoder(files, growth_limit_bytes=1 << 40).recycle()
+    assert not Encoder(files, ("gigatoken",), growth_limit_bytes=1 << 40).recycle()
