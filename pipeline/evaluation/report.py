@@ -28,6 +28,7 @@ from pipeline.manifest import (
     TrainManifest,
 )
 from pipeline.storage import Storage
+from pipeline.training.metrics import sound_files
 
 TASK_HEAD = ["version", "few-shot", "documents", "metric", "value ± standard error"]
 
@@ -56,9 +57,9 @@ def write_report(
 
 
 def read_metrics(train: TrainManifest, storage: Storage) -> list[dict[str, Any]]:
-    """The logged steps in order; one that was logged again after a restart counts once."""
+    """The logged steps in order. A file that was lost or damaged since is named on stderr and left out."""
     found = {}
-    for file in train.metrics:
+    for file in sound_files(storage, train.metrics):
         for line in storage.read(file.path).splitlines():
             record = json.loads(line)
             found[record["step"]] = record

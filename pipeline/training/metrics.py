@@ -1,24 +1,30 @@
 """What a run says about itself: one JSON line per logged step, and progress for people.
 
 Lines hold only what the run's inputs decide (loss, rates, norms, loads); throughput and times go to `TrainProgress` and
-are never stored with them, so two runs of the same configuration write the same bytes. A file covers one checkpoint
-interval and is named after the interval's last step:
+are never stored with them, so two runs of the same configuration write the same bytes. A file covers `STEPS_PER_FILE`
+steps, whatever the settings of the day, and is named after the last of them:
 
-    <root>/runs/<run_id>/train/metrics/00000400.jsonl        steps 361 ... 400 with checkpoint.every_steps = 40
+    <root>/runs/<run_id>/train/metrics/00002000.jsonl        steps 1001 ... 2000
 
-It is written whole before the checkpoint commits, so a run that starts again from a checkpoint writes the same file
-again, never appends, and a checkpoint taken early (on SIGTERM) leaves a partial file that the next start completes.
+It is written whole, as far as it is known, before a checkpoint commits, and the checkpoint's manifest records its digest. A
+run that goes on from a checkpoint takes the lines up to there as recorded and writes the rest again: none is missing and
+none is there twice. Lines that were lost in the meantime are named, and the run goes on without them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import sys
 import time
 from dataclasses import dataclass
 
+from pipeline.integrity import damage
 from pipeline.manifest import FileEntry, canonical_json
-from pipeline.storage import Storage, sha256_of
+from pipeline.storage import Storage
+
+STEPS_PER_FILE = 1000  # part of the format: what a run has logged is found by it
 
 
 @dataclass(frozen=True)
@@ -81,42 +87,60 @@ class StepRecord:
 
 
 class MetricsFiles:
-    """Lines by checkpoint interval. Lives on rank 0."""
+    """Lines by file. Lives on rank 0."""
 
-    def __init__(self, storage: Storage, folder: str, every_steps: int, from_step: int) -> None:
+    def __init__(self, storage: Storage, folder: str, from_step: int = 0, recorded: tuple[FileEntry, ...] = ()) -> None:
+        """`recorded`: the files as the checkpoint of `from_step` knows them."""
         self._storage = storage
         self._folder = folder
-        self._every = every_steps
+        self._entries = {entry.path: entry for entry in recorded}
         self._lines: dict[int, bytes] = {}
-        if from_step % every_steps:  # the interval has begun: keep what it says up to the checkpoint
-            for line in (storage.read_or_none(self._path(from_step)) or b"").splitlines(keepends=True):
-                step = json.loads(line)["step"]
-                if step <= from_step:
-                    self._lines[step] = line
+        begun = self._entries.pop(self._path(from_step), None)
+        if begun is not None and from_step % STEPS_PER_FILE:
+            self._lines = self._lines_up_to(from_step, begun)
+        elif begun is not None:
+            self._entries[begun.path] = begun
 
     def add(self, record: StepRecord) -> None:
         self._lines[record.step] = record.line()
 
-    def write(self, step: int) -> None:
-        """Store the interval that `step` lies in, as far as it is known."""
-        path = self._path(step)
-        self._storage.write(
-            path, b"".join(self._lines[known] for known in sorted(self._lines) if self._path(known) == path)
-        )
-        self._lines = {known: line for known, line in self._lines.items() if known > step or self._path(known) == path}
+    def write(self, step: int) -> tuple[FileEntry, ...]:
+        """Store what is known up to `step`; entries of all files of the run so far."""
+        for path in sorted({self._path(known) for known in self._lines}):
+            data = b"".join(line for known, line in sorted(self._lines.items()) if self._path(known) == path)
+            self._storage.write(path, data)
+            self._entries[path] = FileEntry(path=path, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        self._lines = {known: line for known, line in self._lines.items() if self._path(known) == self._path(step)}
+        if step % STEPS_PER_FILE == 0:
+            self._lines = {}
+        return tuple(self._entries[path] for path in sorted(self._entries))
 
-    def entries(self, steps: int) -> tuple[FileEntry, ...]:
-        """The files of a run of `steps` steps."""
-        found = []
-        for end in range(self._every, steps + self._every, self._every):
-            path = self._path(end)
-            with self._storage.open(path) as file:
-                sha256 = sha256_of(file)
-                found.append(FileEntry(path=path, bytes=file.tell(), sha256=sha256))
-        return tuple(found)
+    def _lines_up_to(self, step: int, recorded: FileEntry) -> dict[int, bytes]:
+        """The lines of a file that were there when the checkpoint of `step` was taken; later ones are written again."""
+        data = (self._storage.read_or_none(recorded.path) or b"")[: recorded.bytes]
+        if hashlib.sha256(data).hexdigest() != recorded.sha256:
+            _say_left_out(f"{self._storage.uri(recorded.path)}: lines up to step {step} are missing or damaged")
+            return {}
+        return {json.loads(line)["step"]: line for line in data.splitlines(keepends=True)}
 
     def _path(self, step: int) -> str:
-        return f"{self._folder}/metrics/{math.ceil(step / self._every) * self._every:08d}.jsonl"
+        return f"{self._folder}/metrics/{math.ceil(step / STEPS_PER_FILE) * STEPS_PER_FILE:08d}.jsonl"
+
+
+def sound_files(storage: Storage, recorded: tuple[FileEntry, ...]) -> tuple[FileEntry, ...]:
+    """The files that are as they were written; others are named on stderr, for a run is worth more than its curve."""
+    found = []
+    for entry in recorded:
+        problem = damage(storage, entry)
+        if problem:
+            _say_left_out(problem)
+        else:
+            found.append(entry)
+    return tuple(found)
+
+
+def _say_left_out(what: str) -> None:
+    print(f"metrics are left out: {what}", file=sys.stderr, flush=True)
 
 
 class Pace:

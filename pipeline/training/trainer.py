@@ -43,7 +43,7 @@ from pipeline.training.commits import RunFacts, train_folder
 from pipeline.training.figures import Fetch, PendingRecord
 from pipeline.training.guard import Guard, check_skipped, check_spikes
 from pipeline.training.identity import identity_digest
-from pipeline.training.metrics import MetricsFiles, Pace, StepRecord, TrainProgress
+from pipeline.training.metrics import MetricsFiles, Pace, StepRecord, TrainProgress, sound_files
 from pipeline.training.step import Step
 from pipeline.training.watchdog import Watchdog
 
@@ -145,7 +145,8 @@ class Run:
         should_stop: Callable[[], bool],
     ) -> TrainManifest:
         config, at = self.config, self.at
-        files = MetricsFiles(self.storage, train_folder(config.run_id), config.checkpoint.every_steps, at.step)
+        logged = self.checkpoint.metrics if self.checkpoint is not None else ()
+        files = MetricsFiles(self.storage, train_folder(config.run_id), at.step, logged) if self.rank == 0 else None
         pace = Pace(at.tokens_seen, self.steps, config.schedule.total_tokens)
         pending: PendingRecord | None = None
 
@@ -154,7 +155,7 @@ class Run:
             self.loss = seen.loss if math.isfinite(seen.loss) else self.loss
             check_skipped(seen.skipped_in_a_row, config.training.max_skipped_steps, seen.step)
             check_spikes(seen.spikes_in_a_row, config.training.spikes.stop_after, seen.step)
-            if self.rank == 0 and (seen.step % config.training.log_every == 0 or seen.step in (1, self.steps)):
+            if files and (seen.step % config.training.log_every == 0 or seen.step in (1, self.steps)):
                 files.add(seen)
                 report(pace.progress(seen, record.clock, self.checkpoints.committed_step))
             return seen
@@ -177,14 +178,13 @@ class Run:
                 pending, stop = None, stop or seen.stop
                 watchdog.enter("save", at.step)
                 settle()
-                if self.rank == 0:
-                    files.write(at.step)
                 self.checkpoints.save(
                     self.state(),
                     step=at.step,
                     next_sequence=at.next_sequence,
                     tokens_seen=at.tokens_seen,
                     loss=self.loss,
+                    metrics=files.write(at.step) if files else (),
                 )
         watchdog.enter("save", at.step)
         settle()
@@ -192,7 +192,7 @@ class Run:
         assert self.checkpoint.step == at.step
         if at.step < self.steps:
             raise TrainingStopped(self.checkpoint)
-        return self.finish(files)
+        return self.finish()
 
     def is_due(self, step: int) -> bool:
         """Is a checkpoint taken after this step?"""
@@ -212,7 +212,7 @@ class Run:
             at.step, at.tokens_seen, now.learning_rate, now.bias_rate, now.sequences, Fetch(values), time.monotonic()
         )
 
-    def finish(self, files: MetricsFiles) -> TrainManifest:
+    def finish(self) -> TrainManifest:
         """Commit the run: its manifest names the last checkpoint."""
         assert self.checkpoint is not None
         path = f"{train_folder(self.config.run_id)}/manifest.json"
@@ -221,13 +221,13 @@ class Run:
                 identity=identity_digest(self.facts.identity),
                 checkpoint=self.checkpoint,
                 steps=self.steps,
-                metrics=files.entries(self.steps),
+                metrics=sound_files(self.storage, self.checkpoint.metrics),
                 skipped_steps=int(self.guard.skipped),
             )
             self.storage.write(path, manifest.to_json())
         if dist.is_initialized():
             dist.barrier()
-        return TrainManifest.model_validate_json(self.storage.read(path))
+        return TrainManifest.parse(self.storage.read(path), self.storage.uri(path))
 
 
 def named_steps(config: RunConfig) -> frozenset[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from pipeline.evaluation.baselines import SHOWN
 from pipeline.evaluation.report import duration, read_metrics, report_path, write_report
+from pipeline.manifest import FileEntry
 from tests.evaluation.make import MadeRun, make_run, run_config
 from tests.publishing.conftest import published
 
@@ -103,12 +105,22 @@ def test_without_stage_times_and_curves_it_still_renders(tmp_path: Path):
 
 def test_a_step_logged_twice_counts_once(tmp_path: Path):
     made: MadeRun = make_run(run_config(str(tmp_path)))
-    made.storage.write("runs/made/train/metrics/more.jsonl", b'{"step": 50, "tokens": 12800, "loss": 1.0}\n')
-    again = made.train.metrics[0].model_copy(update={"path": "runs/made/train/metrics/more.jsonl"})
+    line = b'{"step": 50, "tokens": 12800, "loss": 1.0}\n'
+    made.storage.write("runs/made/train/metrics/more.jsonl", line)
+    sha256 = hashlib.sha256(line).hexdigest()
+    again = FileEntry(path="runs/made/train/metrics/more.jsonl", bytes=len(line), sha256=sha256)
     train = made.train.model_copy(update={"metrics": (*made.train.metrics, again)})
     records = read_metrics(train, made.storage)
     assert [record["step"] for record in records] == list(range(5, 51, 5))
     assert records[-1]["loss"] == 1.0
+
+
+def test_a_damaged_file_of_metrics_is_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    made: MadeRun = make_run(run_config(str(tmp_path)))
+    path = made.train.metrics[0].path
+    made.storage.write(path, made.storage.read(path).replace(b"5.9", b"1.9"))
+    assert read_metrics(made.train, made.storage) == []
+    assert f"metrics are left out: {made.storage.uri(path)}: sha256 is" in capsys.readouterr().err
 
 
 def test_durations():

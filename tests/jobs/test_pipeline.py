@@ -96,7 +96,7 @@ def test_killed_in_training_it_goes_on_from_the_last_checkpoint(
 
     run(f"storage.root={tmp_path}")
     assert published(StorageConfig(root=str(tmp_path))).digest == plain[1].digest
-    lines = storage.read("runs/debug/train/metrics/00000005.jsonl").count(b"\n")
+    lines = storage.read("runs/debug/train/metrics/00001000.jsonl").count(b"\n")
     assert lines == 2  # steps 1 and 5, once
 
 

@@ -103,7 +103,7 @@ def test_prometheus_sees_the_run(tmp_path, cluster):
     train_with_ray(config, tiny_dataset(storage), storage, ScrapesAtTheEnd(str(tmp_path)))
     found = json.loads((tmp_path / "exported.json").read_text())
     assert found.keys() == {f"ray_moonlight_{name}" for name in TRAINING}
-    last = json.loads(storage.read(f"runs/{RUN}/train/metrics/00000004.jsonl").splitlines()[-1])
+    last = json.loads(storage.read(f"runs/{RUN}/train/metrics/00001000.jsonl").splitlines()[-1])
     stored = {
         name: last[name] for name in ("step", "tokens", "loss", "learning_rate", "gradient_norm", "skipped_steps")
     }

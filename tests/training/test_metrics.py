@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from pipeline.config.schema import StorageConfig
+from pipeline.manifest import FileEntry
 from pipeline.storage import Storage
+from pipeline.training import metrics
 from pipeline.training.figures import Fetch, PendingRecord
-from pipeline.training.metrics import MetricsFiles, Pace, StepRecord
+from pipeline.training.metrics import MetricsFiles, Pace, StepRecord, sound_files
 
 
 def record(step: int, loss: float = 2.0) -> StepRecord:
@@ -25,29 +27,49 @@ def test_a_line_is_json_even_for_a_bad_step():
     }  # fmt: skip
 
 
-def test_a_restart_writes_the_same_files(tmp_path):
+def test_a_restart_writes_the_same_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "STEPS_PER_FILE", 10)
     storage = Storage(StorageConfig(root=str(tmp_path)))
     steps = lambda path: [json.loads(line)["step"] for line in storage.read(path).splitlines()]  # noqa: E731
 
-    def run(first: int, last: int, saves: list[int]) -> None:
-        files = MetricsFiles(storage, "train", 10, first - 1)
+    def run(first: int, last: int, saves: list[int], recorded: tuple[FileEntry, ...]) -> tuple[FileEntry, ...]:
+        files = MetricsFiles(storage, "train", first - 1, recorded)
         for step in range(first, last + 1):
             files.add(record(step))
             if step in saves:
-                files.write(step)
+                recorded = files.write(step)
+        return recorded
 
-    run(1, 13, [10, 13])  # stopped early at 13, after a checkpoint
+    whole = run(1, 35, [35], ())  # several files in one interval of checkpoints
+    assert [entry.path for entry in whole] == [f"train/metrics/{end:08d}.jsonl" for end in (10, 20, 30, 40)]
+    contents = [storage.read(entry.path) for entry in whole]
+    recorded = run(1, 13, [7, 13], ())
     assert steps("train/metrics/00000020.jsonl") == [11, 12, 13]
-    run(14, 17, [])  # killed without a checkpoint
-    run(14, 20, [20])
-    assert steps("train/metrics/00000020.jsonl") == list(range(11, 21))
-    resumed = [storage.read(f"train/metrics/{end:08d}.jsonl") for end in (10, 20)]
-    run(1, 20, [10, 20])
-    assert resumed == [storage.read(f"train/metrics/{end:08d}.jsonl") for end in (10, 20)]
-    assert [entry.path for entry in MetricsFiles(storage, "train", 10, 20).entries(20)] == [
-        "train/metrics/00000010.jsonl",
-        "train/metrics/00000020.jsonl",
-    ]
+    run(14, 17, [17], recorded)  # killed before the checkpoint of step 17 was committed
+    recorded = run(14, 20, [20], recorded)
+    recorded = run(21, 35, [21, 33, 35], recorded)
+    assert recorded == whole
+    assert [storage.read(entry.path) for entry in whole] == contents
+    assert sound_files(storage, whole) == whole
+    assert capsys.readouterr().err == ""
+
+
+def test_lost_lines_are_named_and_the_run_goes_on(tmp_path, capsys):
+    storage = Storage(StorageConfig(root=str(tmp_path)))
+    files = MetricsFiles(storage, "train")
+    files.add(record(1))
+    recorded = files.write(1)
+    path = recorded[0].path
+    for harm in (lambda: storage.write(path, b"{}\n"), lambda: storage.delete(path)):
+        harm()
+        files = MetricsFiles(storage, "train", 1, recorded)
+        files.add(record(2))
+        (entry,) = files.write(2)
+        assert json.loads(storage.read(path))["step"] == 2
+        assert f"left out: {storage.uri(path)}: lines up to step 1 are missing or damaged" in capsys.readouterr().err
+    storage.delete(path)
+    assert sound_files(storage, (entry,)) == ()
+    assert f"left out: {storage.uri(path)}: the file is missing" in capsys.readouterr().err
 
 
 def test_pace_counts_what_is_left():
