@@ -8,6 +8,7 @@ sampled (64 evenly spaced MiB with first and last): listing must take seconds, n
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -15,13 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.formats import LeftOut, documents_among, format_of
 from pipeline.config.load import ConfigError, expand_path
 from pipeline.config.schema import SourceConfig, StorageConfig
 from pipeline.storage import filesystem
 
 WHOLE_FILE_BYTES = 256 * 1024 * 1024
 SAMPLES = 64
+REMEDY = "To take them, say what they are (format: text, json, csv, ...); to leave them out unmentioned, exclude them"
 MIB = 1 << 20
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, order=True)
@@ -38,7 +43,10 @@ def source_root(source: SourceConfig) -> str:
 
 
 def list_source(source: SourceConfig, index: int, storage: StorageConfig) -> list[InputFile]:
-    """The files of a source, sorted by path. Raises ConfigError naming `corpus.sources[index].path` if there are none."""
+    """The files of a source, sorted by path. Raises ConfigError naming `corpus.sources[index].path` if there are none.
+
+    Files that hold no documents (`formats.documents_among`) are left out with a warning that counts and names them.
+    """
     key = f"corpus.sources[{index}].path"
     path = expand_path(source.path).rstrip("/")
     remote = path.startswith("s3://")
@@ -54,8 +62,21 @@ def list_source(source: SourceConfig, index: int, storage: StorageConfig) -> lis
     if not single:
         wanted, unwanted = _matcher(source.include), _matcher(source.exclude)
         found = {name: info for name, info in found.items() if wanted(name) and not unwanted(name)}
-    chosen = _within(found, source.max_bytes)
+    left_out = LeftOut()
+    if single:
+        documents = list(found)
+        if format_of(documents[0], source.format) is None:
+            raise ConfigError(
+                f"{key}: {path} has a name that says no format; set corpus.sources[{index}].format to what it is"
+            )
+    else:
+        documents, left_out = documents_among(found, source.format)
+    if left_out.count:
+        log.warning("source %s: %s. %s", source.name, left_out, REMEDY)
+    chosen = _within({name: found[name] for name in documents}, source.max_bytes)
     files = [_identified(source_root(source), name, *found[name]) for name in sorted(chosen)]
+    if not files and left_out.count:
+        raise ConfigError(f"{key}: {path} holds no file to read, {left_out}. {REMEDY}")
     if not files:
         raise ConfigError(
             f"{key}: {path} holds no file that include {list(source.include)} takes and exclude {list(source.exclude)} leaves; "

@@ -1,6 +1,6 @@
 """Units of work: slices of input files of about `corpus.unit_bytes`, 2-5 minutes of one core each.
 
-`plan_source` is a pure function of the listing. A file over one and a half units is cut (plain JSONL by byte range,
+`plan_source` is a pure function of the listing. A file over one and a half units is cut (plain JSON lines by byte range,
 Parquet by row group); smaller files are gathered in path order until a unit is full. A unit's identity is a digest of its
 slices and the settings that decide its bytes, and does not depend on other units.
 
@@ -15,16 +15,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from data_prep.formats import format_of as format_of
+from data_prep.formats import is_compressed as is_compressed
 from data_prep.listing import InputFile
 from pipeline.config.schema import CorpusConfig, SourceConfig
 from pipeline.manifest import digest_of
 
-FORMAT_VERSION = 1  # raise when the same inputs would give other bytes
+FORMAT_VERSION = 2  # raise when the same inputs would give other bytes
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Part of a file: bytes [start, stop) of plain JSONL, row groups [start, stop) of Parquet, or all of it."""
+    """Part of a file: bytes [start, stop) of plain JSON lines, row groups [start, stop) of Parquet, or all of it."""
 
     path: str
     bytes: int  # of the file
@@ -58,22 +60,6 @@ class Unit:
         return cls(value["id"], value["source"], slices, value["generation"])
 
 
-def format_of(path: str, configured: str) -> str:
-    """jsonl, parquet or text, by extension where the configuration says "auto"."""
-    if configured != "auto":
-        return configured
-    name = path.lower()
-    for ending in (".gz", ".zst"):
-        name = name.removesuffix(ending)
-    if name.endswith((".jsonl", ".ndjson", ".json")):
-        return "jsonl"
-    return "parquet" if name.endswith(".parquet") else "text"
-
-
-def is_compressed(path: str) -> bool:
-    return path.lower().endswith((".gz", ".zst"))
-
-
 def unit_settings(source: SourceConfig, corpus: CorpusConfig, tokenizer_sha256: str) -> dict[str, Any]:
     """Everything but the input that decides the bytes of a unit's document shard."""
     return {
@@ -101,11 +87,13 @@ def plan_source(
     settings: dict[str, Any],
     known: Sequence[Unit] = (),
     row_group_bytes: Callable[[str], list[int] | None] = lambda _path: None,
+    is_json_lines: Callable[[str], bool] = lambda _path: True,
 ) -> list[Unit]:
     """All units of a source: `known` ones that still hold, in their order, then new ones in path order.
 
     `known`: units of earlier plans of this storage. `row_group_bytes(path)`: compressed sizes of a Parquet file's row
-    groups, None if its footer cannot be read (it is then one slice, and the reader quarantines it).
+    groups, None if its footer cannot be read (it is then one slice, and the reader quarantines it). `is_json_lines(path)`:
+    whether a JSON file holds a document a line, by its first bytes. Both are asked of large files alone.
     """
     listing = {(file.path, file.identity): file for file in files}
     kept: list[Unit] = []
@@ -127,7 +115,7 @@ def plan_source(
 
     for key in sorted(listing.keys() - used):
         file = listing[key]
-        for part in _cut(file, format_of(file.path, source.format), unit_bytes, row_group_bytes):
+        for part in _cut(file, format_of(file.path, source.format), unit_bytes, row_group_bytes, is_json_lines):
             if waiting_size and waiting_size + part.size > unit_bytes:
                 close()
             waiting.append(part)
@@ -156,12 +144,18 @@ def _whole_files(known: Sequence[Unit]) -> list[list[Unit]]:
 
 
 def _cut(
-    file: InputFile, kind: str, unit_bytes: int, row_group_bytes: Callable[[str], list[int] | None]
+    file: InputFile,
+    kind: str | None,
+    unit_bytes: int,
+    row_group_bytes: Callable[[str], list[int] | None],
+    is_json_lines: Callable[[str], bool],
 ) -> list[Slice]:
     whole = Slice(file.path, file.bytes, file.identity, size=file.bytes)
-    if file.bytes <= unit_bytes * 3 // 2 or (kind != "parquet" and (kind != "jsonl" or is_compressed(file.path))):
+    if file.bytes <= unit_bytes * 3 // 2 or kind not in ("parquet", "json", "jsonl"):
         return [whole]
-    if kind == "jsonl":
+    if kind != "parquet":
+        if is_compressed(file.path) or not is_json_lines(file.path):
+            return [whole]
         parts = -(-file.bytes // unit_bytes)
         edges = [file.bytes * part // parts for part in range(parts + 1)]
         return [replace(whole, start=start, stop=stop, size=stop - start) for start, stop in zip(edges, edges[1:])]

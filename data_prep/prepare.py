@@ -25,7 +25,7 @@ from data_prep.listing import InputFile, list_source, source_root
 from data_prep.mapping import MapUnits, map_in_process
 from data_prep.pack_unit import PackSettings, PackTask, layout, pack_unit
 from data_prep.plan import FORMAT_VERSION, Unit, plan_source, unit_settings
-from data_prep.readers import row_group_bytes
+from data_prep.readers import is_json_lines, row_group_bytes
 from data_prep.records import (
     PackManifest,
     Plan,
@@ -135,7 +135,10 @@ def _plan(
         for source in config.corpus.sources:
             settings = unit_settings(source, config.corpus, tokenizer.sha256)
             groups = partial(_row_group_bytes, source, config)
-            units += plan_source(source, listings[source.name], config.corpus.unit_bytes, settings, known, groups)
+            lines = partial(_is_json_lines, source, config)
+            units += plan_source(
+                source, listings[source.name], config.corpus.unit_bytes, settings, known, groups, lines
+            )
         plan = Plan(identity=dataset_identity, tokenizer=tokenizer, units=tuple(unit.to_json() for unit in units))
         storage.create(path, plan.to_json())
         done = storage.read(path)
@@ -153,6 +156,11 @@ def _known_units(storage: Storage) -> list[Unit]:
 def _row_group_bytes(source: SourceConfig, config: RunConfig, path: str) -> list[int] | None:
     with open_input(source_root(source), path, config.storage) as file:
         return row_group_bytes(file)
+
+
+def _is_json_lines(source: SourceConfig, config: RunConfig, path: str) -> bool:
+    with open_input(source_root(source), path, config.storage) as file:
+        return is_json_lines(path, file)
 
 
 # -- units -----------------------------------------------------------------------------------------------------------

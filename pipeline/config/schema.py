@@ -104,11 +104,12 @@ class SourceConfig(Section):
 
     name: str
     path: Uri  # folder, file or s3:// prefix; `{stdlib}` and `{site_packages}` stand for the running Python's folders
-    format: Literal["auto", "jsonl", "parquet", "text"] = "auto"
+    # auto: by name, where a name says it; anything else (code, say, as text) only if it is named here
+    format: Literal["auto", "json", "jsonl", "parquet", "arrow", "csv", "tsv", "text"] = "auto"
     include: tuple[str, ...] = ("**/*",)  # globs relative to path
     exclude: tuple[str, ...] = ()
     max_bytes: PositiveInt | None = None  # take files in hash order until this many bytes
-    text_field: str = "text"
+    text_field: str = "text"  # a field or column, or the path of a nested one: meta.text
     id_field: str | None = None
     weight: PositiveFloat = 1.0  # share of training sequences, normalised over sources
     max_epochs: PositiveFloat = 1.0  # how often a sequence of this source may be seen

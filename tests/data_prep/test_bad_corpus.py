@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
@@ -53,11 +54,12 @@ def bad(tmp_path: Path, texts: list[str]) -> Path:
     pq.write_table(pa.table({"text": texts[30:60]}), buffer)
     (folder / "good.parquet").write_bytes(buffer.getvalue())
     (folder / "truncated.parquet").write_bytes(buffer.getvalue()[:-100])
-    for number, text in enumerate(texts[60:70]):
-        (folder / f"{number}.txt").write_text(text)
-    (folder / "empty.txt").touch()
-    (folder / "latin.txt").write_bytes("très".encode("latin-1"))
-    (folder / "huge.txt").write_bytes(b"x" * (LIMIT + 1))
+    lines = [*(json.dumps({"text": text}).encode() for text in texts[60:70]), b'{"text": ""}', b'{"text": "\xff"}']
+    (folder / "more.json.bz2").write_bytes(
+        bz2.compress(b"[" + b",\n".join([*lines, b'"' + b"x" * LIMIT + b'"']) + b"]")
+    )
+    (folder / "README.html").write_text("not a document")
+    (folder / "_SUCCESS").touch()
     return folder
 
 
@@ -103,7 +105,7 @@ def test_every_record_is_accounted_for(bad: Path, run_config: Make) -> None:
     assert Counter(record["reason"] for record in records) == quarantined
     places = {record["location"].split("@")[0]: record["reason"] for record in records}
     assert places["corrupt.jsonl.gz"] == places["truncated.parquet#0"] == "corrupt_file"
-    assert places["empty.txt"] == "empty_document"
+    assert places["more.json.bz2"] == "too_large"
     lines = (bad / "lines.jsonl").read_bytes()
     (location,) = (record["location"] for record in records if record["reason"] == "lone_surrogates")
     assert lines[int(location.split("@")[1]) :].startswith(b'{"text": "\\udc00"}')

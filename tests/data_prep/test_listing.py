@@ -22,7 +22,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def names(tree: Path, **settings: object) -> list[str]:
-    source = SourceConfig(name="main", path=str(tree), **settings)
+    source = SourceConfig(name="main", path=str(tree), **{"format": "text", **settings})
     return [file.path for file in list_source(source, 0, StorageConfig())]
 
 
@@ -39,7 +39,7 @@ def test_globs(tree: Path) -> None:
 
 
 def test_identity_is_path_size_and_content(tree: Path) -> None:
-    source = SourceConfig(name="main", path=str(tree), include=("a.py",))
+    source = SourceConfig(name="main", path=str(tree), include=("a.py",), format="text")
     (file,) = list_source(source, 0, StorageConfig())
     content = (tree / "a.py").read_bytes()
     assert (file.path, file.bytes, file.identity) == (
@@ -84,3 +84,21 @@ def test_a_name_that_is_not_text_is_refused(tree: Path) -> None:
     with pytest.raises(ConfigError, match="the file's name is not UTF-8"):
         names(tree)
     assert "a.py" in names(tree, exclude=("sub/bad/**",))
+
+
+def test_what_holds_no_documents_is_left_out_by_name(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tree / "part.jsonl").write_text('{"text": "a"}\n')
+    (tree / "_SUCCESS").touch()
+    assert names(tree, format="auto") == ["part.jsonl"]
+    (message,) = caplog.messages
+    assert message.startswith(
+        "source main: 7 files left out (6 of no format known by name, 1 text files beside data files)"
+    )
+    assert "_SUCCESS, a.md, a.py" in message
+    assert names(tree, format="auto", include=("*.md",)) == ["a.md"]
+    with pytest.raises(
+        ConfigError, match=r"sources\[0\]\.path: .*no file to read, 5 files left out .*sub/b\.py.*format: text"
+    ):
+        names(tree, format="auto", include=("sub/**", "a.py", "x.dist-info/*"))
+    with pytest.raises(ConfigError, match=r"a\.py has a name that says no format; set corpus\.sources\[0\]\.format"):
+        names(tree / "a.py", format="auto")

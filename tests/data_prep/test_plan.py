@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.listing import InputFile
-from data_prep.plan import Unit, format_of, plan_source, unit_id
+from data_prep.plan import Unit, plan_source, unit_id
 from pipeline.config.schema import SourceConfig
 
 SOURCE = SourceConfig(name="main", path="/corpus")
@@ -105,9 +105,3 @@ def test_slices_of_a_file_stay_together() -> None:
 def test_identity_covers_settings() -> None:
     unit = plan([InputFile("001.txt", 5, "sha256:x")])[0]
     assert unit.id == unit_id(unit.slices, SETTINGS) != unit_id(unit.slices, {"tokenizer": "xyz"})
-
-
-def test_formats() -> None:
-    names = ["a.jsonl", "a.json.gz", "b/C.JSONL.zst", "x.parquet", "readme.md", "METADATA"]
-    assert [format_of(name, "auto") for name in names] == ["jsonl", "jsonl", "jsonl", "parquet", "text", "text"]
-    assert format_of("a.txt", "jsonl") == "jsonl"

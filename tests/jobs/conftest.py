@@ -60,7 +60,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
         for path, text in texts[name].items():
             (root / name / path).write_text(text)
     sources = [
-        {"name": name, "path": str(root / name), "weight": 2 - number, "max_epochs": 9}
+        {"name": name, "path": str(root / name), "format": "text", "weight": 2 - number, "max_epochs": 9}
         for number, name in enumerate(texts)
     ]
     overrides = [
