@@ -2,14 +2,14 @@
 
 A sharded network has collectives inside, so all ranks run the same number of forward passes. Rank 0 has the questions: it
 calls `log_likelihoods` and `greedy`, the others `follow`, which learn from a broadcast what rank 0 called and do the same.
-Batches are sorted by length and dealt round robin; a rank without one runs an empty pass; one all-reduce or gather a call
-brings the answers together. `end` lets the others go, with the result or with what went wrong. One process alone does
+Rows are dealt by their tokens, batches of prompts round robin; a rank without one runs an idle pass; one all-reduce or
+gather a call brings the answers together. `end` lets the others go, with the result or with what went wrong. One process alone does
 all of it without a message.
 
 Rows are padded on the right: attention is causal, so padding changes nothing. Rows with the same inputs go through the
-network once, whatever is asked about them: the choices of a question often differ in their last token only.
-
-Generation has no key-value cache: T tokens cost T passes over the rows that are not done (see publishing/sample.py).
+network once, whatever is asked about them: the choices of a question often differ in their last token only. What rows
+begin with alike goes through it once, too (shared_prefix.py), and so does every token of a generated text: both by the
+latent cache (pipeline/model/cache.py).
 
 Legend: B rows, S tokens of the longest, N tokens that are scored.
 """
@@ -17,12 +17,17 @@ Legend: B rows, S tokens of the longest, N tokens that are scored.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
+from math import isfinite
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from pipeline.evaluation.result import EvaluationProgress
+from pipeline.evaluation.shared_prefix import LEAST_SAVED, SHORTEST, Pass, common_length, deal, passes, share
+from pipeline.generation.decode import Decoder
+from pipeline.model.cache import CachedPass, LatentCache
 from pipeline.tokenizer import Encoder
 
 Tokens = Sequence[int]
@@ -31,7 +36,8 @@ CPU = torch.device("cpu")  # messages between ranks go through gloo, also beside
 
 
 class Forward:
-    """`model(inputs_BS, labels_N, at_N=...)` gives `TokenScores`; `batch` is rows of one pass."""
+    """`model(inputs_BS, labels_N, at_N=..., cached=...)` gives `TokenScores`; `batch`: rows of one pass, or as many
+    shorter ones as have no more tokens."""
 
     def __init__(self, model: torch.nn.Module, encoder: Encoder, *, batch: int, report: Report) -> None:
         self._model, self._encoder, self._batch, self._report = model, encoder, batch, report
@@ -40,9 +46,20 @@ class Forward:
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
     def log_likelihoods(self, requests: Sequence[tuple[Tokens, int]], doing: str) -> list[tuple[float, bool]]:
-        """Of (tokens, n): log p(last n tokens | those before), and whether each of the n is the likeliest. Rank 0 only."""
+        """Of (tokens, n): log p(last n tokens | those before), and whether each of the n is the likeliest. Rank 0 only.
+
+        n is at least 1: the sum over nothing would be the best of all scores. Raises ValueError where the network gives
+        no finite number, which no comparison of answers would notice."""
+        assert all(0 < scored < len(tokens) for tokens, scored in requests)
         self._send("log_likelihoods", requests, doing)
-        return self._log_likelihoods(requests, doing)
+        found = self._log_likelihoods(requests, doing)
+        bad = sum(not isfinite(log_p) for log_p, _ in found)
+        if bad:
+            raise ValueError(
+                f"{bad:,} of {len(found):,} log-likelihoods are not finite numbers: the checkpoint's weights are damaged or have "
+                "diverged; evaluate an earlier one (evaluation.checkpoint)"
+            )
+        return found
 
     def greedy(self, prompts: Sequence[Tokens], until: Sequence[str], max_new_tokens: int, doing: str) -> list[str]:
         """The likeliest text after each prompt, up to an EOS, one of `until` (which may still be in it), or so many tokens.
@@ -76,54 +93,82 @@ class Forward:
         asked: dict[tuple[int, ...], list[int]] = {}
         for index, (tokens, _) in enumerate(requests):
             asked.setdefault(tuple(tokens[:-1]), []).append(index)
-        rows = sorted(asked.items(), key=lambda row: -len(row[0]))
+        rows = list(asked.items())
+        roots = share([(inputs, max(requests[index][1] for index in indices)) for inputs, indices in rows])
+        most_tokens = self._batch * max((len(inputs) for inputs, _ in rows), default=1)
+        shares = deal(roots, self.world)
+        sizes = [[each.tokens for each in passes(spans, most_tokens)] for spans in shares]
         sums = torch.zeros(len(requests), dtype=torch.float64, device=self._device)
         misses = torch.zeros(len(requests), dtype=torch.int64, device=self._device)
-        done, total = 0, sum(len(inputs) for inputs, _ in rows)
-        for turn, group, mine in self._deal(rows):
-            width = len(group[0][0])
-            at: list[int] = []
-            labels: list[int] = []
-            owners: list[int] = []
-            for row, (inputs, indices) in enumerate(group):
-                for index in indices:
-                    tokens, scored = requests[index]
-                    end = row * width + len(inputs)
-                    at += range(end - scored, end)
-                    labels += tokens[len(tokens) - scored :]
-                    owners += [index] * scored
-            scores = self._pass([inputs for inputs, _ in group], at, labels)
-            if mine:
-                owner_N = torch.tensor(owners, device=self._device)
-                sums.index_add_(0, owner_N, scores.log_p_N.double())
-                misses.index_add_(0, owner_N, (scores.likeliest_N != self._tensor(labels)).long())
-            new = sum(len(inputs) for others in turn for inputs, _ in others)
-            done += new
-            self._tell(new, done, total, doing)
+        done, total = 0, sum(map(sum, sizes))
+        mine = passes(shares[self.rank], most_tokens)
+        for turn in zip_longest(*sizes, fillvalue=0):
+            this = next(mine, None)
+            if this is None:  # nothing left for this rank: keep the others' collectives company
+                self._pass([[self._encoder.eos_id]], [0], [0])
+            else:
+                self._score(this, rows, requests, sums, misses)
+            done += sum(turn)
+            self._tell(sum(turn), done, total, doing)
         if self.world > 1:
             dist.all_reduce(sums)
             dist.all_reduce(misses)
         return list(zip(sums.tolist(), (misses == 0).tolist()))
 
+    def _score(
+        self,
+        this: Pass,
+        rows: list[tuple[tuple[int, ...], list[int]]],
+        requests: Sequence[tuple[Tokens, int]],
+        sums: torch.Tensor,
+        misses: torch.Tensor,
+    ) -> None:
+        """Run one pass, add up what its rows' labels score, and keep for its children what they go on from."""
+        width = max(len(span.own) for span in this.spans)
+        at: list[int] = []
+        labels: list[int] = []
+        owners: list[int] = []
+        for place, span in enumerate(this.spans):
+            for index in () if span.row is None else rows[span.row][1]:
+                tokens, scored = requests[index]
+                end = place * width + len(span.own)
+                at += range(end - scored, end)
+                labels += tokens[len(tokens) - scored :]
+                owners += [index] * scored
+        cached = None
+        if this.parent is not None or this.kept:
+            past = None if this.parent is None else this.parent.cache
+            cached = CachedPass(past, [len(span.own) for span in this.spans], this.continues if past else None)
+        scores = self._pass([span.own for span in this.spans], at, labels, cached)
+        if cached is not None and this.kept:
+            this.cache = cached.result(this.kept)
+        owner_N = torch.tensor(owners, dtype=torch.int64, device=self._device)
+        sums.index_add_(0, owner_N, scores.log_p_N.double())
+        misses.index_add_(0, owner_N, (scores.likeliest_N != self._tensor(labels)).long())
+
     def _greedy(self, prompts: Sequence[Tokens], until: Sequence[str], max_new_tokens: int, doing: str) -> list[str]:
+        shared, prompts = self._shared_prompt(prompts)
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         texts: dict[int, str] = {}
         done, left = 0, max_new_tokens * len(prompts)
         for turn, group, mine in self._deal(order):
-            written: dict[int, list[int]] = {index: [] for index in group}
-            going = list(group) if mine else []
-            while self._any(bool(going)):
-                rows = [[*prompts[index], *written[index]] for index in going or group[:1]]
-                width = max(map(len, rows))
-                last = [row * width + len(tokens) - 1 for row, tokens in enumerate(rows)]
-                likeliest = self._pass(rows, last, [0] * len(rows)).likeliest_N.tolist()
-                for index, token in zip(list(going), likeliest):
-                    written[index].append(token)
-                    if self._is_done(written[index], until, max_new_tokens):
-                        going.remove(index)
+            written: list[list[int]] = [[] for _ in group]
+            going = set(range(len(group))) if mine else set()
+            decoder = Decoder(self._model, [prompts[index] for index in group], room=max_new_tokens, shared=shared)
+            logits_BV = decoder.first()
+            while True:
+                likeliest = dict(zip(decoder.rows, logits_BV.argmax(-1).tolist()))
+                for row in going & likeliest.keys():
+                    written[row].append(likeliest[row])
+                    if self._is_done(written[row], until, max_new_tokens):
+                        going.remove(row)
+                if not self._any(bool(going)):
+                    break
+                chosen = {row: token for row, token in likeliest.items() if row in going}
+                logits_BV = decoder.following(chosen or dict([*likeliest.items()][:1]))  # a rank without rows keeps up
             if mine:
-                texts |= {index: self._text(tokens) for index, tokens in written.items()}
-            new = self._sum(sum(map(len, written.values())) if mine else 0)
+                texts |= {index: self._text(tokens) for index, tokens in zip(group, written)}
+            new = self._sum(sum(map(len, written)) if mine else 0)
             done, left = done + new, left - max_new_tokens * sum(map(len, turn))
             self._tell(new, done, done + left, doing)
         if self.world > 1:
@@ -132,11 +177,28 @@ class Forward:
             texts = {index: text for part in gathered for index, text in part.items()}
         return [texts[index] for index in range(len(prompts))]
 
+    def _shared_prompt(self, prompts: Sequence[Tokens]) -> tuple[LatentCache | None, Sequence[Tokens]]:
+        """What all prompts begin with, run once (by every rank), and what is left of each."""
+        common = min(map(len, prompts), default=1) - 1
+        for prompt in prompts:
+            common = min(common, common_length(prompts[0], prompt))
+        if common < SHORTEST or (len(prompts) - 1) * common < LEAST_SAVED:
+            return None, prompts
+        cached = CachedPass(None, [common])
+        self._pass([prompts[0][:common]], [0], [0], cached)
+        return cached.result(), [prompt[common:] for prompt in prompts]
+
     def _is_done(self, tokens: list[int], until: Sequence[str], max_new_tokens: int) -> bool:
         if tokens[-1] == self._encoder.eos_id or len(tokens) >= max_new_tokens:
             return True
-        text = self._text(tokens)
-        return any(stop in text for stop in until if stop)
+        stops = [stop for stop in until if stop]
+        if not stops:
+            return False
+        last = tokens[
+            -max(len(stop.encode()) for stop in stops) - 4 :
+        ]  # a token is a byte at least, a character four at most
+        text = self._text(last)
+        return any(stop in text for stop in stops)
 
     def _text(self, tokens: Tokens) -> str:
         return self._encoder.decode([token for token in tokens if token not in self._special])
@@ -149,13 +211,13 @@ class Forward:
             mine = self.rank < len(turn)
             yield turn, turn[self.rank] if mine else turn[-1][:1], mine
 
-    def _pass(self, rows: Sequence[Tokens], at: list[int], labels: list[int]) -> Any:
+    def _pass(self, rows: Sequence[Tokens], at: list[int], labels: list[int], cached: CachedPass | None = None) -> Any:
         width = max(map(len, rows))
         inputs_BS = torch.full((len(rows), width), self._encoder.eos_id)
         for row, tokens in enumerate(rows):
             inputs_BS[row, : len(tokens)] = torch.tensor(tokens)
         with torch.no_grad():
-            return self._model(inputs_BS.to(self._device), self._tensor(labels), at_N=self._tensor(at))
+            return self._model(inputs_BS.to(self._device), self._tensor(labels), at_N=self._tensor(at), cached=cached)
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)

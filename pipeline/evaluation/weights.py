@@ -51,7 +51,8 @@ def load_model(config: RunConfig, checkpoint: CheckpointManifest, storage: Stora
     device = torch.device("cuda", torch.cuda.current_device()) if config.cluster.use_gpu else torch.device("cpu")
     model = empty_model(config.model)
     if dist.is_initialized():
-        shard_model(model, build_meshes(config.parallelism, device.type), config.training, device)
+        settings = config.training.model_copy(update={"compile": False})  # prompts come in every shape
+        shard_model(model, build_meshes(config.parallelism, device.type), settings, device)
     model.to_empty(device=device)
     model.eval().requires_grad_(False)
     read_tensors(dict(model.state_dict()), checkpoint, storage)

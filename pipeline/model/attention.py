@@ -21,6 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.config.schema import ModelConfig
 from pipeline.model import cpu_attention
+from pipeline.model.cache import LayerCache
+from pipeline.model.cached_attention import attend_cached
 from pipeline.model.matmul import Linear
 from pipeline.model.norm import RMSNorm
 from pipeline.model.sequences import SequenceLayout
@@ -56,16 +58,23 @@ class Attention(nn.Module):
         self.max_logits: Tensor  # [H], the largest logit of each head since it was last taken
         self.register_buffer("max_logits", torch.full((self.heads,), -torch.inf), persistent=False)
 
-    def forward(self, x_BSD: Tensor, layout: SequenceLayout) -> Tensor:
+    def forward(self, x_BSD: Tensor, layout: SequenceLayout, cached: LayerCache | None = None) -> Tensor:
+        """`cached`: also attend to the tokens there, and leave there what later passes need of these."""
         B, S, _ = x_BSD.shape
         q_BSHQ = self.q_proj(x_BSD).view(B, S, self.heads, self.nope_dim + self.rope_dim)
         q_nope, q_rope = q_BSHQ.split([self.nope_dim, self.rope_dim], dim=-1)
         latent_BSC, k_rope_BSR = self.kv_a_proj_with_mqa(x_BSD).split([self.latent_dim, self.rope_dim], dim=-1)
-        kv_BSHX = self.kv_b_proj(self.kv_a_layernorm(latent_BSC)).view(B, S, self.heads, self.nope_dim + self.value_dim)
-        k_nope, v_BSHV = kv_BSHX.split([self.nope_dim, self.value_dim], dim=-1)
-
+        latent_BSC = self.kv_a_layernorm(latent_BSC)
         q_BSHQ = torch.cat([q_nope, rotate_pairs(q_rope, layout)], dim=-1)
         k_rope_BS1R = rotate_pairs(k_rope_BSR.unsqueeze(2), layout)
+        if cached is not None:
+            cached.new_BSX = torch.cat([latent_BSC, k_rope_BS1R.squeeze(2)], dim=-1)
+            if cached.past_UTX is not None:
+                o_BSHV = attend_cached(q_BSHQ, self.kv_b_proj.weight, cached, self.scale, self.nope_dim, self.value_dim)
+                return self.o_proj(o_BSHV.flatten(2))
+
+        kv_BSHX = self.kv_b_proj(latent_BSC).view(B, S, self.heads, self.nope_dim + self.value_dim)
+        k_nope, v_BSHV = kv_BSHX.split([self.nope_dim, self.value_dim], dim=-1)
         k_BSHQ = torch.cat([k_nope, k_rope_BS1R.expand(-1, -1, self.heads, -1)], dim=-1)
         if self.observe_max_logits:  # a maximum, so seeing a batch again in a recomputed block changes nothing
             observed_H = largest_logits(

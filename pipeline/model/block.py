@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.config.schema import ModelConfig
 from pipeline.model.attention import Attention
+from pipeline.model.cache import LayerCache
 from pipeline.model.experts import MLP, MoE, SortedRows
 from pipeline.model.norm import RMSNorm
 from pipeline.model.recomputation import keeping_matmuls
@@ -50,7 +51,9 @@ class Block(nn.Module):
             self.mlp = MoE(config, aux_loss_weight)
         self.activation_checkpointing: Literal["none", "selective", "full"] = "none"
 
-    def forward(self, x_BSD: Tensor, layout: SequenceLayout) -> BlockOutput:
+    def forward(self, x_BSD: Tensor, layout: SequenceLayout, cached: LayerCache | None = None) -> BlockOutput:
+        if cached is not None:
+            return self._run_cached(x_BSD, layout, cached)
         if self.activation_checkpointing == "full" and torch.is_grad_enabled():
             return checkpoint(self._run, x_BSD, layout, use_reentrant=False, preserve_rng_state=False)
         return self._run(x_BSD, layout)
@@ -70,6 +73,16 @@ class Block(nn.Module):
         x_BSD, rows = self._to_experts(x_BSD, layout, selective)
         out_MD = self.mlp.experts(rows.x_MD, rows.tokens_per_expert_E, selective)
         return BlockOutput(self._from_experts(x_BSD, rows, out_MD), rows.aux_loss, rows.tokens_per_expert_E)
+
+    def _run_cached(self, x_BSD: Tensor, layout: SequenceLayout, cached: LayerCache) -> BlockOutput:
+        """Without gradients, and not compiled: every pass has other shapes."""
+        assert not torch.is_grad_enabled(), "a cached pass has no backward"
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), layout, cached)
+        h_BSD = self.post_attention_layernorm(x_BSD)
+        if isinstance(self.mlp, MLP):
+            return BlockOutput(x_BSD + self.mlp(h_BSD), None, None)
+        out = self.mlp(h_BSD)
+        return BlockOutput(x_BSD + out.x_BSD, out.aux_loss, out.tokens_per_expert_E)
 
     def _dense(self, x_BSD: Tensor, layout: SequenceLayout, selective: bool) -> Tensor:
         def run(x_BSD: Tensor) -> Tensor:

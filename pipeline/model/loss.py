@@ -46,11 +46,14 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocabulary, hidden))
 
     def forward(self, x_BSD: Tensor, labels: Tensor | None = None, at_N: Tensor | None = None) -> Tensor | TokenScores:
-        """`labels` is [B, S], or with `at_N`, flat positions that may repeat, [N]: then every label is scored by itself."""
+        """`labels` is [B, S], or with `at_N`, flat positions that may repeat, [N]: then every label is scored by itself.
+
+        Without labels the logits, everywhere or at `at_N`."""
+        if at_N is not None:
+            x_ND = x_BSD.flatten(0, 1)[at_N]
+            return linear(x_ND, self.weight).float() if labels is None else token_scores(x_ND, self.weight, labels)
         if labels is None:
             return linear(x_BSD, self.weight).float()
-        if at_N is not None:
-            return token_scores(x_BSD.flatten(0, 1)[at_N], self.weight, labels)
         return cross_entropy_sum(x_BSD.flatten(0, 1), self.weight, labels.flatten())
 
 

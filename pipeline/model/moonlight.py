@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from pipeline.config.schema import ModelConfig
 from pipeline.model.attention import Attention
 from pipeline.model.block import Block
+from pipeline.model.cache import CachedPass
 from pipeline.model.experts import MoE
 from pipeline.model.init import initialise
 from pipeline.model.loss import IGNORE, Head, LossOutput, TokenScores
 from pipeline.model.norm import RMSNorm
 from pipeline.model.router import Router
-from pipeline.model.sequences import sequence_layout
+from pipeline.model.sequences import SequenceLayout, rotary_tables, sequence_layout
 
 
 class Moonlight(nn.Module):
@@ -47,32 +48,38 @@ class Moonlight(nn.Module):
         labels: Tensor | None = None,
         doc_lens: Sequence[Sequence[int]] | None = None,
         at_N: Tensor | None = None,
+        cached: CachedPass | None = None,
     ) -> LossOutput | TokenScores | Tensor:
         """With `labels` [B, S] (-100: no loss) the summed loss, else logits [B, S, V] in fp32.
 
-        With `at_N`, flat positions in [B * S] that may repeat, `labels` are the [N] tokens to score there, one by one.
+        With `at_N`, flat positions in [B * S] that may repeat, `labels` are the [N] tokens to score there, one by one;
+        without labels the result is the logits there, [N, V].
+
+        `cached`: the rows continue cached ones, and what they add stays there; without gradients only.
 
         `doc_lens`: per row the lengths of its documents, laid end to end; attention then stays inside a document and
         positions restart. None: each row is one sequence. In training mode each router's `tokens_per_expert` grows by
         this batch's counts.
         """
         B, S = input_ids_BS.shape
-        layout = sequence_layout(
-            B,
-            S,
-            doc_lens,
-            rope_dim=self.config.qk_rope_head_dim,
-            rope_theta=self.config.rope_theta,
-            device=input_ids_BS.device,
-        )
+        rope_dim, rope_theta = self.config.qk_rope_head_dim, self.config.rope_theta
+        if cached is None:
+            device = input_ids_BS.device
+            layout = sequence_layout(B, S, doc_lens, rope_dim=rope_dim, rope_theta=rope_theta, device=device)
+        else:
+            assert doc_lens is None
+            layout = SequenceLayout(*rotary_tables(cached.place(S, input_ids_BS.device), rope_dim, rope_theta))
         x_BSD = self.embed_tokens(input_ids_BS)
         aux_loss = torch.zeros((), dtype=torch.float32, device=x_BSD.device)
         counts = []
-        for block in self.layers:
-            x_BSD, block_aux_loss, counts_E = block(x_BSD, layout)
+        for index, block in enumerate(self.layers):
+            layer = None if cached is None else cached.layer(index)
+            x_BSD, block_aux_loss, counts_E = block(x_BSD, layout, layer)
             if block_aux_loss is not None:
                 aux_loss = aux_loss + block_aux_loss
                 counts.append(counts_E)
+        if cached is not None:
+            cached.finish()
         if self.training:
             for (_, router), counts_E in zip(self.routers(), counts, strict=True):
                 router.tokens_per_expert += counts_E

@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation.report import read_metrics
 from pipeline.evaluation.weights import count_parameters, empty_model, load_model, stream_tensors
+from pipeline.generation.sample import Sampling, generate
 from pipeline.manifest import (
     CheckpointManifest,
     DatasetManifest,
@@ -46,7 +47,6 @@ from pipeline.model.moonlight import Moonlight
 from pipeline.publishing import registry
 from pipeline.publishing.model_card import Sample, model_card
 from pipeline.publishing.plots import loss_plot
-from pipeline.publishing.sample import generate
 from pipeline.publishing.version import PublishProgress, published_config, version_name
 from pipeline.storage import Storage, sha256_of
 from pipeline.tokenizer import Encoder
@@ -281,21 +281,18 @@ def _config_json(config: RunConfig, ids: dict[str, int]) -> dict[str, Any]:
 
 def write_samples(model: Moonlight, config: RunConfig, encoder: Encoder) -> list[Sample]:
     """The likeliest and one random continuation of each of `publishing.sample_prompts`."""
-    publishing, seed = config.publishing, config.seed
-
-    def text(prompt: str, temperature: float) -> str:
-        new = generate(
-            model,
-            encoder.encode([prompt.encode()])[0].tolist(),
-            eos=encoder.eos_id,
-            max_new_tokens=publishing.sample_tokens,
-            max_positions=config.model.max_position_embeddings,
-            temperature=temperature,
-            seed=seed,
-        )
-        return encoder.decode(new)
-
+    prompts, seed = config.publishing.sample_prompts, config.seed
+    ways = [Sampling(), Sampling(SAMPLE_TEMPERATURE, seed=seed)]
+    found = generate(
+        model,
+        [encoder.encode([prompt.encode()])[0].tolist() for prompt in prompts for _ in ways],
+        ways * len(prompts),
+        eos=encoder.eos_id,
+        max_new_tokens=config.publishing.sample_tokens,
+        max_positions=config.model.max_position_embeddings,
+    )
+    texts = [encoder.decode(new) for new in found]
     return [
-        Sample(prompt, text(prompt, 0.0), text(prompt, SAMPLE_TEMPERATURE), SAMPLE_TEMPERATURE, seed)
-        for prompt in publishing.sample_prompts
+        Sample(prompt, greedy, drawn, SAMPLE_TEMPERATURE, seed)
+        for prompt, greedy, drawn in zip(prompts, texts[::2], texts[1::2], strict=True)
     ]
