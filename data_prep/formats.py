@@ -27,6 +27,7 @@ MAGIC = {
 }
 MAGIC_BYTES = 10
 SEEKING = frozenset({"parquet", "arrow"})  # read from several places: compressed inside, not as a whole
+ROWS = frozenset({"json", "jsonl", "csv", "tsv"})  # many documents a file, none shorter than a few bytes
 SHOWN = 5  # names in a message
 
 

@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from data_prep.formats import format_of as format_of
-from data_prep.formats import is_compressed as is_compressed
+from data_prep.formats import format_of, is_compressed
 from data_prep.listing import InputFile
 from pipeline.config.schema import CorpusConfig, SourceConfig
 from pipeline.manifest import digest_of

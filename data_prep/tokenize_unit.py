@@ -132,8 +132,7 @@ def _tokenize(storage: Storage, unit: Unit, settings: TokenizeSettings, engines:
 
 
 def _records(settings: TokenizeSettings, unit: Unit) -> Iterator[Record]:
-    source = settings.source
-    reader = ReaderSettings(source.format, source.text_field, source.id_field, settings.max_document_bytes)
+    reader = ReaderSettings.of(settings.source, settings.max_document_bytes)
     for part in unit.slices:
         with open_input(settings.root, part.path, settings.storage) as file:
             if _size(file) != part.bytes or _etag(file) not in (None, part.identity):
@@ -186,7 +185,7 @@ def _usable(
                 "excerpt": record.excerpt.decode("utf-8", errors="backslashreplace"),
             }
             quarantine.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
-        elif rejection := rejected_by(record.text, filters):
+        elif rejection := record.rejected or rejected_by(record.text, filters):
             state.filtered[rejection] += 1
         else:
             yield record

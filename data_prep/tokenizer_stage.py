@@ -108,10 +108,10 @@ def sample(config: RunConfig, listings: dict[str, list[InputFile]]) -> Iterator[
 
 
 def _texts(config: RunConfig, source: SourceConfig, file: InputFile, budget: int) -> Iterator[bytes]:
-    reader = ReaderSettings(source.format, source.text_field, source.id_field, config.corpus.max_document_bytes)
+    reader = ReaderSettings.of(source, config.corpus.max_document_bytes)
     with open_input(source_root(source), file.path, config.storage) as handle:
         for record in read_slice(Slice(file.path, file.bytes, file.identity), handle, reader):
-            if record.reason or rejected_by(record.text, source.filters):
+            if record.reason or record.rejected or rejected_by(record.text, source.filters):
                 continue
             if is_heldout_candidate(document_hash(record.text), config.corpus.heldout_fraction):
                 continue

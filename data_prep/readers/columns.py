@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.readers.record import EXCERPT_BYTES, ReaderSettings, Record, checked
+from data_prep.readers.record import EXCERPT_BYTES, MISSING, ReaderSettings, Record, checked, judged
 
 
 def wanted_columns(schema: pa.Schema, settings: ReaderSettings) -> list[str]:
     """Of the fields that the settings name, those that are there: columns, or fields of structs by their path."""
-    names = [settings.text_field, settings.id_field]
+    names = [settings.text_field, settings.id_field, *(condition.field for condition in settings.where)]
     return [name for name in dict.fromkeys(names) if name and _type_at(schema, name) is not None]
 
 
@@ -36,13 +37,15 @@ def records(
     if settings.id_field and (given := _column(batch, settings.id_field)) is not None:
         ids = _id_texts(given)
     values = _bytes_of(texts)
+    conditions = [_values(batch, condition.field) for condition in settings.where]
     for row, (location, doc_id) in enumerate(zip(locations, ids)):
         text = values[row] if values is not None else None
         if text:
             if len(text) > settings.max_document_bytes:
                 yield Record(location, reason="too_large", excerpt=text[:EXCERPT_BYTES])
             else:
-                yield checked(Record(location, text, location if doc_id is None else doc_id))
+                record = checked(Record(location, text, location if doc_id is None else doc_id))
+                yield judged(record, settings.where, (column[row] for column in conditions)) if conditions else record
             continue
         if text is not None:
             reason, held = "empty_document", "is empty"
@@ -107,6 +110,20 @@ def _bytes_of(column: pa.Array) -> list[bytes | None] | None:
         return _plain(column).cast(pa.large_binary()).to_pylist()  # type: ignore[no-any-return]
     except pa.ArrowNotImplementedError:
         return None
+
+
+def _values(batch: pa.RecordBatch, name: str) -> list[Any]:
+    """What conditions compare: texts, numbers, true and false, and dates as text."""
+    column = _column(batch, name)
+    if column is None:
+        return [MISSING] * batch.num_rows
+    plain = _plain(column)
+    if pa.types.is_temporal(plain.type) and not pa.types.is_interval(plain.type):
+        plain = plain.cast(pa.string())
+    values = _bytes_of(plain)
+    if values is None:
+        return plain.to_pylist()  # type: ignore[no-any-return]
+    return [None if value is None else value.decode(errors="backslashreplace") for value in values]
 
 
 def _id_texts(column: pa.Array) -> list[str | None]:

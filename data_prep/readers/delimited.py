@@ -13,7 +13,17 @@ from typing import IO, Any
 
 from data_prep.plan import Slice
 from data_prep.readers import compression
-from data_prep.readers.record import DATA_ERRORS, EXCERPT_BYTES, ReaderSettings, Record, checked, corrupt
+from data_prep.readers.record import (
+    DATA_ERRORS,
+    EXCERPT_BYTES,
+    MISSING,
+    ReaderSettings,
+    Record,
+    checked,
+    corrupt,
+    judged,
+)
+from pipeline.config.conditions import Condition
 
 DELIMITERS = {"csv": b",", "tsv": b"\t"}
 BOM = b"\xef\xbb\xbf"
@@ -25,6 +35,7 @@ def read_delimited(part: Slice, file: IO[bytes], settings: ReaderSettings, delim
     rows = _Rows(delimiter, settings.max_document_bytes)
     names: list[str] | None = None
     text_at = id_at = -1
+    where: list[int] = []
     try:
         for offset, row, problem, excerpt in rows.of(compression.decompressed(part.path, file)):
             location = f"{part.path}@{offset}"
@@ -34,6 +45,7 @@ def read_delimited(part: Slice, file: IO[bytes], settings: ReaderSettings, delim
                 names = [name.decode(errors="backslashreplace") for name in [row[0].removeprefix(BOM), *row[1:]]]
                 wanted = (settings.text_field, settings.id_field)
                 text_at, id_at = (names.index(name) if name in names else -1 for name in wanted)
+                where = [names.index(one.field) if one.field in names else -1 for one in settings.where]
             elif len(row) != len(names):
                 message = f"{len(row)} fields where the header has {len(names)}: ".encode()
                 yield Record(location, reason="invalid_csv", excerpt=(message + excerpt)[:EXCERPT_BYTES])
@@ -44,9 +56,26 @@ def read_delimited(part: Slice, file: IO[bytes], settings: ReaderSettings, delim
                 yield Record(location, reason="empty_document", excerpt=excerpt)
             else:
                 doc_id = row[id_at].decode(errors="backslashreplace") if id_at >= 0 else ""
-                yield checked(Record(location, row[text_at], doc_id or location))
+                record = checked(Record(location, row[text_at], doc_id or location))
+                values = [_value(row[at], one) if at >= 0 else MISSING for at, one in zip(where, settings.where)]
+                yield judged(record, settings.where, values)
     except DATA_ERRORS as error:
         yield corrupt(f"{part.path}@{rows.offset}", error)
+
+
+def _value(cell: bytes, condition: Condition) -> Any:
+    """What a cell means to a condition; nothing is null."""
+    text = cell.decode(errors="backslashreplace")
+    if not text:
+        return None
+    if condition.kind == "boolean":
+        return {"true": True, "false": False}.get(text.lower(), text)
+    if condition.kind == "number":
+        try:
+            return int(text) if text.lstrip("+-").isdecimal() else float(text)
+        except ValueError:
+            return text
+    return text
 
 
 class _Rows:

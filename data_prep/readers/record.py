@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import lzma
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 import pyarrow as pa
+
+from pipeline.config.conditions import Condition, parse
+from pipeline.config.schema import SourceConfig
 
 EXCERPT_BYTES = 200
 DATA_ERRORS = (
@@ -27,6 +31,7 @@ class Record:
     doc_id: str = ""
     reason: str = ""  # not empty: quarantined
     excerpt: bytes = b""  # the first bytes of a quarantined record
+    rejected: str = ""  # not empty: the condition on other fields that the document does not meet
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,12 @@ class ReaderSettings:
     text_field: str  # a name, or the path of a nested field: meta.text
     id_field: str | None
     max_document_bytes: int
+    where: tuple[Condition, ...] = ()
+
+    @classmethod
+    def of(cls, source: SourceConfig, max_document_bytes: int) -> ReaderSettings:
+        where = tuple(map(parse, source.filters.where))
+        return cls(source.format, source.text_field, source.id_field, max_document_bytes, where)
 
 
 class _Missing:
@@ -64,6 +75,25 @@ def checked(record: Record) -> Record:
             record.text.decode()
         except UnicodeDecodeError:
             record.reason, record.excerpt, record.text = "invalid_utf8", record.text[:EXCERPT_BYTES], b""
+    return record
+
+
+def judged(record: Record, where: Iterable[Condition], values: Iterable[Any]) -> Record:
+    """Reject a document that does not meet a condition; quarantine one whose field is not there or holds something else."""
+    if record.reason:
+        return record
+    for condition, value in zip(where, values):
+        try:
+            if value is MISSING:
+                record.reason, record.excerpt = "missing_filter_field", f"no {condition.field}".encode()
+            elif not condition.holds(value):
+                record.rejected = condition.name
+            else:
+                continue
+        except TypeError as error:
+            record.reason, record.excerpt = "filter_type_mismatch", str(error).encode()
+        record.excerpt = record.excerpt[:EXCERPT_BYTES]
+        break
     return record
 
 
@@ -102,7 +132,10 @@ def from_json(line: bytes | memoryview, location: str, settings: ReaderSettings)
             given = field(json.loads(bytes(line), parse_int=_Literal, parse_float=_Literal), settings.id_field)
         if given is not None and given is not MISSING:
             doc_id = str(given) if type(given) in (str, int) else _json_text(given)
-    return Record(location, text.encode(), doc_id)
+    record = Record(location, text.encode(), doc_id)
+    if settings.where:
+        return judged(record, settings.where, (field(value, condition.field) for condition in settings.where))
+    return record
 
 
 def _why_no_text(value: Any) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from data_prep.formats import ROWS, SEEKING, format_of, is_compressed
 from data_prep.listing import InputFile, list_source
-from data_prep.plan import format_of, is_compressed
 from data_prep.prepare import identity, prepare
 from data_prep.records import PrepareProgress, dataset_path
 from data_prep.tokenizer_stage import find_tokenizer
@@ -84,10 +84,10 @@ def check_supply(config: RunConfig, listings: dict[str, list[InputFile]]) -> Non
     for index, source in enumerate(config.corpus.sources):
         files = listings[source.name]
         formats = {format_of(file.path, source.format) for file in files}
-        if config.data.packing == "pad" or "parquet" in formats or any(is_compressed(file.path) for file in files):
+        if config.data.packing == "pad" or formats & SEEKING or any(is_compressed(file.path) for file in files):
             continue
         size = sum(file.bytes for file in files)
-        documents = len(files) + (size // SHORTEST_LINE if "jsonl" in formats else 0)
+        documents = len(files) + (size // SHORTEST_LINE if formats & ROWS else 0)
         padded = documents * config.data.sequence_length // config.data.max_documents_per_row
         most = int(source.max_epochs * (2 * (size + documents) + padded))
         demand = _demand(config, source.name)

@@ -12,6 +12,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from pipeline.config import conditions
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
@@ -97,6 +99,12 @@ class FilterConfig(Section):
     max_repeated_line_fraction: Fraction = 1.0  # share of lines that are copies of an earlier line of the document
     min_alphanumeric_fraction: Fraction = 0.0  # share of characters that are letters or digits
     drop_exact_duplicates: bool = True  # by document hash, within the source
+    where: tuple[str, ...] = ()  # conditions on fields that all must hold: score > 0.5, lang == "en"
+
+    @field_validator("where")
+    @classmethod
+    def _are_conditions(cls, where: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(conditions.parse(text).name for text in where)
 
 
 class SourceConfig(Section):
