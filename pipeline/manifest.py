@@ -191,7 +191,7 @@ class CheckpointManifest(Record):
     run_identity: str  # digest of what decides the losses: model, optimizer, schedule, data order, seed
     step: int
     next_sequence: int  # the loader's whole state
-    tokens_seen: int
+    tokens_seen: int  # labels trained on; the position in slots is next_sequence * training.sequence_length
     dataset_digest: str
     order_digest: str
     content_sha256: str  # of the tensors, independent of world size and of how they are laid out in files

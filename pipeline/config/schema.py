@@ -132,7 +132,7 @@ class SourceConfig(Section):
 
 
 class MixtureStage(Section):
-    """Source weights from the end of the previous stage until this many tokens of training."""
+    """Source weights from the end of the previous stage until this position of training, in slots (see ScheduleConfig)."""
 
     until_tokens: PositiveInt
     weights: dict[str, NonNegativeFloat]
@@ -263,7 +263,7 @@ class OptimizerConfig(Section):
 
 
 class LearningRateStage(Section):
-    """From the end of the previous stage until `until_tokens` the rate goes from `start` to `end`."""
+    """From the end of the previous stage until position `until_tokens` the rate goes from `start` to `end`."""
 
     until_tokens: PositiveInt
     shape: Literal["constant", "linear", "cosine"]
@@ -282,7 +282,10 @@ class BiasRateStage(Section):
 
 
 class ScheduleConfig(Section):
-    """Pure functions of tokens seen. The last `until_tokens` of each list must reach `total_tokens`."""
+    """Pure functions of the position, which counts slots: sequences so far times their length, padding included.
+
+    `total_tokens` and every `until_tokens` are positions. The last one of each list must reach `total_tokens`.
+    """
 
     total_tokens: PositiveInt
     learning_rate: tuple[LearningRateStage, ...] = Field(min_length=1)

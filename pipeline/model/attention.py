@@ -77,9 +77,8 @@ class Attention(nn.Module):
         k_nope, v_BSHV = kv_BSHX.split([self.nope_dim, self.value_dim], dim=-1)
         k_BSHQ = torch.cat([k_nope, k_rope_BS1R.expand(-1, -1, self.heads, -1)], dim=-1)
         if self.observe_max_logits:  # a maximum, so seeing a batch again in a recomputed block changes nothing
-            observed_H = largest_logits(
-                q_BSHQ.detach(), k_BSHQ.detach(), self.scale, layout.mask_B1SS, layout.document_ends
-            )
+            q, k = q_BSHQ.detach(), k_BSHQ.detach()
+            observed_H = largest_logits(q, k, self.scale, layout.mask_B1SS, layout.document_ends, layout.text_BS)
             self.max_logits.copy_(torch.maximum(self.max_logits, observed_H))
 
         o_BSHV = attend(q_BSHQ, k_BSHQ, v_BSHV, self.scale, layout)
@@ -126,9 +125,14 @@ def attend(q_BSHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, scale: float, layout:
 
 @torch.library.custom_op("moonlight::largest_logits", mutates_args=())
 def largest_logits(
-    q_BSHQ: Tensor, k_BSHQ: Tensor, scale: float, mask_B1SS: Tensor | None, document_ends: Tensor | None
+    q_BSHQ: Tensor,
+    k_BSHQ: Tensor,
+    scale: float,
+    mask_B1SS: Tensor | None,
+    document_ends: Tensor | None,
+    text_BS: Tensor | None = None,
 ) -> Tensor:
-    """The largest scaled attention logit of each head over all pairs that may attend, fp32 [H].
+    """The largest scaled attention logit of each head over all pairs of text that may attend, fp32 [H].
 
     A side computation: 2*H*Q*S^2 FLOPs a sequence (the score half of a non-causal forward pass; about a sixth of what
     attention costs forward and backward) and B*H*QUERY_CHUNK*S numbers of memory. One operator, so that selective
@@ -146,13 +150,22 @@ def largest_logits(
             allowed = mask_B1SS[:, :, start : start + QUERY_CHUNK]
         elif document_B1S is not None:
             allowed = allowed & (document_B1S[:, :, start : start + QUERY_CHUNK, None] == document_B1S[:, :, None])
+        if text_BS is not None:  # text sees no padding: keys need no mask of their own
+            allowed = allowed & text_BS[:, None, start : start + QUERY_CHUNK, None]
         logits_BHTS = (q_BSHQ[:, start : start + QUERY_CHUNK].transpose(1, 2) @ k_BHQS).float() * scale
         largest = torch.maximum(largest, logits_BHTS.masked_fill(~allowed, -torch.inf).amax((0, 2, 3)))
     return largest
 
 
 @largest_logits.register_fake
-def _(q_BSHQ: Tensor, k_BSHQ: Tensor, scale: float, mask_B1SS: Tensor | None, document_ends: Tensor | None) -> Tensor:
+def _(
+    q_BSHQ: Tensor,
+    k_BSHQ: Tensor,
+    scale: float,
+    mask_B1SS: Tensor | None,
+    document_ends: Tensor | None,
+    text_BS: Tensor | None = None,
+) -> Tensor:
     return q_BSHQ.new_empty(q_BSHQ.shape[2], dtype=torch.float32)
 
 

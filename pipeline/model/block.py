@@ -97,7 +97,7 @@ class Block(nn.Module):
 
         def run(x_BSD: Tensor) -> tuple[Tensor, SortedRows]:
             x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), layout)
-            return x_BSD, mixture.sort(self.post_attention_layernorm(x_BSD))
+            return x_BSD, mixture.sort(self.post_attention_layernorm(x_BSD), layout)
 
         return keeping_matmuls(run, x_BSD) if selective else run(x_BSD)
 

@@ -5,10 +5,11 @@ call a projection, whatever the loads. Rows are sorted by expert with a permutat
 directions (no scatter-add), so results do not depend on the order of atomics. The shared experts are one ungated MLP
 of n_shared x F.
 
-Every row that reaches the experts belongs to one of them; no padding rows exist. An expert without rows gets a zero
-gradient.
+Every row that reaches the experts belongs to one of them. Padding of packed rows stays behind: the number of tokens is
+known on the host, so its slots are sorted last and cut off, cost nothing from here on and get only the shared experts'
+output. An expert without rows gets a zero gradient.
 
-Legend: N tokens, K experts per token, M = N*K rows (after dispatch: the rows of this rank's experts), E experts (e of
+Legend: N slots, K experts per token, M = tokens*K rows (after dispatch: the rows of this rank's experts), E experts (e of
 them here), D hidden, F expert width.
 """
 
@@ -25,6 +26,7 @@ from pipeline.model.grouped import ALIGNMENT, grouped_linear
 from pipeline.model.matmul import Linear, is_cpu_fp32
 from pipeline.model.recomputation import keeping_matmuls
 from pipeline.model.router import Router
+from pipeline.model.sequences import SequenceLayout
 from pipeline.parallel.dispatch import LocalDispatch, inverse_permutation
 from pipeline.parallel.local import local_tensor
 
@@ -97,9 +99,9 @@ class SortedRows(NamedTuple):
     """What the experts get, and what is needed to put their results back."""
 
     x_MD: Tensor  # the tokens, once per chosen expert, sorted by expert
-    order_M: Tensor  # which (token, choice) each row is
-    inverse_M: Tensor  # where each (token, choice) went
-    weights_NK: Tensor
+    order_M: Tensor  # which (slot, choice) each row is
+    inverse_NK: Tensor  # the row of each (slot, choice); 0 in padding
+    weights_NK: Tensor  # zero in padding
     shared_BSD: Tensor  # output of the shared experts
     aux_loss: Tensor
     tokens_per_expert_E: Tensor
@@ -120,20 +122,28 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         self.shared_experts = MLP(config.hidden_size, config.shared_intermediate_size)
 
-    def forward(self, x_BSD: Tensor) -> MoEOutput:
-        rows = self.sort(x_BSD)
+    def forward(self, x_BSD: Tensor, layout: SequenceLayout | None = None) -> MoEOutput:
+        """`layout` says which slots are padding; None: none."""
+        rows = self.sort(x_BSD, layout)
         out_MD = self.experts(rows.x_MD, rows.tokens_per_expert_E)
         return MoEOutput(self.collect(rows, out_MD), rows.aux_loss, rows.tokens_per_expert_E)
 
-    def sort(self, x_BSD: Tensor) -> SortedRows:
+    def sort(self, x_BSD: Tensor, layout: SequenceLayout | None = None) -> SortedRows:
         """All that happens on this rank before the rows go to their experts."""
-        routing = self.router(x_BSD)
+        text_BS = None if layout is None else layout.text_BS
+        routing = self.router(x_BSD, text_BS)
         order_M = routing.experts_NK.flatten().argsort(stable=True)
-        inverse_M = inverse_permutation(order_M)
+        inverse_NK = inverse_permutation(order_M).view_as(routing.experts_NK)
+        text_N1 = None
+        if text_BS is not None:
+            assert layout is not None
+            text_N1 = text_BS.reshape(-1, 1)
+            order_M = order_M[: layout.tokens * self.router.top_k]
+            inverse_NK = inverse_NK.masked_fill(~text_N1, 0)
         return SortedRows(
-            SortRows.apply(x_BSD.flatten(0, 1), order_M, inverse_M),
+            SortRows.apply(x_BSD.flatten(0, 1), order_M, inverse_NK, text_N1),
             order_M,
-            inverse_M,
+            inverse_NK,
             routing.weights_NK,
             self.shared_experts(x_BSD),
             routing.aux_loss,
@@ -141,42 +151,43 @@ class MoE(nn.Module):
         )
 
     def collect(self, rows: SortedRows, out_MD: Tensor) -> Tensor:
-        """The experts' results back in the order of tokens, weighted and summed, plus the shared experts' -> x_BSD."""
-        routed_ND = WeightedSum.apply(out_MD, rows.weights_NK, rows.order_M, rows.inverse_M)
+        """The experts' results back in the order of slots, weighted and summed, plus the shared experts' -> x_BSD."""
+        routed_ND = WeightedSum.apply(out_MD, rows.weights_NK, rows.order_M, rows.inverse_NK)
         return rows.shared_BSD + routed_ND.view_as(rows.shared_BSD)
 
 
 class SortRows(torch.autograd.Function):
-    """rows_MD = x_ND[order // K]: each token once per chosen expert, sorted by expert. Backward gathers and sums over K."""
+    """rows_MD = x_ND[order // K]: each token once per chosen expert, sorted by expert. Backward gathers and sums over K.
+
+    `text_N1`: False in padding, which is in no row and has no gradient; None: there is none.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, order_M: Tensor, inverse_M: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_M)
-        ctx.tokens = x_ND.shape[0]
-        K = order_M.numel() // max(x_ND.shape[0], 1)
-        return x_ND.index_select(0, order_M // max(K, 1))
+    def forward(ctx: Any, x_ND: Tensor, order_M: Tensor, inverse_NK: Tensor, text_N1: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inverse_NK, text_N1)
+        return x_ND.index_select(0, order_M // inverse_NK.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None]:
-        (inverse_M,) = ctx.saved_tensors
-        K = inverse_M.numel() // max(ctx.tokens, 1)
-        return gather_sum(grad_MD, inverse_M.view(ctx.tokens, K)), None, None
+    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None, None]:
+        inverse_NK, text_N1 = ctx.saved_tensors
+        grad_ND = gather_sum(grad_MD, inverse_NK)
+        return grad_ND if text_N1 is None else grad_ND.masked_fill_(~text_N1, 0.0), None, None, None
 
 
 class WeightedSum(torch.autograd.Function):
     """y_ND[n] = sum over k of weights_NK[n, k] * rows_MD[row of (n, k)], products in fp32."""
 
     @staticmethod
-    def forward(ctx: Any, rows_MD: Tensor, weights_NK: Tensor, order_M: Tensor, inverse_M: Tensor) -> Tensor:
+    def forward(ctx: Any, rows_MD: Tensor, weights_NK: Tensor, order_M: Tensor, inverse_NK: Tensor) -> Tensor:
         ctx.save_for_backward(rows_MD, weights_NK, order_M)
-        return gather_sum(rows_MD, inverse_M.view_as(weights_NK), weights_NK)
+        return gather_sum(rows_MD, inverse_NK, weights_NK)
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows_MD, weights_NK, order_M = ctx.saved_tensors
         grad_MD = grad_ND.index_select(0, order_M // weights_NK.shape[1])
         grad_sorted_M = (rows_MD * grad_MD).sum(-1, dtype=weights_NK.dtype)
-        grad_weights_M = torch.empty_like(grad_sorted_M).scatter_(0, order_M, grad_sorted_M)
+        grad_weights_M = torch.zeros_like(weights_NK).flatten().scatter_(0, order_M, grad_sorted_M)
         return grad_MD.mul_(weights_NK.flatten()[order_M].unsqueeze(-1)), grad_weights_M.view_as(weights_NK), None, None
 
 
@@ -187,6 +198,8 @@ def gather_sum(rows_MD: Tensor, index_NK: Tensor, weights_NK: Tensor | None = No
     and a sum, which write and read N * K * D numbers in between; in bf16 it would round the weights.
     """
     N, K = index_NK.shape
+    if rows_MD.shape[0] == 0:  # nothing but padding
+        return rows_MD.new_zeros(N, rows_MD.shape[1])
     if is_cpu_fp32(rows_MD):
         bags_N = torch.arange(0, N * K, max(K, 1))
         weights_M = None if weights_NK is None else weights_NK.flatten()

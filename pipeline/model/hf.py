@@ -8,7 +8,8 @@ experts; else the tensor, of which a shard is kept). Export gathers one paramete
 every rank must walk through `hf_tensors` to the end, because each gather is a collective.
 
 A folder must hold exactly the model's tensors, and its config.json, if there is one, must describe the same network: heads
-of another width, another rope_theta or another scaling factor fit the same shapes. Rotary `inv_freq` buffers, which older
+of another width, another rope_theta or another scaling factor fit the same shapes. It means what transformers makes of
+it, so a key that it lacks has transformers' default, not ours. Rotary `inv_freq` buffers, which older
 exports contain, are ignored. The router bias is fp32 here; the release stores it in bf16.
 """
 
@@ -34,6 +35,7 @@ NOT_OF_THE_WEIGHTS = {  # settings of config.json that may differ: they say noth
     "architectures", "attention_dropout", "bos_token_id", "eos_token_id", "ep_size", "initializer_range",
     "max_position_embeddings", "torch_dtype", "use_cache",
 }  # fmt: skip
+ROPE = {"rope_theta", "rope_scaling"}  # transformers >= 5 knows them as rope_parameters
 
 
 def hf_name(name: str) -> str:
@@ -172,18 +174,37 @@ def _weight_files(names: set[str], read: Callable[[str], IO[bytes]], folder: str
 
 
 def _check_config(config: ModelConfig, found: dict[str, Any], where: str) -> None:
-    rope = found.get("rope_parameters") or {}  # as transformers >= 5 writes it
-    if rope:
-        scaling = None if rope.get("rope_type", "default") == "default" else rope
-        found = found | {"rope_theta": rope.get("rope_theta"), "rope_scaling": scaling}
+    there = _as_transformers_reads(found, where)
     problems = []
     for name, expected in hf_config(config, bos_token_id=None, eos_token_id=0).items():
-        if name in NOT_OF_THE_WEIGHTS or found.get(name, expected) == expected:
+        if name in NOT_OF_THE_WEIGHTS or there.get(name, expected) == expected:
             continue
+        given = name in found or (name in ROPE and "rope_parameters" in found)
+        value = repr(there[name]) if given else f"absent there, which transformers takes for {there[name]!r},"
         remedy = f"set model.{name}" if name in ModelConfig.model_fields else "this network has no other"
-        problems.append(f"{name} is {found[name]!r} there and {expected!r} here ({remedy})")
+        problems.append(f"{name} is {value} {'there ' if given else ''}and {expected!r} here ({remedy})")
     if problems:
         raise ValueError(f"{where} describes another network: {'; '.join(problems)}")
+
+
+def _as_transformers_reads(found: dict[str, Any], where: str) -> dict[str, Any]:
+    """The settings of a config.json with its old names resolved and absent keys at transformers' defaults.
+
+    Keys that transformers does not know are kept as they are; those of multi-token prediction, which it fills in, are not:
+    whether there are such layers is known from the tensors.
+    """
+    from transformers import DeepseekV3Config  # here: 3 s, for runs that start from somebody's weights
+
+    try:
+        read = DeepseekV3Config.from_dict(dict(found)).to_dict()
+    except (ValueError, TypeError, KeyError) as error:  # it validates types and kinds of rotary embedding
+        raise ValueError(f"{where}: transformers refuses it: {' '.join(str(error).split())}") from None
+    rope = read.get("rope_parameters") or {}
+    scaling = None if rope.get("rope_type", "default") == "default" else rope
+    read |= {"rope_theta": rope.get("rope_theta"), "rope_scaling": scaling}
+    if "num_nextn_predict_layers" not in found:
+        read.pop("num_nextn_predict_layers", None)
+    return read | {"model_type": found.get("model_type", read["model_type"])}
 
 
 def _check(expected: dict[str, tuple[int, ...]], source: TensorFiles, folder: str) -> None:

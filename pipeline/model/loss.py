@@ -29,7 +29,7 @@ CPU_CHUNK_NUMBERS = 1 << 22  # logits: 16 MiB at most, in whole tiles, which the
 
 class LossOutput(NamedTuple):
     loss_sum: Tensor  # fp32: sum of the cross-entropy (nats) over the labelled tokens
-    aux_loss: Tensor  # fp32: balance loss, weighted, mean over sequences, summed over layers
+    aux_loss: Tensor  # fp32: balance loss, weighted, mean over the rows that hold text, summed over layers
     num_tokens: Tensor  # int64: labelled tokens
 
 

@@ -49,6 +49,7 @@ class Moonlight(nn.Module):
         doc_lens: Sequence[Sequence[int]] | None = None,
         at_N: Tensor | None = None,
         cached: CachedPass | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> LossOutput | TokenScores | Tensor:
         """With `labels` [B, S] (-100: no loss) the summed loss, else logits [B, S, V] in fp32.
 
@@ -58,16 +59,18 @@ class Moonlight(nn.Module):
         `cached`: the rows continue cached ones, and what they add stays there; without gradients only.
 
         `doc_lens`: per row the lengths of its documents, laid end to end; attention then stays inside a document and
-        positions restart. None: each row is one sequence. In training mode each router's `tokens_per_expert` grows by
-        this batch's counts.
+        positions restart. None: each row is one sequence. `lengths`: per row the tokens of its text; what follows is
+        padding, which is not routed and changes nothing else. None: those of the documents, or whole rows. In training
+        mode each router's `tokens_per_expert` grows by this batch's counts.
         """
         B, S = input_ids_BS.shape
         rope_dim, rope_theta = self.config.qk_rope_head_dim, self.config.rope_theta
         if cached is None:
             device = input_ids_BS.device
-            layout = sequence_layout(B, S, doc_lens, rope_dim=rope_dim, rope_theta=rope_theta, device=device)
+            layout = sequence_layout(B, S, doc_lens, lengths, rope_dim=rope_dim, rope_theta=rope_theta, device=device)
         else:
             assert doc_lens is None
+            assert lengths is None
             layout = SequenceLayout(*rotary_tables(cached.place(S, input_ids_BS.device), rope_dim, rope_theta))
         x_BSD = self.embed_tokens(input_ids_BS)
         aux_loss = torch.zeros((), dtype=torch.float32, device=x_BSD.device)

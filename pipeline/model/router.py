@@ -11,7 +11,10 @@ A small sequence-wise loss keeps single sequences balanced (the same paper, equa
     P_e = mean over the sequence of s_e / sum_j s_j.
 f counts the experts that were really chosen, bias included.
 
-Legend: N tokens = B sequences x S, D hidden, E experts, K chosen per token.
+Padding is not routed: its slots are in no count and in no mean, S is the text of the sequence, and a row without text is
+no sequence.
+
+Legend: N slots = B rows x S, D hidden, E experts, K chosen per token.
 """
 
 from __future__ import annotations
@@ -27,8 +30,8 @@ from pipeline.model.matmul import linear
 
 
 class Routing(NamedTuple):
-    experts_NK: Tensor  # int64
-    weights_NK: Tensor  # fp32, sums to the routed scaling factor where normalised
+    experts_NK: Tensor  # int64; in padding E, which no expert is
+    weights_NK: Tensor  # fp32, sums to the routed scaling factor where normalised; zero in padding
     tokens_per_expert_E: Tensor  # int64
     aux_loss: Tensor  # fp32 scalar, already weighted
 
@@ -49,7 +52,8 @@ class Router(nn.Module):
         # under activation checkpointing does not count its tokens twice.
         self.register_buffer("tokens_per_expert", torch.zeros(experts, dtype=torch.int64), persistent=False)
 
-    def forward(self, x_BSD: Tensor) -> Routing:
+    def forward(self, x_BSD: Tensor, text_BS: Tensor | None = None) -> Routing:
+        """`text_BS`: True where a slot holds text; None: everywhere."""
         B, S, D = x_BSD.shape
         E = self.weight.shape[0]
         scores_NE = linear(x_BSD.reshape(-1, D).float(), self.weight.float()).sigmoid()
@@ -57,14 +61,30 @@ class Router(nn.Module):
         chosen_NK = scores_NE.gather(1, experts_NK)
         if self.normalise:
             chosen_NK = chosen_NK / (chosen_NK.sum(-1, keepdim=True) + 1e-20)
+        weights_NK = chosen_NK * self.factor
+        text_N1 = None if text_BS is None else text_BS.reshape(-1, 1)
+        counted_NK = torch.ones_like(experts_NK) if text_N1 is None else text_N1.expand_as(experts_NK).long()
         counts_BE = torch.zeros(B, E, dtype=torch.int64, device=x_BSD.device)
-        counts_BE.scatter_add_(1, experts_NK.view(B, -1), torch.ones_like(experts_NK).view(B, -1))
+        counts_BE.scatter_add_(1, experts_NK.view(B, -1), counted_NK.view(B, -1))
+        if text_N1 is not None:
+            experts_NK = experts_NK.masked_fill(~text_N1, E)
+            weights_NK = weights_NK.masked_fill(~text_N1, 0.0)
         aux_loss = scores_NE.new_zeros(())
         if self.aux_loss_weight > 0:
-            load_BE = counts_BE * (E / (self.top_k * S))
-            share_BE = (scores_NE / scores_NE.sum(-1, keepdim=True)).view(B, S, E).mean(1)
-            aux_loss = self.aux_loss_weight * (load_BE * share_BE).sum(-1).mean()
-        return Routing(experts_NK, chosen_NK * self.factor, counts_BE.sum(0), aux_loss)
+            share_BSE = (scores_NE / scores_NE.sum(-1, keepdim=True)).view(B, S, E)
+            aux_loss = self.aux_loss_weight * self._balance(counts_BE, share_BSE, text_BS)
+        return Routing(experts_NK, weights_NK, counts_BE.sum(0), aux_loss)
+
+    def _balance(self, counts_BE: Tensor, share_BSE: Tensor, text_BS: Tensor | None) -> Tensor:
+        """Mean over sequences of sum_e f_e P_e."""
+        _, S, E = share_BSE.shape
+        if text_BS is None:
+            return (counts_BE * (E / (self.top_k * S)) * share_BSE.mean(1)).sum(-1).mean()
+        length_B1 = text_BS.sum(1, keepdim=True)
+        at_least_one_B1 = length_B1.clamp(min=1)
+        load_BE = counts_BE * (E / self.top_k) / at_least_one_B1
+        share_BE = share_BSE.masked_fill(~text_BS.unsqueeze(-1), 0.0).sum(1) / at_least_one_B1
+        return (load_BE * share_BE).sum() / (length_B1 > 0).sum().clamp(min=1)
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 A row of a batch is either one causal sequence or several documents laid end to end (`doc_lens`). With documents,
 attention is block-diagonal and positions restart at every document, so a row gives exactly what its documents would
-give one by one. What follows the last document of a row is padding; it forms a document of its own.
+give one by one. What follows the text of a row is padding, and with documents forms a document of its own. Attention is
+causal, so no text sees it; it is neither routed to experts nor counted, and what comes out there means nothing.
 
 Built once per forward pass and shared by all layers. The mask form depends on the device: CUDA takes cumulative
 document lengths (variable-length attention, no S x S memory); the CPU takes a boolean mask, S^2 bytes a row.
@@ -21,41 +22,59 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class SequenceLayout:
-    """A plain object, not a pytree: FSDP's mixed precision must not cast the rotary tables to bf16."""
+    """Tables stay fp32 under mixed precision: FSDP2 is told not to cast inputs (pipeline/parallel/shard.py)."""
 
     cos: Tensor  # [S, R/2], or [B, S, R/2] with documents; fp32
     sin: Tensor
     mask_B1SS: Tensor | None = None  # True where a query (row) may look at a key (column); CPU with documents
     document_ends: Tensor | None = None  # [documents + 1] int32, cumulative over all rows; CUDA with documents
     longest_document: int = 0
+    text_BS: Tensor | None = None  # True where a slot holds text; None: everywhere
+    tokens: int = 0  # slots that hold text, over all rows
 
 
 def sequence_layout(
     batch: int,
     length: int,
     doc_lens: Sequence[Sequence[int]] | None,
+    lengths: Sequence[int] | None = None,
     *,
     rope_dim: int,
     rope_theta: float,
     device: torch.device,
 ) -> SequenceLayout:
-    """The layout of `batch` rows of `length` tokens. Raises ValueError if the documents of a row do not fit in it."""
+    """The layout of `batch` rows of `length` slots. Raises ValueError if the text of a row does not fit in it.
+
+    `lengths`: text of each row in tokens; None: that of its documents, or without these the whole row.
+    """
     rows = None if doc_lens is None else _complete(doc_lens, batch, length)
+    used = _used(lengths, doc_lens, batch, length)
+    tokens, text_BS = sum(used), None
+    if tokens < batch * length:
+        text_BS = to_device(torch.arange(length) < torch.tensor(used)[:, None], device)
     if rows is None or all(len(row) == 1 for row in rows):
         cos, sin = rotary_tables(torch.arange(length, device=device), rope_dim, rope_theta)
-        return SequenceLayout(cos, sin)
-    lengths = torch.tensor([n for row in rows for n in row], dtype=torch.int64)
-    ends = lengths.cumsum(0)
-    starts = ends - lengths
-    positions = torch.arange(batch * length) - starts.repeat_interleave(lengths, output_size=batch * length)
+        return SequenceLayout(cos, sin, text_BS=text_BS, tokens=tokens)
+    documents = torch.tensor([n for row in rows for n in row], dtype=torch.int64)
+    ends = documents.cumsum(0)
+    starts = ends - documents
+    positions = torch.arange(batch * length) - starts.repeat_interleave(documents, output_size=batch * length)
     cos, sin = rotary_tables(to_device(positions.view(batch, length), device), rope_dim, rope_theta)
     if device.type == "cuda":
         zero = torch.zeros(1, dtype=torch.int64)
         document_ends = to_device(torch.cat([zero, ends]).int(), device)
-        return SequenceLayout(cos, sin, document_ends=document_ends, longest_document=max(map(max, rows)))
-    document_BS = torch.arange(len(lengths)).repeat_interleave(lengths, output_size=batch * length).view(batch, length)
+        return SequenceLayout(
+            cos,
+            sin,
+            document_ends=document_ends,
+            longest_document=max(map(max, rows)),
+            text_BS=text_BS,
+            tokens=tokens,
+        )
+    numbers = torch.arange(len(documents))
+    document_BS = numbers.repeat_interleave(documents, output_size=batch * length).view(batch, length)
     same_BSS = document_BS[:, :, None] == document_BS[:, None, :]
-    return SequenceLayout(cos, sin, mask_B1SS=same_BSS.tril_().unsqueeze(1).to(device))
+    return SequenceLayout(cos, sin, mask_B1SS=same_BSS.tril_().unsqueeze(1).to(device), text_BS=text_BS, tokens=tokens)
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
@@ -68,6 +87,20 @@ def rotary_tables(positions: Tensor, rope_dim: int, rope_theta: float) -> tuple[
     exponents = torch.arange(0, rope_dim, 2, device=positions.device, dtype=torch.float32) / rope_dim
     angles = positions.float().unsqueeze(-1) * (1.0 / rope_theta**exponents)
     return angles.cos(), angles.sin()
+
+
+def _used(
+    lengths: Sequence[int] | None, doc_lens: Sequence[Sequence[int]] | None, batch: int, length: int
+) -> list[int]:
+    """Tokens of text in each row."""
+    used = [length] * batch if lengths is None else list(lengths)
+    if doc_lens is not None:
+        used = [sum(row) for row in doc_lens]
+    if lengths is not None and (list(lengths) != used or len(used) != batch or not all(0 <= n <= length for n in used)):
+        raise ValueError(
+            f"lengths: {list(lengths)} must be one number a row for {batch} rows, from 0 to {length}, and with doc_lens their sums"
+        )
+    return used
 
 
 def _complete(doc_lens: Sequence[Sequence[int]], batch: int, length: int) -> list[list[int]]:

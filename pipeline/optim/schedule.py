@@ -1,13 +1,16 @@
-"""Learning rate, batch size and bias rate as pure functions of tokens seen.
+"""Learning rate, batch size and bias rate as pure functions of the position.
+
+The position counts slots: sequences so far times their length, whatever of it was padding (which `data.max_padding` keeps
+to 2 %) or had no label. So does every `until_tokens`, and `schedule.total_tokens`.
 
 A stage of a schedule holds from the end of the stage before it (or 0) until `until_tokens`. Nothing here is stateful:
 resuming, changing the number of ranks or skipping a non-finite step cannot shift a schedule, and the 176 thousand steps
 of the full run are arithmetic over its few stages of constant batch, never a loop over steps.
 
-Conventions of one optimizer step that starts at `tokens` tokens seen and consumes `n`:
-- learning rate: the value at `tokens + n`, so the first step of a warm-up from zero already moves and the last step of
+Conventions of one optimizer step that starts at position `slots` and consumes `n`:
+- learning rate: the value at `slots + n`, so the first step of a warm-up from zero already moves and the last step of
   a stage has exactly the stage's `end`;
-- global batch and bias rate: the stage that contains `tokens` (a step never mixes two batch sizes; a stage therefore
+- global batch and bias rate: the stage that contains `slots` (a step never mixes two batch sizes; a stage therefore
   ends with the first step that reaches its `until_tokens`).
 
 Source of the shapes: "Muon is Scalable for LLM Training" (arXiv 2502.16982), section 3.3.
@@ -38,31 +41,31 @@ class StepSettings:
     step: int  # counted from 0
     first_sequence: int  # global sequences consumed before it
     sequences: int  # its global batch
-    tokens_before: int
+    slots_before: int  # position before it
     learning_rate: float
     bias_rate: float
 
 
-def learning_rate(schedule: ScheduleConfig, tokens: int) -> float:
-    """Learning rate once `tokens` have been seen; past the last stage it stays at that stage's end."""
+def learning_rate(schedule: ScheduleConfig, slots: int) -> float:
+    """Learning rate at position `slots`; past the last stage it stays at that stage's end."""
     begin = 0
     for stage in schedule.learning_rate:
-        if tokens <= stage.until_tokens:
-            return _interpolate(stage, (tokens - begin) / (stage.until_tokens - begin))
+        if slots <= stage.until_tokens:
+            return _interpolate(stage, (slots - begin) / (stage.until_tokens - begin))
         begin = stage.until_tokens
     return _interpolate(schedule.learning_rate[-1], 1.0)
 
 
-def global_batch(schedule: ScheduleConfig, tokens: int) -> int:
-    """Sequences of the step that starts at `tokens` tokens seen."""
+def global_batch(schedule: ScheduleConfig, slots: int) -> int:
+    """Sequences of the step that starts at position `slots`."""
     stages = schedule.global_batch
-    return next((stage.sequences for stage in stages if tokens < stage.until_tokens), stages[-1].sequences)
+    return next((stage.sequences for stage in stages if slots < stage.until_tokens), stages[-1].sequences)
 
 
-def bias_rate(schedule: ScheduleConfig, tokens: int) -> float:
-    """Rate u of the router's selection-bias update in the step that starts at `tokens` tokens seen."""
+def bias_rate(schedule: ScheduleConfig, slots: int) -> float:
+    """Rate u of the router's selection-bias update in the step that starts at position `slots`."""
     stages = schedule.bias_rate
-    return next((stage.rate for stage in stages if tokens < stage.until_tokens), stages[-1].rate)
+    return next((stage.rate for stage in stages if slots < stage.until_tokens), stages[-1].rate)
 
 
 def segments(schedule: ScheduleConfig, sequence_length: int) -> tuple[Segment, ...]:
@@ -85,11 +88,11 @@ def total_steps(schedule: ScheduleConfig, sequence_length: int) -> int:
     return last.first_step + last.steps
 
 
-def steps_until(schedule: ScheduleConfig, sequence_length: int, tokens: int) -> int:
-    """Steps that have to be taken for at least `tokens` tokens to be seen (at most the whole run)."""
+def steps_until(schedule: ScheduleConfig, sequence_length: int, slots: int) -> int:
+    """Steps that have to be taken to reach position `slots` (at most the whole run)."""
     steps = 0
     for segment in segments(schedule, sequence_length):
-        missing = tokens - segment.first_sequence * sequence_length
+        missing = slots - segment.first_sequence * sequence_length
         steps += min(segment.steps, max(0, math.ceil(missing / (segment.sequences * sequence_length))))
     return steps
 
@@ -100,10 +103,10 @@ def at_step(schedule: ScheduleConfig, sequence_length: int, step: int) -> StepSe
         offset = step - segment.first_step
         if 0 <= offset < segment.steps:
             first = segment.first_sequence + offset * segment.sequences
-            tokens = first * sequence_length
-            after = tokens + segment.sequences * sequence_length
+            slots = first * sequence_length
+            after = slots + segment.sequences * sequence_length
             return StepSettings(
-                step, first, segment.sequences, tokens, learning_rate(schedule, after), bias_rate(schedule, tokens)
+                step, first, segment.sequences, slots, learning_rate(schedule, after), bias_rate(schedule, slots)
             )
     raise ValueError(f"step {step} is outside of the run, which has {total_steps(schedule, sequence_length)} steps")
 

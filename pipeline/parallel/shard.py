@@ -20,8 +20,9 @@ Gradients are summed, never averaged, in every group (`loss` is already divided 
 plain SUM, which gloo has, rather than the pre-multiplied sum of NCCL. An expert's gradient needs no other factor: the
 all-to-all brings it the tokens of all ranks of its ep group, and efsdp and replicate groups add the rest.
 
-Mixed precision is FSDP2's: fp32 shards (the optimizer's masters), bf16 gathered weights and activations, fp32
-reduction. Sources: PyTorch FSDP2; torchtitan's measurements of explicit prefetch order for mixtures of experts
+Mixed precision is FSDP2's: fp32 shards (the optimizer's masters), bf16 gathered weights, fp32 reduction. Activations are
+bf16 from the embedding on, so inputs are not cast: FSDP2 would look into containers and dataclasses, and rotary tables in
+bf16 make neighbouring positions one (findings/fsdp2_casts_dataclass_inputs.sh). Sources: PyTorch FSDP2; torchtitan's measurements of explicit prefetch order for mixtures of experts
 (issues #1581, #1968): the host waits for token counts inside each block, so implicit prefetch comes too late on CUDA.
 """
 
@@ -84,6 +85,7 @@ def shard_model(model: Moonlight, meshes: Meshes, training: TrainingConfig, devi
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
         reduce_dtype=None if dtype == torch.float32 else torch.float32,
+        cast_forward_inputs=False,
     )
     common: dict[str, Any] = {"mp_policy": policy, "reshard_after_forward": training.reshard_after_forward}
     dense = {"mesh": meshes.dense_fsdp, **common}

@@ -23,7 +23,13 @@ from pipeline.model.loss import IGNORE
 class MicroBatch:
     tokens_BS: Tensor  # int64
     labels_BS: Tensor  # int64, -100: no loss
+    lengths: list[int]  # tokens of text in each row; the rest is padding
     doc_lens: list[list[int]] | None  # None: plain causal attention
+
+    @property
+    def sequences(self) -> int:
+        """Rows that hold text."""
+        return sum(length > 0 for length in self.lengths)
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,7 @@ class StepBatch:
     """This rank's share of one step."""
 
     micro_batches: list[MicroBatch]
-    sequences: int  # of the whole global batch
-    valid_tokens: int  # labels that count, on this rank
+    labels: int  # that count, on this rank
 
 
 def labels_of(tokens_BS: Tensor, doc_lens: list[list[int]], document_mask: bool) -> Tensor:
@@ -57,8 +62,9 @@ def read_step(loader: Loader, first: int, sequences: int, micro_batch: int, docu
         MicroBatch(
             batch.tokens_BS[row : row + micro_batch],
             labels_BS[row : row + micro_batch],
+            [sum(lengths) for lengths in batch.doc_lens[row : row + micro_batch]],
             batch.doc_lens[row : row + micro_batch] if document_mask else None,
         )
         for row in range(0, rows, micro_batch)
     ]
-    return StepBatch(micro_batches, sequences, int((labels_BS != IGNORE).sum()))
+    return StepBatch(micro_batches, int((labels_BS != IGNORE).sum()))

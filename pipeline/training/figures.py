@@ -1,7 +1,7 @@
 """The figures of a step on their way from the device to the host, where they become a `StepRecord` one step later.
 
-They travel as one float64 vector: loss, balance loss, gradient norm, skipped steps, these in a row, spikes, these in a row, stop requests,
-then the imbalance of each mixture layer.
+They travel as one float64 vector: loss, balance loss, gradient norm, labels trained on, skipped steps, these in a row, spikes,
+these in a row, stop requests, then the imbalance of each mixture layer.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ class PendingRecord:
     """A step whose figures are still on the way: `values` is the vector described above."""
 
     step: int
-    tokens: int
+    slots: int  # position after the step
     learning_rate: float
     bias_rate: float
     sequences: int
     values: Fetch
     clock: float  # time.monotonic() when the step had been handed to the device
 
-    def fetch(self) -> StepRecord:
-        """Waits for the device to have finished the step."""
-        loss, aux_loss, gradient_norm, skipped, in_a_row, spikes, spikes_in_a_row, stop, *imbalance = (
+    def fetch(self, tokens_before: int = 0) -> StepRecord:
+        """Waits for the device to have finished the step. `tokens_before`: labels that the run had been trained on."""
+        loss, aux_loss, gradient_norm, labels, skipped, in_a_row, spikes, spikes_in_a_row, stop, *imbalance = (
             self.values.result()
         )
         return StepRecord(
-            self.step, self.tokens, self.learning_rate, self.bias_rate, self.sequences,
+            self.step, self.slots, tokens_before + round(labels), self.learning_rate, self.bias_rate, self.sequences,
             loss, aux_loss, gradient_norm, round(skipped), round(in_a_row),
             round(spikes), round(spikes_in_a_row), stop > 0, tuple(imbalance),
         )  # fmt: skip

@@ -1,5 +1,8 @@
 """What a run says about itself: one JSON line per logged step, and progress for people.
 
+Tokens are labels trained on: what padding, ends of rows and documents, and skipped steps leave out is not in them. The
+position of the run, by which schedules and the data order go, counts slots: sequences times their length.
+
 Lines hold only what the run's inputs decide (loss, rates, norms, loads); throughput and times go to `TrainProgress` and
 are never stored with them, so two runs of the same configuration write the same bytes. A file covers `STEPS_PER_FILE`
 steps, whatever the settings of the day, and is named after the last of them:
@@ -33,8 +36,8 @@ class TrainProgress:
 
     step: int
     steps: int
-    tokens: int  # seen since the run began
-    tokens_per_second: float  # since the previous report
+    tokens: int  # labels trained on since the run began
+    tokens_per_second: float  # the same, since the previous report
     loss: float  # nats per token of this step
     eta_s: float | None  # None: the rate is not known yet
     learning_rate: float
@@ -50,7 +53,8 @@ class StepRecord:
     """One step as the host sees it, one step later."""
 
     step: int
-    tokens: int
+    slots: int  # position after the step
+    tokens: int  # labels trained on since the run began
     learning_rate: float
     bias_rate: float
     sequences: int
@@ -70,6 +74,7 @@ class StepRecord:
             canonical_json(
                 {
                     "step": self.step,
+                    "slots": self.slots,
                     "tokens": self.tokens,
                     "loss": _finite(self.loss),
                     "aux_loss": _finite(self.aux_loss),
@@ -144,25 +149,26 @@ def _say_left_out(what: str) -> None:
 
 
 class Pace:
-    """Tokens per second between reports, and the time left at that rate."""
+    """Tokens per second between reports, and the time left at the rate of slots: how many tokens are left, nobody knows yet."""
 
-    def __init__(self, tokens: int, steps: int, total_tokens: int) -> None:
+    def __init__(self, tokens: int, slots: int, steps: int, total_slots: int) -> None:
         self._steps = steps
-        self._total = total_tokens
-        self._tokens = tokens
+        self._total = total_slots
+        self._tokens, self._slots = tokens, slots
         self._time = time.monotonic()
 
     def progress(self, record: StepRecord, now: float, checkpoint_step: int) -> TrainProgress:
-        rate = (record.tokens - self._tokens) / max(now - self._time, 1e-9)
-        self._tokens, self._time = record.tokens, now
-        left = max(self._total - record.tokens, 0)
+        seconds = max(now - self._time, 1e-9)
+        rate, slot_rate = (record.tokens - self._tokens) / seconds, (record.slots - self._slots) / seconds
+        self._tokens, self._slots, self._time = record.tokens, record.slots, now
+        left = max(self._total - record.slots, 0)
         return TrainProgress(
             step=record.step,
             steps=self._steps,
             tokens=record.tokens,
             tokens_per_second=rate,
             loss=record.loss,
-            eta_s=left / rate if rate > 0 else None,
+            eta_s=left / slot_rate if slot_rate > 0 else None,
             learning_rate=record.learning_rate,
             gradient_norm=record.gradient_norm,
             expert_load=max(record.load_imbalance, default=math.nan),

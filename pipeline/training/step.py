@@ -1,10 +1,11 @@
 """One optimizer step: forward and backward over the micro-batches, then one update that may turn out to be nothing.
 
-    loss = sum over all tokens of the global batch of -log p / number of those tokens  +  mean over its sequences of the
-           balance loss (already weighted by the network)
+    loss = sum over all labels of the global batch of -log p / number of those labels  +  mean over its sequences of the
+           balance loss (already weighted by the network); a row without text is no sequence
 
-The number of tokens is reduced first (8 bytes), so each rank divides by the global count and gradients are plain sums
-over ranks and micro-batches: the same step whatever the world size, micro-batch or amount of padding.
+The numbers of labels and sequences are reduced first (16 bytes), so each rank divides by the global count and gradients
+are plain sums over ranks and micro-batches: the same step whatever the world size, micro-batch or amount of padding, which
+is neither routed nor counted.
 
 After the last backward one float64 vector is summed over all ranks, the only reduction of the update:
 
@@ -63,17 +64,26 @@ class Step:
 
     def __call__(self, batch: StepBatch, learning_rate: float, bias_rate: float, stop: bool) -> Tensor:
         """Train on one global batch; the figures of the step as a device vector (see figures.py)."""
-        tokens = torch.full((), batch.valid_tokens, dtype=torch.int64, device=self.device)  # a fill waits for nothing
+        sequences = sum(micro.sequences for micro in batch.micro_batches)
+        counts = torch.stack([self._fill(batch.labels), self._fill(sequences)])
         if self.meshes.world_size > 1:
-            dist.all_reduce(tokens)
-        loss, aux_loss = self.forward_backward(batch.micro_batches, tokens.clamp(min=1), batch.sequences)
+            dist.all_reduce(counts)
+        labels, sequences_in_all = counts.unbind()
+        loss, aux_loss = self.forward_backward(batch.micro_batches, labels.clamp(min=1), sequences_in_all.clamp(min=1))
         self.before_update()
-        return self.update(loss, aux_loss, learning_rate, bias_rate, stop)
+        return self.update(loss, aux_loss, labels, learning_rate, bias_rate, stop)
+
+    def _fill(self, number: int) -> Tensor:
+        """A number on the device; unlike a copy from the host a fill waits for nothing."""
+        return torch.full((), number, dtype=torch.int64, device=self.device)
 
     def forward_backward(
-        self, micro_batches: Sequence[MicroBatch], tokens: Tensor, sequences: int
+        self, micro_batches: Sequence[MicroBatch], labels: Tensor, sequences: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of the global loss, accumulated; returns this rank's share of loss and balance loss."""
+        """Gradients of the global loss, accumulated; returns this rank's share of loss and balance loss.
+
+        `labels`, `sequences`: those of the global batch.
+        """
         loss = torch.zeros((), device=self.device)
         aux_loss = torch.zeros((), device=self.device)
         for index, micro in enumerate(micro_batches):
@@ -85,17 +95,20 @@ class Step:
                 to_device(micro.tokens_BS, self.device),
                 to_device(micro.labels_BS, self.device),
                 micro.doc_lens,
+                lengths=micro.lengths,
             )
             assert isinstance(out, LossOutput)
-            share = out.loss_sum / tokens
-            aux_share = out.aux_loss * (micro.tokens_BS.shape[0] / sequences)
+            share = out.loss_sum / labels
+            aux_share = out.aux_loss * (micro.sequences / sequences)
             (share + aux_share).backward()
             loss += share.detach()
             aux_loss += aux_share.detach()
         return loss, aux_loss
 
     @torch.no_grad()
-    def update(self, loss: Tensor, aux_loss: Tensor, learning_rate: float, bias_rate: float, stop: bool) -> Tensor:
+    def update(
+        self, loss: Tensor, aux_loss: Tensor, labels: Tensor, learning_rate: float, bias_rate: float, stop: bool
+    ) -> Tensor:
         """Apply the gradients unless the guard objects. Nothing here reads a device value on the host."""
         gradients = local_gradients(self.parameters)
         squares = local_squared_norm(gradients, self.meshes.replicas)
@@ -120,8 +133,9 @@ class Step:
             self.clip_logits(self.qk_clip, ok)
 
         imbalance_L = counts_LE.amax(1) / counts_LE.mean(1)
+        figures = torch.stack([loss, aux_loss, norm, labels * ok.double()])
         skipped = torch.stack([self.guard.skipped, self.guard.in_a_row, *self.guard.spikes.counters]).double()
-        return torch.cat([torch.stack([loss, aux_loss, norm]), skipped, stopping.unsqueeze(0), imbalance_L])
+        return torch.cat([figures, skipped, stopping.unsqueeze(0), imbalance_L])
 
     def clip_logits(self, threshold: float, ok: Tensor) -> None:
         """QK-clip by the largest logits of the whole global batch; a skipped step clips nothing. One more small all-reduce."""

@@ -5,8 +5,8 @@
     loop       read the step's rows, train on them (step.py), look at the figures of the step before, save when due
     finish     last checkpoint, metrics and the run's manifest
 
-All that a restart needs is (state, next sequence, tokens seen): learning rate, batch size and bias rate are functions
-of tokens, and the data order is a function of the sequence number. The same number of ranks gives the same bits; any
+All that a restart needs is (state, next sequence): learning rate, batch size and bias rate are functions of the position
+in slots, and the data order is a function of the sequence number. Tokens seen, the labels trained on, are only reported. The same number of ranks gives the same bits; any
 other number the same losses up to the order of summation.
 
 The process group, if any, is initialised by the caller; this module reads no environment and knows no launcher.
@@ -62,7 +62,6 @@ class Position:
 
     step: int = 0
     next_sequence: int = 0
-    tokens_seen: int = 0
 
 
 def train(
@@ -116,13 +115,14 @@ class Run:
         self.guard = Guard(self.device, config.training.spikes)
         self.at = Position()
         self.loss = 0.0  # of the last step that counted
+        self.tokens_seen = 0  # labels trained on, up to the last step that was observed
         self.checkpoint: CheckpointManifest | None = resume_from
         if resume_from is not None:
             state = self.state()
             self.checkpoint = resume_from = self.checkpoints.restore(state, resume_from, self.order)
             self.optimizer.load_state_dict({name: state[name] for name in self.optimizer.state_dict()})
-            self.at = Position(resume_from.step, resume_from.next_sequence, resume_from.tokens_seen)
-            self.loss = resume_from.loss
+            self.at = Position(resume_from.step, resume_from.next_sequence)
+            self.loss, self.tokens_seen = resume_from.loss, resume_from.tokens_seen
         elif config.training.initial_weights:
             import_weights(self.model, config, storage)
         self.checkpoints.collect_leftovers(self.at.step)
@@ -147,11 +147,13 @@ class Run:
         config, at = self.config, self.at
         logged = self.checkpoint.metrics if self.checkpoint is not None else ()
         files = MetricsFiles(self.storage, train_folder(config.run_id), at.step, logged) if self.rank == 0 else None
-        pace = Pace(at.tokens_seen, self.steps, config.schedule.total_tokens)
+        slots = at.next_sequence * config.training.sequence_length
+        pace = Pace(self.tokens_seen, slots, self.steps, config.schedule.total_tokens)
         pending: PendingRecord | None = None
 
         def observe(record: PendingRecord) -> StepRecord:
-            seen = record.fetch()
+            seen = record.fetch(self.tokens_seen)
+            self.tokens_seen = seen.tokens
             self.loss = seen.loss if math.isfinite(seen.loss) else self.loss
             check_skipped(seen.skipped_in_a_row, config.training.max_skipped_steps, seen.step)
             check_spikes(seen.spikes_in_a_row, config.training.spikes.stop_after, seen.step)
@@ -182,7 +184,7 @@ class Run:
                     self.state(),
                     step=at.step,
                     next_sequence=at.next_sequence,
-                    tokens_seen=at.tokens_seen,
+                    tokens_seen=self.tokens_seen,
                     loss=self.loss,
                     metrics=files.write(at.step) if files else (),
                 )
@@ -202,14 +204,14 @@ class Run:
         """Train on the next global batch."""
         at, training = self.at, self.config.training
         now = at_step(self.config.schedule, training.sequence_length, at.step)
-        assert (now.first_sequence, now.tokens_before) == (at.next_sequence, at.tokens_seen), (now, at)
+        assert now.first_sequence == at.next_sequence, (now, at)
         batch = read_step(self.loader, now.first_sequence, now.sequences, training.micro_batch, training.document_mask)
         values = self.step(batch, now.learning_rate, now.bias_rate, stop)
         at.step += 1
         at.next_sequence += now.sequences
-        at.tokens_seen += now.sequences * training.sequence_length
+        slots = at.next_sequence * training.sequence_length
         return PendingRecord(
-            at.step, at.tokens_seen, now.learning_rate, now.bias_rate, now.sequences, Fetch(values), time.monotonic()
+            at.step, slots, now.learning_rate, now.bias_rate, now.sequences, Fetch(values), time.monotonic()
         )
 
     def finish(self) -> TrainManifest:

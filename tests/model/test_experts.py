@@ -15,12 +15,13 @@ def permutation(rows, seed=0):
 
 def test_row_gathers_have_the_right_gradients():
     order_M, inverse_M = permutation(6)
+    inverse_NK = inverse_M.view(3, 2)
     x_ND = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     rows_MD = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     weights_NK = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(SortRows.apply, (x_ND, order_M, inverse_M))
-    assert torch.autograd.gradcheck(WeightedSum.apply, (rows_MD, weights_NK, order_M, inverse_M))
-    assert torch.equal(SortRows.apply(x_ND, order_M, inverse_M), x_ND.repeat_interleave(2, 0)[order_M])
+    assert torch.autograd.gradcheck(SortRows.apply, (x_ND, order_M, inverse_NK, None))
+    assert torch.autograd.gradcheck(WeightedSum.apply, (rows_MD, weights_NK, order_M, inverse_NK))
+    assert torch.equal(SortRows.apply(x_ND, order_M, inverse_NK, None), x_ND.repeat_interleave(2, 0)[order_M])
 
 
 @pytest.mark.parametrize(("tokens", "choices"), [(5, 3), (4, 1), (0, 2)])
@@ -87,7 +88,7 @@ def test_weights_are_applied_in_fp32(dtype):
     order_M, inverse_M = permutation(8)
     rows_MD = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     weights_NK = torch.rand(4, 2)
-    out = WeightedSum.apply(rows_MD, weights_NK, order_M, inverse_M)
+    out = WeightedSum.apply(rows_MD, weights_NK, order_M, inverse_M.view(4, 2))
     exact = (rows_MD[inverse_M].view(4, 2, 16).double() * weights_NK[..., None].double()).sum(1)
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), exact, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)

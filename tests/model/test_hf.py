@@ -147,10 +147,10 @@ def test_folders_that_do_not_fit_are_refused_before_anything_changes(tmp_path, e
         ({"n_group": 8}, r"n_group is 8 there and 1 here \(this network has no other\)"),
         (
             {"rope_scaling": {"type": "yarn", "factor": 4}},
-            r"rope_scaling is \{'type': 'yarn', 'factor': 4\} there and None",
+            r"rope_scaling is \{.*'factor': 4.*'rope_type': 'yarn'.*\} there and None",
         ),
         (
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
             r"rope_scaling is .*yarn.*; rope_theta is 10000.0",
         ),
         ({"tie_word_embeddings": True}, r"tie_word_embeddings is True there and False here"),
@@ -207,3 +207,50 @@ def test_reader_agrees_with_the_safetensors_package(tmp_path):
     assert set(files.entries) == set(expected)
     for name, tensor in expected.items():
         assert torch.equal(files.read(name), tensor)
+
+
+def accepted(folder, described) -> bool:
+    """Whether the folder's weights load under this config.json; if so, with the logits that transformers gives them."""
+    (folder / "config.json").write_text(json.dumps(described))
+    model = random_model(small_config(), seed=1)
+    try:
+        load_hf(model, folder)
+    except ValueError:
+        return False
+    oracle = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.arange(40).view(2, 20)
+    torch.testing.assert_close(model(ids), oracle(ids).logits, rtol=1e-4, atol=1e-5)
+    return True
+
+
+def test_a_key_that_is_absent_means_transformers_default(tmp_path):
+    """Each key left out, alone: the same logits as transformers', or a refusal that names the key and what it stands for."""
+    folder = saved(random_model(small_config()), tmp_path / "hand-made")
+    whole = hf_config(small_config(), bos_token_id=None, eos_token_id=1, dtype="float32")
+    fine = {
+        "architectures", "attention_bias", "attention_dropout", "bos_token_id", "eos_token_id", "ep_size", "hidden_act",
+        "initializer_range", "max_position_embeddings", "moe_layer_freq", "norm_topk_prob", "num_nextn_predict_layers",
+        "rope_interleave", "rope_scaling", "scoring_func", "tie_word_embeddings", "topk_method", "torch_dtype", "use_cache",
+    }  # fmt: skip
+    found = {
+        key for key in whole if key != "model_type" and accepted(folder, {k: v for k, v in whole.items() if k != key})
+    }
+    assert found == fine
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in whole.items() if k != "rms_norm_eps"}))
+    message = (
+        r"rms_norm_eps is absent there, which transformers takes for 1e-06, and 1e-05 here \(set model.rms_norm_eps\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_hf(random_model(small_config()), folder)
+
+
+def test_a_config_that_transformers_writes_or_refuses(tmp_path):
+    """Its own names for the rotary embedding, a base that it fills in, and a kind that lacks what it needs."""
+    folder = saved(random_model(small_config()), tmp_path / "theirs")
+    whole = hf_config(small_config(), bos_token_id=None, eos_token_id=1, dtype="float32")
+    theirs = {k: v for k, v in whole.items() if k not in ("rope_theta", "rope_scaling")}
+    assert accepted(folder, theirs | {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}})
+    assert not accepted(folder, theirs | {"rope_parameters": {"rope_type": "default"}})  # 10000
+    (folder / "config.json").write_text(json.dumps(theirs | {"rope_parameters": {"rope_type": "yarn"}}))
+    with pytest.raises(ValueError, match=r"config\.json: transformers refuses it: .*factor"):
+        load_hf(random_model(small_config()), folder)

@@ -79,7 +79,7 @@ def test_closed_form_equals_the_loop(ends, batches, total, length):
     while tokens < total:
         found = sched.at_step(config, length, step)
         n = sched.global_batch(config, tokens)
-        assert (found.first_sequence, found.sequences, found.tokens_before) == (sequences, n, tokens)
+        assert (found.first_sequence, found.sequences, found.slots_before) == (sequences, n, tokens)
         fraction = min(1.0, (tokens + n * length) / ends[-1])
         assert math.isclose(found.learning_rate, 0.1 + 0.45 * (1 + math.cos(math.pi * fraction)), rel_tol=1e-12)
         tokens, sequences, step = tokens + n * length, sequences + n, step + 1

@@ -2,14 +2,17 @@
 
 from types import SimpleNamespace
 from typing import cast
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from pipeline.config.schema import ModelConfig, ParallelismConfig, TrainingConfig
+from pipeline.model import attention
 from pipeline.model.moonlight import Moonlight
 from pipeline.parallel.local import local_part, local_tensor
 from pipeline.parallel.mesh import Meshes, build_meshes
@@ -127,6 +130,47 @@ def test_weights_are_gathered_one_unit_ahead():
         "lm_head": ([], ["layers.1"]),
     }
     assert run_distributed(prefetched, 2)[0] == expected
+
+
+def dtypes_inside(document_mask: bool) -> dict[str, set[torch.dtype]]:
+    """What reaches the parts of a network under mixed precision."""
+    with torch.device("meta"):
+        model = Moonlight(network(4), aux_loss_weight=1e-4)
+    training = TRAINING.model_copy(update={"compute_dtype": "bf16"})
+    shard_model(model, build_meshes(ParallelismConfig(), "cpu"), training, CPU)
+    model.to_empty(device=CPU)
+    model.reset_parameters(3)
+    seen: dict[str, set[torch.dtype]] = {}
+
+    def note(name: str, *tensors: torch.Tensor) -> None:
+        seen.setdefault(name, set()).update(tensor.dtype for tensor in tensors)
+
+    rotate, scores = attention.rotate_pairs, Tensor.sigmoid
+    with (
+        mock.patch.object(
+            attention,
+            "rotate_pairs",
+            lambda x, at: (note("tables", at.cos, at.sin), note("rotated", x), rotate(x, at))[2],
+        ),
+        mock.patch.object(Tensor, "sigmoid", lambda x: (note("router logits", x), scores(x))[1]),
+    ):
+        for block in model.layers:
+            block.register_forward_pre_hook(lambda _, inputs: note("block", inputs[0]))
+        model.lm_head.register_forward_pre_hook(lambda _, inputs: note("head", inputs[0]))
+        ids = torch.randint(2, 30, (2, 16))
+        out = model(ids, ids, [[7, 9], [16]] if document_mask else None)
+        note("loss", out.loss_sum, out.aux_loss)
+        out.loss_sum.backward()
+        note("gradients", *(local_tensor(p.grad) for p in model.parameters()))
+    return seen
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_mixed_precision_leaves_tables_router_and_loss_in_fp32(document_mask):
+    assert run_distributed(dtypes_inside, 1, document_mask)[0] == {
+        **{name: {torch.bfloat16} for name in ("block", "rotated", "head")},
+        **{name: {torch.float32} for name in ("tables", "router logits", "loss", "gradients")},
+    }
 
 
 def test_dtypes():

@@ -41,5 +41,5 @@ def test_ranks_share_a_step(tmp_path):
     assert [len(micro.tokens_BS) for micro in whole.micro_batches] == [2, 2, 2, 2]
     assert torch.equal(rows(whole)[0::2], rows(even))
     assert torch.equal(rows(whole)[1::2], rows(odd))
-    assert whole.valid_tokens == even.valid_tokens + odd.valid_tokens
+    assert whole.labels == even.labels + odd.labels
     assert whole.micro_batches[0].doc_lens == [even.micro_batches[0].doc_lens[0], odd.micro_batches[0].doc_lens[0]]

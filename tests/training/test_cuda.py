@@ -81,13 +81,15 @@ def test_fake_tensors_refuse_host_reads():
         torch.empty((), device=CUDA).item()
 
 
-@pytest.mark.parametrize("documents", [None, [[30, 20], [64]]])
+@pytest.mark.parametrize(
+    ("documents", "lengths"), [(None, None), (None, [50, 64]), (None, [0, 0]), ([[30, 20], [64]], None)]
+)
 @pytest.mark.parametrize("observe", [False, True])
-def test_forward(documents, observe):
+def test_forward(documents, lengths, observe):
     model = on_cuda(BF16)
     observe_max_logits(model, observe)
     ids_BS = torch.empty(2, 64, dtype=torch.int64, device=CUDA)
-    out = model(ids_BS, ids_BS, documents)
+    out = model(ids_BS, ids_BS, documents, lengths=lengths)
     assert {(t.device, t.dtype) for t in (out.loss_sum, out.aux_loss)} == {(CUDA, torch.float32)}
     assert model(ids_BS, None, documents).dtype == torch.float32
 
@@ -145,6 +147,6 @@ def test_update(muon):
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter)
     loss = torch.empty((), device=CUDA)
-    figures = step.update(loss, loss, 1e-3, 1e-3, False)
-    assert (figures.shape, figures.dtype, figures.device) == ((9,), torch.float64, CUDA)
+    figures = step.update(loss, loss, torch.empty((), dtype=torch.int64, device=CUDA), 1e-3, 1e-3, False)
+    assert (figures.shape, figures.dtype, figures.device) == ((10,), torch.float64, CUDA)
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -16,13 +16,13 @@ from pipeline.training.metrics import MetricsFiles, Pace, StepRecord, sound_file
 
 
 def record(step: int, loss: float = 2.0) -> StepRecord:
-    values = torch.tensor([loss, 0.5, 1.5, 3, 1, 2, 1, 0, 1.25, 2.0], dtype=torch.float64)
-    return PendingRecord(step, step * 100, 0.01, 0.001, 8, Fetch(values), 0.0).fetch()
+    values = torch.tensor([loss, 0.5, 1.5, 90, 3, 1, 2, 1, 0, 1.25, 2.0], dtype=torch.float64)
+    return PendingRecord(step, step * 100, 0.01, 0.001, 8, Fetch(values), 0.0).fetch((step - 1) * 90)
 
 
 def test_a_line_is_json_even_for_a_bad_step():
     assert json.loads(record(7, math.nan).line()) == {
-        "step": 7, "tokens": 700, "loss": None, "aux_loss": 0.5, "learning_rate": 0.01, "bias_rate": 0.001,
+        "step": 7, "slots": 700, "tokens": 630, "loss": None, "aux_loss": 0.5, "learning_rate": 0.01, "bias_rate": 0.001,
         "global_batch": 8, "gradient_norm": 1.5, "load_imbalance": [1.25, 2.0], "skipped_steps": 3, "spikes": 2,
     }  # fmt: skip
 
@@ -73,8 +73,10 @@ def test_lost_lines_are_named_and_the_run_goes_on(tmp_path, capsys):
 
 
 def test_pace_counts_what_is_left():
-    progress = Pace(tokens=0, steps=50, total_tokens=5000).progress(record(10), time.monotonic() + 5, checkpoint_step=8)
-    assert (progress.step, progress.steps, progress.tokens, progress.loss) == (10, 50, 1000, 2.0)
+    """Tokens are labels trained on; the time left goes by slots."""
+    pace = Pace(tokens=0, slots=0, steps=50, total_slots=5000)
+    progress = pace.progress(record(10), time.monotonic() + 5, checkpoint_step=8)
+    assert (progress.step, progress.steps, progress.tokens, progress.loss) == (10, 50, 900, 2.0)
     assert (progress.learning_rate, progress.gradient_norm, progress.expert_load) == (0.01, 1.5, 2.0)
     assert (progress.skipped_steps, progress.spikes, progress.checkpoint_step) == (3, 2, 8)
-    assert progress.eta_s * progress.tokens_per_second == pytest.approx(4000)
+    assert progress.eta_s * progress.tokens_per_second == pytest.approx(4000 * 0.9)
