@@ -201,8 +201,13 @@ class CheckpointManifest(Record):
     loss: float
     world_size: int
     fence: int | None = None  # fencing number of the writer; None: written without a lease
+    newton_schulz: str = (
+        ""  # what its products multiplied up to here: bf16, fp16 or fp32; "": AdamW alone, or not recorded
+    )
 
-    VOLATILE: ClassVar[frozenset[str]] = frozenset({"files", "metadata_sha256", "metrics", "world_size", "fence"})
+    VOLATILE: ClassVar[frozenset[str]] = frozenset(
+        {"files", "metadata_sha256", "metrics", "world_size", "fence", "newton_schulz"}
+    )
 
 
 class TrainManifest(Record):

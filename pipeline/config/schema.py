@@ -233,6 +233,7 @@ class MuonConfig(Section):
     newton_schulz: Literal["moonlight", "polar_express"] = "moonlight"  # coefficients
     newton_schulz_steps: PositiveInt = 5
     backend: Literal["plain", "gram"] = "plain"  # how the iteration is evaluated
+    products: Literal["auto", "half", "fp32"] = "auto"  # half: 16-bit; auto: half where the device has kernels for them
     blocks: Literal["whole", "per_head"] = "whole"  # Moonlight orthogonalises whole matrices
     update_rms: PositiveFloat = 0.2  # the 0.2 of 0.2 * sqrt(max(rows, cols))
     wire_dtype: Literal["bf16", "fp32"] = "bf16"

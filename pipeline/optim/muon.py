@@ -1,6 +1,7 @@
 """The optimizer: distributed Muon for matrices, AdamW for the rest, one learning rate and one weight decay.
 
-The rule (Moonlight, arXiv 2502.16982 section 2; bit for bit `torch.optim.Muon` with "match_rms_adamw"):
+The rule (Moonlight, arXiv 2502.16982 section 2; bit for bit `torch.optim.Muon` with "match_rms_adamw" where the
+device multiplies bf16, see `newton_schulz.py`):
 
     m <- mu m + (1 - mu) g                        momentum (a scaled form of the paper's sum; Newton-Schulz is scale-free)
     d <- mu m + (1 - mu) g                        Nesterov: the momentum seen one step ahead
@@ -49,6 +50,7 @@ from pipeline.optim.boxes import Box, Layout, numel
 from pipeline.optim.exchange import Exchange, Handle, Piece, cut
 from pipeline.optim.layout import MuonParameter, MuonPlan, Plan, bytes_sent, plan_muon, splitting_pays, view
 from pipeline.optim.newton_schulz import CPU_TILE, coefficients, orthogonalize
+from pipeline.optim.products import choose, dtype_of
 from pipeline.optim.rules import Rule, match_rules
 
 
@@ -151,6 +153,8 @@ class Muon:
         self.stored: list[Box] = [item.layout.box(item.layout.coordinates(rank)) for item in planned]
         self.plan = self._make_plan(planned)
         self.rank = rank
+        mesh_groups = next((mesh.get_all_groups() for mesh in meshes if mesh is not None), [])
+        self.products = choose(config.products, config.backend, self.device, mesh_groups)
         replica, replica_group, replicas = (
             _replicas(planned, meshes, rank) if self.plan.split_replicas else (0, None, 1)
         )
@@ -194,6 +198,11 @@ class Muon:
     def state(self) -> dict[str, Tensor]:
         return {f"{fqn}.momentum_buffer": m for (fqn, _), m in zip(self.parameters, self.momentum)}
 
+    @property
+    def multiplied(self) -> str:
+        """What Newton-Schulz multiplies here: bf16, fp16 or fp32; nothing without matrices."""
+        return dtype_of(self.products, self.config.backend) if self.parameters else ""
+
     def stats(self) -> dict[str, Any]:
         return {
             "bytes_sent": self.bytes_sent,
@@ -218,7 +227,10 @@ class Muon:
         self._momentum([piece for piece in exchange.other_pieces if self._gradient(piece) is not None], ok)
         received, handle = exchange.forth(send)
         yield handle
-        results = [orthogonalize(x_BMN, self.schedule, self.config.backend) for x_BMN in exchange.assemble(received)]
+        results = [
+            orthogonalize(x_BMN, self.schedule, self.config.backend, self.products)
+            for x_BMN in exchange.assemble(received)
+        ]
         del send, received
         pieces, updates = exchange.pieces, [o_MN for o_BMN in results for o_MN in o_BMN.unbind(0)]
         if exchange.group is not None or exchange.replica_group is not None:

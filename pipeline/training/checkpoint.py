@@ -86,12 +86,13 @@ class Checkpointer:
         tokens_seen: int,
         loss: float,
         metrics: tuple[FileEntry, ...] = (),
+        newton_schulz: str = "",
     ) -> None:
         """Begin to save; `settle` says when it is committed. Without `checkpoint.async_save` it is when this returns. The
         tensors of `state` must stay as they are until `wait_staged` returns."""
         assert self._pending is None, "settle the previous save first"
         facts: dict[str, Any] = {"step": step, "next_sequence": next_sequence, "tokens_seen": tokens_seen}
-        facts |= {"loss": loss, "metrics": metrics}
+        facts |= {"loss": loss, "metrics": metrics, "newton_schulz": newton_schulz}
         self._staged.clear()
         stage = self._config.async_save
         if stage and self._cuda:

@@ -15,7 +15,8 @@ from pipeline.config.schema import RunConfig
 from pipeline.dataset.order import Order
 from pipeline.manifest import DatasetManifest, digest_of
 
-MECHANICS_OF_MUON = {"bucket_bytes", "hsdp_split"}  # where and in what pieces the same updates are computed
+# Where, in what pieces and with which products the updates are computed.
+MECHANICS_OF_MUON = {"bucket_bytes", "hsdp_split", "products"}
 DECIDE_THE_LOSS = {
     "sequence_length",
     "compute_dtype",

@@ -14,6 +14,7 @@ The process group, if any, is initialised by the caller; this module reads no en
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -46,6 +47,8 @@ from pipeline.training.identity import identity_digest
 from pipeline.training.metrics import MetricsFiles, Pace, StepRecord, TrainProgress, sound_files
 from pipeline.training.step import Step
 from pipeline.training.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
 
 
 class TrainingStopped(RuntimeError):
@@ -123,6 +126,9 @@ class Run:
             self.optimizer.load_state_dict({name: state[name] for name in self.optimizer.state_dict()})
             self.at = Position(resume_from.step, resume_from.next_sequence)
             self.loss, self.tokens_seen = resume_from.loss, resume_from.tokens_seen
+            note = other_products(resume_from.newton_schulz, self.optimizer.muon.multiplied)
+            if note and self.rank == 0:
+                log.warning("%s", note)
         elif config.training.initial_weights:
             import_weights(self.model, config, storage)
         self.checkpoints.collect_leftovers(self.at.step)
@@ -187,6 +193,7 @@ class Run:
                     tokens_seen=self.tokens_seen,
                     loss=self.loss,
                     metrics=files.write(at.step) if files else (),
+                    newton_schulz=self.optimizer.muon.multiplied,
                 )
         watchdog.enter("save", at.step)
         settle()
@@ -262,6 +269,16 @@ def import_weights(model: Moonlight, config: RunConfig, storage: Storage) -> Non
         load_hf(model, "", Storage(storage.config.model_copy(update={"root": folder})))
     else:
         load_hf(model, folder, None if Path(folder).is_absolute() else storage)
+
+
+def other_products(before: str, now: str) -> str:
+    """A line if Newton-Schulz multiplied something else up to the checkpoint than it does here; '' if not."""
+    if not before or before == now:
+        return ""
+    return (
+        f"Newton-Schulz multiplies {now} here and multiplied {before} up to this checkpoint: losses go on, to other bits "
+        f"than there (optimizer.muon.products)"
+    )
 
 
 def _ignore(_: CheckpointManifest) -> None:

@@ -1,10 +1,15 @@
-"""The oracle of the distributed tests: `torch.optim.Muon` on whole tensors in one process, one block at a time."""
+"""The oracle of the distributed tests: `torch.optim.Muon` on whole tensors in one process, one block at a time.
+
+Where Newton-Schulz multiplies fp32, torch's Muon is given ours of one matrix (`test_newton_schulz.py` holds it against
+torch's): then equality says that the bits do not depend on ranks, layouts and batches.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -14,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config.schema import OptimizerConfig
 from pipeline.optim.boxes import block_boxes
+from pipeline.optim.newton_schulz import coefficients, orthogonalize
+from pipeline.optim.products import choose
 from pipeline.optim.rules import Rule, match_rules
 
 
@@ -42,6 +49,7 @@ class Oracle:
                 )
                 self.blocks[fqn].append((index, nn.Parameter(whole[index].clone())))
             (muon if rule.treatment == "muon" else adamw).extend(p for _, p in self.blocks[fqn])
+        self.products = choose(config.muon.products, "plain", torch.device("cpu"))
         self.optimizers: list[torch.optim.Optimizer] = []
         if muon:
             self.optimizers.append(
@@ -58,8 +66,10 @@ class Oracle:
         for fqn, blocks in self.blocks.items():
             for index, p in blocks:
                 p.grad = gradients[fqn][index].clone()
-        for optimizer in self.optimizers:
-            optimizer.step()
+        replaced = {"_zeropower_via_newtonschulz": _by_fp32} if self.products == "fp32" else {}
+        with mock.patch.multiple("torch.optim._muon", **replaced) if replaced else nullcontext():
+            for optimizer in self.optimizers:
+                optimizer.step()
 
     def check(self, named: list[tuple[str, Tensor]], case: str) -> None:
         """Every element equal, to the bit; AdamW's on a CPU to one in the last place, as torch's kernel fuses multiply and add
@@ -72,6 +82,10 @@ class Oracle:
                     assert torch.equal(found, expected), (case, fqn, index, (found - expected).abs().max().item())
                 else:
                     torch.testing.assert_close(found, expected.detach(), rtol=1e-6, atol=1e-7, msg=f"{case}, {fqn}")
+
+
+def _by_fp32(x_MN: Tensor, _: object, steps: int, __: float) -> Tensor:
+    return orthogonalize(x_MN[None], coefficients("moonlight", steps), products="fp32")[0]
 
 
 class Wire(TorchDispatchMode):

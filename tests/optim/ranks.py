@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -11,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from pipeline.config.schema import ModelConfig, MuonConfig, OptimizerConfig, ParallelismConfig, TrainingConfig
 from pipeline.model.moonlight import Moonlight
+from pipeline.optim import products
 from pipeline.optim.layout import Plan, sharded_parameters
 from pipeline.optim.muon import MoonlightOptimizer, build_optimizer
 from pipeline.optim.rules import Rule, moonlight_rules
@@ -86,6 +90,7 @@ def dense_cases(world: int) -> None:
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("shard",))
     for wire in ("bf16", "fp32"):
         compare(sharded(SHAPES, mesh), config(wire_dtype=wire), RULES, f"dense {wire}")
+    compare(sharded(SHAPES, mesh), config(products="fp32"), RULES, "dense, fp32 products")
     thrice = {f"{name}{i}": shape for i in range(3) for name, shape in SHAPES.items()}
     optimizer = compare(sharded(thrice, mesh), config(bucket_bytes=1), RULES, "small buckets")
     assert optimizer.stats()["buckets"] >= 2
@@ -103,6 +108,16 @@ def dense_cases(world: int) -> None:
     for i, (name, p) in enumerate(named):
         moved = not torch.equal(full(p), random(tuple(p.shape), i))
         assert moved == (name != "tall"), name
+
+
+def one_without_products(world: int) -> None:
+    """Where the last rank's device lacks 16-bit products every rank multiplies fp32, or none starts."""
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("shard",))
+    has = dist.get_rank() < world - 1
+    with mock.patch.object(products, "has_products", return_value=has):
+        assert build_optimizer(sharded(SHAPES, mesh), config(), RULES).muon.multiplied == "fp32"
+        with pytest.raises(ValueError, match="another rank" if has else "this cpu device"):
+            build_optimizer(sharded(SHAPES, mesh), config(products="half"), RULES)
 
 
 def byte_budget(world: int) -> None:
@@ -276,6 +291,7 @@ def two_ranks(folder: str) -> None:
 
 def three_ranks(folder: str) -> None:
     dense_cases(3)
+    one_without_products(3)
     byte_budget(3)
     mesh = init_device_mesh("cpu", (3,), mesh_dim_names=("ep",))
     for wire in ("bf16", "fp32"):
@@ -311,6 +327,9 @@ def expert_cases(wire: str) -> None:
     ):
         optimizer = whole_model(ParallelismConfig(**parallelism), model, config(wire_dtype=wire), f"{case}, {wire}")
         assert optimizer.stats()["plans"][plan] == stacks, case
+    whole_model(
+        ParallelismConfig(shard=4, ep=2), few, config(wire_dtype=wire, products="fp32"), f"fp32 products, {wire}"
+    )
     mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("efsdp",))
     named = sharded({"stack": (2, 6, 4), "other": (3, 6, 4)}, mesh)
     optimizer = compare(named, config(wire_dtype=wire), [Rule("*", "muon")], f"fewer experts than ranks, {wire}")

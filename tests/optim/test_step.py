@@ -26,9 +26,10 @@ def set_gradients(named, seed):
         p.grad = torch.randn(p.shape, generator=generator)
 
 
+@pytest.mark.parametrize("products", ["auto", "fp32"])
 @pytest.mark.parametrize("bucket_bytes", [1, 2**27])
-def test_equal_to_torch(bucket_bytes):
-    named, config = parameters(), OptimizerConfig(muon=MuonConfig(bucket_bytes=bucket_bytes))
+def test_equal_to_torch(bucket_bytes, products):
+    named, config = parameters(), OptimizerConfig(muon=MuonConfig(bucket_bytes=bucket_bytes, products=products))
     oracle, optimizer = Oracle(named, config, RULES, 0.02), build_optimizer(named, config, RULES)
     for step in range(5):
         set_gradients(named, step + 1)

@@ -43,7 +43,7 @@ def schedule(peak: float) -> dict:
     }
 
 
-def fp32_newton_schulz(x_BMN: Tensor, coefficients: list[tuple[float, float, float]], backend: str) -> Tensor:
+def fp32_newton_schulz(x_BMN: Tensor, coefficients: list[tuple[float, float, float]], *_: str) -> Tensor:
     """The polynomials as they are written, on matrices normalised in fp32."""
     x_BMN = x_BMN.float()
     x_BMN = x_BMN / torch.linalg.matrix_norm(x_BMN, keepdim=True).clamp(min=1e-7)

@@ -2,10 +2,12 @@
 
 import itertools
 import json
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
 
+from pipeline.optim import products
 from pipeline.storage import Storage
 from pipeline.training.commits import committed, train_folder
 from pipeline.training.content import combine, local_sums
@@ -134,3 +136,17 @@ def test_a_reshard_moves_every_bit(tmp_path):
     assert run.at.step == manifest.step
     assert manifest.world_size == 2
     assert combine([local_sums(run.state(), 0)], run.state()) == manifest.content_sha256
+
+
+def test_going_on_with_other_products_is_said_in_one_line(tmp_path, caplog):
+    """The checkpoint records what Newton-Schulz multiplied; the choice is no part of the run's identity."""
+    muon = {"muon": {"products": "fp32"}}
+    with pytest.raises(TrainingStopped) as stopped:
+        Watched().train(tiny(str(tmp_path), optimizer=muon), should_stop=stop_after(2))
+    assert stopped.value.checkpoint.newton_schulz == "fp32"
+    assert "Newton-Schulz" not in caplog.text
+    with mock.patch.object(products, "has_products", return_value=True):
+        manifest = Watched().train(tiny(str(tmp_path)))
+    assert manifest.checkpoint.newton_schulz == "bf16"
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "pipeline.training.trainer"]
+    assert line.startswith("Newton-Schulz multiplies bf16 here and multiplied fp32 up to this checkpoint")
