@@ -173,7 +173,12 @@ def supply(files: list[InputFile], tokens: int, *more: str) -> None:
         "global_batch": [{"until_tokens": tokens, "sequences": 16}],
         "bias_rate": [{"until_tokens": tokens, "rate": 0.0}],
     }
-    overrides = [f"corpus={json.dumps({'sources': [source]})}", f"schedule={json.dumps(schedule)}", *more]
+    overrides = [
+        f"corpus={json.dumps({'sources': [source]})}",
+        f"schedule={json.dumps(schedule)}",
+        'tokenizer={"vocab_size": 4096}',
+        *more,
+    ]
     check_supply(load_config("debug", overrides), {"web": files})
 
 
@@ -188,7 +193,7 @@ def test_a_demand_that_no_tokenizer_could_meet() -> None:
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz", "a.txt.zst"])
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl.gz", "a.txt.zst"])
 def test_nothing_bounds_a_compressed_corpus(name: str) -> None:
     supply([InputFile(name, 1000, "")], 50_000_000)
 
@@ -197,13 +202,18 @@ def test_a_source_too_small_for_its_weight() -> None:
     """Enough text in all, but not of the source that half of the tokens should come from."""
     config = load_config(
         "debug",
-        ["corpus.sources=[{name: big, path: /b, max_epochs: 9}, {name: small, path: /s}]"],
+        [
+            "corpus.sources=[{name: big, path: /b, max_epochs: 9}, {name: small, path: /s}]",
+            'tokenizer={"vocab_size": 4096}',
+        ],
     )
     listings = {"big": [InputFile("x.txt", 10**9, "")], "small": [InputFile("y.txt", 10**4, "")]}
     with pytest.raises(ConfigError, match=r"asks for 491,520 tokens of source 'small'.*corpus.sources\[1\].max_epochs"):
         check_supply(config, listings)
     mixture = "corpus.mixture=[{until_tokens: 983040, weights: {big: 0.999, small: 0.001}}]"
-    check_supply(load_config("debug", [f"corpus.sources={_plain(config)}", mixture]), listings)
+    check_supply(
+        load_config("debug", [f"corpus.sources={_plain(config)}", 'tokenizer={"vocab_size": 4096}', mixture]), listings
+    )
 
 
 def _plain(config: RunConfig) -> str:
