@@ -2,8 +2,7 @@
 
 Every mistake is a `ConfigError`: one line with the key's path, what was given and what is allowed.
 
-The YAML is 1.1 with two repairs: `1e-4` is a number (1.1 reads text; quoted it stays text), and a key given twice is an
-error (the last one would win in silence). `dump_yaml` writes by the same rules, so what it writes reads back as it was.
+A relative path in a YAML file is relative to that file; in a preset or an override to the folder one works in.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ from botocore.exceptions import BotoCoreError
 from pydantic import ValidationError
 
 from pipeline.config.schema import RunConfig, StorageConfig
+from pipeline.config.shares import with_tokens
+from pipeline.config.text import Dumper, TooMuch, parse
 from pipeline.storage import open_storage
 
 PRESETS = Path(__file__).parent / "presets"
@@ -31,24 +32,6 @@ SHOWN = 120  # characters of a wrong value that a message repeats
 
 class ConfigError(ValueError):
     """Wrong configuration; the message is the one line a user needs."""
-
-
-class _Loader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    pass
-
-
-_EXPONENT = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$")
-for _rules in (_Loader, _Dumper):
-    _rules.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("+-.0123456789"))
 
 
 def preset_names() -> list[str]:
@@ -66,9 +49,11 @@ def load_config(preset_or_path: str, overrides: list[str] | tuple[str, ...] = ()
 def validate(values: dict[str, Any]) -> RunConfig:
     """Validate plain values (as read from YAML or JSON)."""
     try:
-        return RunConfig.model_validate_json(json.dumps(_with_text_keys(values), default=str))
+        return RunConfig.model_validate_json(json.dumps(with_tokens(_with_text_keys(values)), default=str))
     except ValidationError as error:
         raise ConfigError("; ".join(dict.fromkeys(_describe(problem) for problem in error.errors()))) from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def dump_yaml(config: RunConfig) -> str:
@@ -76,7 +61,7 @@ def dump_yaml(config: RunConfig) -> str:
 
     Text outside of ASCII is escaped: PyYAML reads some of it (U+0085, U+FEFF) as line ends or marks where it stands bare.
     """
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False)
 
 
 def expand_path(path: str) -> str:
@@ -87,24 +72,51 @@ def expand_path(path: str) -> str:
 
 
 def _read(preset_or_path: str, overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    folder = None
     if preset_or_path.startswith("s3://"):
         path, data = preset_or_path, _read_s3(preset_or_path, overrides)
     else:
         file = PRESETS / f"{preset_or_path}.yaml"
-        if not file.exists():
-            file = Path(preset_or_path)
+        if "/" in preset_or_path or not file.exists():
+            file = Path(preset_or_path).expanduser()
+            folder = file.resolve().parent
         if not file.is_file():
             raise ConfigError(
                 f"--config {preset_or_path}: no such preset or file; presets are {', '.join(preset_names())}"
             )
-        path, data = str(file), file.read_bytes()
+        try:
+            path, data = str(file), file.read_bytes()
+        except OSError as error:
+            raise ConfigError(
+                f"--config {preset_or_path}: cannot be read ({error.strerror}); look at its rights"
+            ) from None
     try:
-        values = yaml.load(data, _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        values = parse(data)
+    except ValueError as error:
+        raise ConfigError(f"--config {path}: not readable as YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: expected a mapping of sections, got {type(values).__name__}")
+    if folder is not None:
+        _beside(values, folder)
     return values
+
+
+def _beside(values: dict[str, Any], folder: Path) -> None:
+    """Make the relative paths of a file's values absolute. `training.initial_weights` may be below the storage root instead."""
+    corpus = values.get("corpus")
+    sources = corpus.get("sources") if isinstance(corpus, dict) else None
+    places = [
+        (values.get("storage"), "root"),
+        (values.get("tokenizer"), "path"),
+        (values.get("evaluation"), "task_folder"),
+    ]
+    places += [(source, "path") for source in sources] if isinstance(sources, list) else []
+    for section, key in places:
+        if not isinstance(section, dict):
+            continue
+        path = section.get(key)
+        if isinstance(path, str) and path.strip() and ":/" not in path and path[0] not in "/~{$":
+            section[key] = str(folder / path)
 
 
 def _read_s3(uri: str, overrides: list[str] | tuple[str, ...]) -> bytes:
@@ -128,15 +140,17 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"override {override!r}: expected section.key=value")
     try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
+        value = parse(text)
+    except ValueError as error:
+        if isinstance(error, TooMuch):
+            raise ConfigError(f"{key}: {error}") from None
         value = text
     parts = key.split(".")
     node: Any = values
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
         if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
+            if not part.isdecimal() or len(part) > 6 or int(part) >= len(node):
                 raise ConfigError(f"{key}: {part!r} is not an index of a list of {len(node)}")
             if last:
                 node[int(part)] = value
@@ -144,6 +158,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
                 node = node[int(part)]
         elif isinstance(node, dict):
             if last:
+                node.pop(
+                    {"until": "until_tokens", "until_tokens": "until"}.get(part), None
+                )  # one answer, the later one
                 node[part] = value
             else:
                 node = node.setdefault(part, {})
@@ -169,12 +186,19 @@ def _describe(problem: Any) -> str:
     if kind == "value_error":
         message = message.removeprefix("Value error, ")
         return f"{where}: {message}" if where else message
-    found = repr(given)
+    found = _shown(given)
     found = found if len(found) <= SHOWN else f"{found[:SHOWN]}..."
     return f"{where}: {message[0].lower()}{message[1:]}, got {found}"
 
 
-_UNION_MEMBER = re.compile(r"int|literal\[.*\]")
+def _shown(given: Any) -> str:
+    try:
+        return repr(given)
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        return "a number of thousands of digits"
+
+
+_UNION_MEMBER = re.compile(r"int|constrained-int|literal\[.*\]")
 
 
 def _suggestion(location: tuple[Any, ...]) -> str:

@@ -10,14 +10,19 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.config import conditions
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
+from pipeline.config.values import (
+    Bytes,
+    Count,
+    Endpoint,
+    Fraction,
+    Location,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+)
 
 
 class Section(BaseModel):
@@ -26,32 +31,12 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-def _without_credentials(uri: str) -> str:
-    """URIs are printed, logged and recorded. What is refused is not repeated in the message, either."""
-    if "@" in uri.partition("://")[2].partition("/")[0]:
-        raise ValueError(
-            "must not hold credentials; give them as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or by a role"
-        )
-    return uri
-
-
-Uri = Annotated[str, AfterValidator(_without_credentials)]
-
-
 class StorageConfig(Section):
     """Where every byte goes: a folder or `s3://bucket/prefix`."""
 
-    root: Uri = "runs"
-    endpoint_url: Uri | None = None  # an S3-compatible server; None means AWS
+    root: Location = "runs"
+    endpoint_url: Endpoint | None = None  # an S3-compatible server; None means AWS
     region: str | None = None
-
-    @field_validator("root")
-    @classmethod
-    def _root_is_a_folder_or_bucket(cls, root: str) -> str:
-        scheme, separator, rest = root.partition("://")
-        if not root or (separator and (scheme != "s3" or not rest.strip("/"))):
-            raise ValueError(f"root {root!r} must be a folder or s3://bucket/prefix")
-        return root
 
     @property
     def is_s3(self) -> bool:
@@ -65,9 +50,9 @@ DEFAULT_SPECIAL_TOKENS = ("[BOS]", DEFAULT_EOS, "[PAD]", "[UNK]")
 class TokenizerConfig(Section):
     """Train a byte-level BPE with Moonlight's split pattern, or load one (`tokenizer.json` or Moonshot's `tiktoken.model`)."""
 
-    path: Uri | None = None  # folder or file to load; None trains one on the corpus
-    vocab_size: PositiveInt = 8192  # of a trained one; includes the special tokens
-    training_bytes: PositiveInt = 40_000_000  # text sampled from the corpus, spread over `sources`
+    path: Location | None = None  # folder or file to load; None trains one on the corpus
+    vocab_size: Annotated[int, Field(gt=0, le=10_000_000)] = 8192  # of a trained one; includes the special tokens
+    training_bytes: Bytes = 40_000_000  # text sampled from the corpus, spread over `sources`
     sources: dict[
         str, PositiveFloat
     ] = {}  # share of each source in that text; empty: all sources of the corpus, equally
@@ -94,7 +79,7 @@ class TokenizerConfig(Section):
 class FilterConfig(Section):
     """Language-independent document filters of one source; each rejection is counted by name."""
 
-    min_characters: int = 1
+    min_characters: Annotated[int, Field(ge=0)] = 1
     max_characters: PositiveInt = 100_000_000
     max_repeated_line_fraction: Fraction = 1.0  # share of lines that are copies of an earlier line of the document
     min_alphanumeric_fraction: Fraction = 0.0  # share of characters that are letters or digits
@@ -111,12 +96,12 @@ class SourceConfig(Section):
     """One named source of documents."""
 
     name: str
-    path: Uri  # folder, file or s3:// prefix; `{stdlib}` and `{site_packages}` stand for the running Python's folders
+    path: Location  # folder, file or s3:// prefix; `{stdlib}` and `{site_packages}` stand for the running Python's folders
     # auto: by name, where a name says it; anything else (code, say, as text) only if it is named here
     format: Literal["auto", "json", "jsonl", "parquet", "arrow", "csv", "tsv", "text"] = "auto"
     include: tuple[str, ...] = ("**/*",)  # globs relative to path
     exclude: tuple[str, ...] = ()
-    max_bytes: PositiveInt | None = None  # take files in hash order until this many bytes
+    max_bytes: Bytes | None = None  # take files in hash order until this many bytes
     text_field: str = "text"  # a field or column, or the path of a nested one: meta.text
     id_field: str | None = None
     weight: PositiveFloat = 1.0  # share of training sequences, normalised over sources
@@ -143,8 +128,8 @@ class CorpusConfig(Section):
     mixture: tuple[MixtureStage, ...] = ()  # empty: `sources[].weight` throughout
     heldout_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01  # of documents, chosen by document hash
     heldout_max_documents: PositiveInt = 1000  # per source
-    unit_bytes: PositiveInt = 2_000_000_000  # target size of a unit of work (2-5 minutes of one core)
-    max_document_bytes: PositiveInt = 32 * 1024 * 1024  # a larger record goes to quarantine
+    unit_bytes: Bytes = 2_000_000_000  # target size of a unit of work (2-5 minutes of one core)
+    max_document_bytes: Bytes = 32 * 1024 * 1024  # a larger record goes to quarantine
 
     @model_validator(mode="after")
     def _names_agree(self) -> CorpusConfig:
@@ -169,32 +154,32 @@ class DataConfig(Section):
 
     sequence_length: PositiveInt = 8192  # tokens of a packed row: the longest length training may use
     packing: Literal["best_fit", "concat", "pad"] = "best_fit"
-    max_documents_per_row: PositiveInt = 128
-    rows_per_group: PositiveInt = 256  # rows of a Parquet row group = one shuffle block = one ranged read
-    groups_per_file: PositiveInt = 256
-    lanes: PositiveInt = 1024  # D: independent read streams; a multiple of every rank count expected
-    window_blocks: PositiveInt = 4  # W: blocks shuffled together within a lane
+    max_documents_per_row: Count = 128
+    rows_per_group: Count = 256  # rows of a Parquet row group = one shuffle block = one ranged read
+    groups_per_file: Count = 256
+    lanes: Count = 1024  # D: independent read streams; a multiple of every rank count expected
+    window_blocks: Count = 4  # W: blocks shuffled together within a lane
     mixture_block: PositiveInt = 2048  # M: positions of a lane over which source counts are exact
-    cache_bytes: PositiveInt = 1 << 30  # decoded blocks kept per rank
-    zstd_level: int = 3
+    cache_bytes: Bytes = 1 << 30  # decoded blocks kept per rank
+    zstd_level: Annotated[int, Field(ge=-7, le=22)] = 3
 
 
 class ModelConfig(Section):
     """Moonlight's network (`DeepseekV3ForCausalLM`), field names as in its config.json."""
 
-    vocab_size: PositiveInt = 163_840
-    hidden_size: PositiveInt = 2048
-    num_hidden_layers: PositiveInt = 27
-    num_attention_heads: PositiveInt = 16
-    kv_lora_rank: PositiveInt = 512
-    qk_nope_head_dim: PositiveInt = 128
-    qk_rope_head_dim: PositiveInt = 64
-    v_head_dim: PositiveInt = 128
-    intermediate_size: PositiveInt = 11_264  # dense layers
-    moe_intermediate_size: PositiveInt = 1408  # one expert
-    n_routed_experts: PositiveInt = 64
-    n_shared_experts: PositiveInt = 2
-    num_experts_per_tok: PositiveInt = 6
+    vocab_size: Annotated[int, Field(gt=0, le=10_000_000)] = 163_840
+    hidden_size: Count = 2048
+    num_hidden_layers: Annotated[int, Field(gt=0, le=1000)] = 27
+    num_attention_heads: Count = 16
+    kv_lora_rank: Count = 512
+    qk_nope_head_dim: Count = 128
+    qk_rope_head_dim: Count = 64
+    v_head_dim: Count = 128
+    intermediate_size: Count = 11_264  # dense layers
+    moe_intermediate_size: Count = 1408  # one expert
+    n_routed_experts: Count = 64
+    n_shared_experts: Count = 2
+    num_experts_per_tok: Count = 6
     first_k_dense_replace: Annotated[int, Field(ge=0)] = 1
     routed_scaling_factor: PositiveFloat = 2.446
     norm_topk_prob: bool = True
@@ -222,6 +207,11 @@ class ModelConfig(Section):
             raise ValueError(
                 f"first_k_dense_replace {self.first_k_dense_replace} exceeds num_hidden_layers {self.num_hidden_layers}"
             )
+        for name in ("hidden_size", "moe_intermediate_size"):
+            if getattr(self, name) % 8:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} must be a multiple of 8: the experts' grouped products take rows of whole 16 bytes"
+                )
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim {self.qk_rope_head_dim} must be even: rotary embedding turns pairs")
         return self
@@ -231,13 +221,13 @@ class MuonConfig(Section):
     momentum: Fraction = 0.95
     nesterov: bool = True
     newton_schulz: Literal["moonlight", "polar_express"] = "moonlight"  # coefficients
-    newton_schulz_steps: PositiveInt = 5
+    newton_schulz_steps: Count = 5
     backend: Literal["plain", "gram"] = "plain"  # how the iteration is evaluated
     products: Literal["auto", "half", "fp32"] = "auto"  # half: 16-bit; auto: half where the device has kernels for them
     blocks: Literal["whole", "per_head"] = "whole"  # Moonlight orthogonalises whole matrices
     update_rms: PositiveFloat = 0.2  # the 0.2 of 0.2 * sqrt(max(rows, cols))
     wire_dtype: Literal["bf16", "fp32"] = "bf16"
-    bucket_bytes: PositiveInt = 128 * 1024 * 1024  # cap of one exchange buffer
+    bucket_bytes: Bytes = 128 * 1024 * 1024  # cap of one exchange buffer
     hsdp_split: Literal["auto", "on", "off"] = "off"  # replicas share the Newton-Schulz work
 
     @field_validator("hsdp_split", mode="before")
@@ -286,6 +276,9 @@ class ScheduleConfig(Section):
     """Pure functions of the position, which counts slots: sequences so far times their length, padding included.
 
     `total_tokens` and every `until_tokens` are positions. The last one of each list must reach `total_tokens`.
+
+    Here and in `corpus.mixture` a stage in YAML may say `until: 80%` (or `1/12`) instead of `until_tokens`: with another `total_tokens` the
+    schedule then keeps its shape.
     """
 
     total_tokens: PositiveInt
@@ -307,9 +300,9 @@ class ScheduleConfig(Section):
 class ParallelismConfig(Section):
     """Meshes: dense parameters on (replicate, shard); experts on (replicate, efsdp, ep) with efsdp * ep = shard."""
 
-    replicate: PositiveInt = 1
-    shard: PositiveInt = 1
-    ep: PositiveInt = 1
+    replicate: Count = 1
+    shard: Count = 1
+    ep: Count = 1
 
     @property
     def world_size(self) -> int:
@@ -339,24 +332,26 @@ class SpikeConfig(Section):
 
 class TrainingConfig(Section):
     sequence_length: PositiveInt = 8192  # tokens; divides data.sequence_length
-    micro_batch: PositiveInt = 1  # sequences per rank and forward pass
+    micro_batch: Count = 1  # sequences per rank and forward pass
     compute_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False  # torch.compile per block
     reshard_after_forward: bool = True
     document_mask: bool = False  # attention stays inside a document of a packed row
     aux_loss_weight: NonNegativeFloat = 1e-4  # sequence-wise balance loss
-    initial_weights: Uri | None = None  # a Hugging Face folder, promoted or promoted-or-fresh (training/initial.py)
+    initial_weights: Location | None = (
+        None  # a Hugging Face folder, promoted or promoted-or-fresh (training/initial.py)
+    )
     skip_sequences: tuple[tuple[int, int], ...] = ()  # ranges [from, to) of global positions left out
     max_skipped_steps: PositiveInt = 10  # non-finite steps in a row before the run stops
     spikes: SpikeConfig = SpikeConfig()
     step_timeout_s: PositiveFloat = 1800.0  # heartbeat watchdog
-    log_every: PositiveInt = 10  # steps
+    log_every: Count = 10  # steps
 
 
 class CheckpointConfig(Section):
     every_steps: PositiveInt = 1000
-    keep: PositiveInt = 3  # newest checkpoints kept; the last one of a run is never deleted
+    keep: Count = 3  # newest checkpoints kept; the last one of a run is never deleted
     keep_every: PositiveInt | None = None  # those of steps that are multiples of it are kept as well
     async_save: bool = True
 
@@ -364,10 +359,10 @@ class CheckpointConfig(Section):
 class EvaluationConfig(Section):
     sequence_length: PositiveInt | None = None  # window of held-out text; None: training.sequence_length
     max_tokens_per_source: PositiveInt = 10_000_000
-    batch: PositiveInt = 8  # windows per forward pass
-    checkpoint: Literal["last"] | int = "last"  # or a step
+    batch: Count = 8  # windows per forward pass
+    checkpoint: Literal["last"] | Annotated[int, Field(gt=0)] = "last"  # or a step
     tasks: tuple[str, ...] = ()  # of lm-eval, to be scored as well: names of tasks, groups or tags
-    task_folder: Uri | None = None  # folder or s3:// prefix with own tasks (lm-eval's YAML) and their data
+    task_folder: Location | None = None  # folder or s3:// prefix with own tasks (lm-eval's YAML) and their data
     few_shot: Annotated[int, Field(ge=0)] | None = None  # examples before each question; None: what each task says
     task_limit: PositiveInt | None = None  # documents of each task; None: all
 
@@ -385,22 +380,32 @@ TASK_SETTINGS = frozenset({"tasks", "task_folder", "few_shot", "task_limit"})
 
 
 class PublishingConfig(Section):
-    name: str = "moonlight"
+    name: str = "moonlight"  # of the folder below models/
     max_loss: PositiveFloat | None = None  # gate on the held-out loss (nats per token)
     promote: bool = True  # move latest.json to the new version
-    shard_bytes: PositiveInt = 5_000_000_000  # of one safetensors file
+    shard_bytes: Bytes = 5_000_000_000  # of one safetensors file
     dtype: Literal["fp32", "bf16"] = "bf16"
     sample_prompts: tuple[str, ...] = ()
-    sample_tokens: PositiveInt = 64
+    sample_tokens: Count = 64
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_path_segment(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}", name):
+            raise ValueError(f"name {name!r} must be 1-96 letters, digits, '.', '_' or '-': it names a folder")
+        return name
+
+
+Cpus = Annotated[float, Field(gt=0.0, le=10_000.0)]
 
 
 class ClusterConfig(Section):
     """What the stages ask of Ray."""
 
     use_gpu: bool = False
-    cpus_per_worker: PositiveFloat = 1.0
-    prepare_cpus: PositiveFloat = 1.0  # per unit task
-    prepare_memory_bytes: PositiveInt = 1_000_000_000  # per unit task; 2 GB where Parquet has pages of hundreds of MB
+    cpus_per_worker: Cpus = 1.0
+    prepare_cpus: Cpus = 1.0  # per unit task
+    prepare_memory_bytes: Bytes = 1_000_000_000  # per unit task; 2 GB where Parquet has pages of hundreds of MB
     max_failures: Annotated[int, Field(ge=-1)] = 3  # restarts of the training group
 
 
@@ -408,7 +413,7 @@ class RunConfig(Section):
     """One run. `run_id` names it: the same run_id and settings continue, never repeat, what is already done."""
 
     run_id: str
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     storage: StorageConfig = StorageConfig()
     tokenizer: TokenizerConfig
     corpus: CorpusConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config.load import ConfigError, dump_yaml, expand_path, load_config, preset_names, validate
+from pipeline.config.load import PRESETS, ConfigError, dump_yaml, expand_path, load_config, preset_names, validate
+from pipeline.config.values import parse_share
 from pipeline.storage import open_storage
 
 
@@ -25,7 +27,7 @@ def refusal(*overrides: str, config: str = "debug") -> str:
 @pytest.mark.parametrize("preset", ["debug", "moonlight-16b-a3b"])
 def test_presets_validate_and_round_trip(preset: str, tmp_path: Path) -> None:
     assert preset in preset_names()
-    config = load_config(preset)
+    config = load_config(preset, [f"storage.root={tmp_path / 'runs'}"])
     (tmp_path / "run.yaml").write_text(dump_yaml(config))
     assert load_config(str(tmp_path / "run.yaml")) == config
     assert validate(config.model_dump(mode="json")) == config
@@ -38,7 +40,7 @@ NUMBER_LIKE = st.from_regex(r"[-+]?[0-9.]{0,3}[eE_:][-+]?[0-9]{1,3}", fullmatch=
 @settings(derandomize=True, max_examples=12, deadline=None)
 def test_any_text_survives_a_round_trip(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
     """Prompts and special tokens that look like numbers, dates or nothing stay text."""
-    config = load_config("debug")
+    config = load_config("debug", ["storage.root=/somewhere"])
     publishing = config.publishing.model_copy(
         update={"sample_prompts": (*texts, "1e5", "2.5", "~", "2026-01-01", "\x85", "\ufeff")}
     )
@@ -118,9 +120,9 @@ def test_overrides() -> None:
         ("seed", "override 'seed': expected section.key=value"),
         ("=3", "override '=3': expected section.key=value"),
         ("evaluation.checkpoint=first", "evaluation.checkpoint: input should be 'last', got 'first'; evaluation.check"),
-        ("storage.root=gs://bucket", "storage.root: root 'gs://bucket' must be a folder or s3://bucket/prefix"),
-        ("storage.root=s3://", "storage.root: root 's3://' must be a folder or s3://bucket/prefix"),
-        ("storage.root=''", "storage.root: root '' must be a folder or s3://bucket/prefix"),
+        ("storage.root=gs://bucket", "storage.root: 'gs://bucket' must be a folder or s3://bucket/prefix"),
+        ("storage.root=s3://", "storage.root: 's3://' must be a folder or s3://bucket/prefix"),
+        ("storage.root=''", "storage.root: '' must be a path or URI without blanks around it"),
         ("parallelism={shard: 4, ep: 3}", "parallelism: ep 3 must divide shard 4"),
         (
             "parallelism={shard: 16, ep: 16}",
@@ -138,12 +140,74 @@ def test_overrides() -> None:
         ("tokenizer.vocab_size=5000", "tokenizer.vocab_size 5000 must equal model.vocab_size 4096"),
         ("tokenizer.vocab_size=200", "tokenizer: vocab_size 200 is too small: 256 bytes + 4 special tokens"),
         ("tokenizer.eos_token=<eos>", "tokenizer: eos_token '<eos>' is not among special_tokens"),
-        ("schedule.total_tokens=2000000", "schedule: learning_rate: ends at 983040 tokens but total_tokens is 2000000"),
+        (
+            "schedule.bias_rate=[{until_tokens: 983039, rate: 0.0}]",
+            "schedule: bias_rate: ends at 983039 tokens but total_tokens is 983040",
+        ),
         ("schedule.learning_rate.1.until_tokens=7", "schedule: learning_rate: until_tokens must increase"),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_key(override: str, message: str) -> None:
     assert message in refusal(override)
+
+
+def test_a_schedule_in_shares_keeps_its_shape() -> None:
+    """`schedule.total_tokens` alone makes a longer run, of every preset; the published recipe is met to the token."""
+    for preset in preset_names():
+        short = load_config(preset)
+        longer = load_config(preset, [f"schedule.total_tokens={7 * short.schedule.total_tokens}"])
+        for name in ("learning_rate", "global_batch", "bias_rate"):
+            for before, after in zip(getattr(short.schedule, name), getattr(longer.schedule, name), strict=True):
+                assert abs(after.until_tokens - 7 * before.until_tokens) <= 4
+                assert after.model_dump(exclude={"until_tokens"}) == before.model_dump(exclude={"until_tokens"})
+        for before, after in zip(short.corpus.mixture, longer.corpus.mixture, strict=True):
+            assert abs(after.until_tokens - 7 * before.until_tokens) <= 4
+    recipe = load_config("moonlight-16b-a3b").schedule
+    assert [stage.until_tokens for stage in recipe.learning_rate] == [
+        33_554_432_000, 5_200_000_000_000, 5_203_355_443_200, 5_700_000_000_000,
+    ]  # fmt: skip
+    assert load_config("debug", ["schedule.total_tokens=2000000"]).schedule.bias_rate[0].until_tokens == 1_600_000
+
+
+@given(st.integers(1, 10**15), st.integers(1, 10**6), st.integers(1, 10**6))
+@settings(derandomize=True, max_examples=50, deadline=None)
+def test_a_share_is_exact(total: int, part: int, whole: int) -> None:
+    if part > whole:
+        part, whole = whole, part
+    exact = Fraction(part * total, whole)
+    assert abs(parse_share(f"{part}/{whole}", total) - exact) <= (Fraction(1, 2) if exact > 1 else 1)
+    assert parse_share("100%", total) == total
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2GB", 2 * 10**9),
+        ("1.5 GiB", 3 << 29),
+        ("64MiB", 64 << 20),
+        ("500kB", 500_000),
+        ("2_000b", 2000),
+        ("1e9", 10**9),
+        ("2_000_000", 2_000_000),
+    ],
+)
+def test_sizes_as_people_write_them(text: str, expected: int) -> None:
+    config = load_config("debug", [f"corpus.unit_bytes={text}"])
+    assert config.corpus.unit_bytes == expected
+    assert validate(config.model_dump(mode="json")) == config
+
+
+def test_paths_of_a_file_are_relative_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    text = (PRESETS / "debug.yaml").read_text().replace("root: runs", "root: out").replace("{stdlib}", "texts")
+    (tmp_path / "run.yaml").write_text(text)
+    found = load_config("../run.yaml", ["evaluation.task_folder=tasks"])
+    assert found.storage.root == str(tmp_path.resolve() / "out")
+    assert Path(found.corpus.sources[0].path).resolve() == tmp_path / "texts"
+    assert found.corpus.sources[1].path == "{site_packages}"
+    assert found.evaluation.task_folder == "tasks"  # as the shell means it
+    assert load_config("debug").storage.root == "runs"
 
 
 @pytest.mark.parametrize(
