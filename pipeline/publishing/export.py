@@ -50,7 +50,7 @@ from pipeline.publishing.plots import loss_plot
 from pipeline.publishing.version import PublishProgress, published_config, version_name
 from pipeline.storage import Storage, sha256_of
 from pipeline.tokenizer import Encoder
-from pipeline.tokenizer.files import CONFIG_JSON, TOKENIZER_JSON
+from pipeline.tokenizer.files import CONFIG_JSON, RANK_FILE, TOKENIZER_JSON
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROUTER_BIAS = "e_score_correction_bias"  # stays fp32: it decides near-ties between experts
@@ -134,11 +134,11 @@ def _write(
         files.append(FileEntry(path=name, bytes=len(data), sha256=registry.sha256_bytes(data)))
 
     files += write_weights(config, checkpoint, storage, folder, report)
-    tokenizer_files = _tokenizer_files(config, dataset.tokenizer, storage)
-    ids = _role_ids(dataset.tokenizer, tokenizer_files)
+    tokenizer = tokenizer_files(_stored_tokenizer(dataset.tokenizer, storage), config)
+    ids = _role_ids(dataset.tokenizer, tokenizer)
     put("config.json", registry.pretty_json(_config_json(config, ids)))
     put("generation_config.json", registry.pretty_json({**ids, "max_length": config.model.max_position_embeddings}))
-    for name, data in tokenizer_files.items():
+    for name, data in tokenizer.items():
         put(name, data)
 
     report(PublishProgress("samples and model card", 0, 0))
@@ -243,17 +243,21 @@ def _upload(contents: dict[str, torch.Tensor], storage: Storage, folder: str, fi
 # -- what stands beside the weights -------------------------------------------------------------------------------------
 
 
-def _tokenizer_files(config: RunConfig, tokenizer: TokenizerManifest, storage: Storage) -> dict[str, bytes]:
-    """All that came with the tokenizer, as it is, but for what the network decides: its limit and its inputs."""
+def _stored_tokenizer(tokenizer: TokenizerManifest, storage: Storage) -> dict[str, bytes]:
     came = [PurePosixPath(file.path).relative_to(tokenizer.folder).as_posix() for file in tokenizer.files]
     names = [TOKENIZER_JSON, CONFIG_JSON, *(name for name in came if name.endswith(".jinja"))]
-    files = {name: storage.read(f"{tokenizer.folder}/{name}") for name in names}
+    return {name: storage.read(f"{tokenizer.folder}/{name}") for name in names}
+
+
+def tokenizer_files(stored: dict[str, bytes], config: RunConfig) -> dict[str, bytes]:
+    """What is published of a stored tokenizer: all as it is, but for what the network decides, its limit and its inputs."""
     settings = {
-        **orjson.loads(files[CONFIG_JSON]),
+        **orjson.loads(stored[CONFIG_JSON]),
         "model_max_length": config.model.max_position_embeddings,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    return {**files, CONFIG_JSON: registry.pretty_json(settings)}
+    kept = {name: data for name, data in stored.items() if name != RANK_FILE}
+    return {**kept, CONFIG_JSON: registry.pretty_json(settings)}
 
 
 def _role_ids(tokenizer: TokenizerManifest, files: dict[str, bytes]) -> dict[str, int]:
