@@ -198,7 +198,7 @@ class CheckpointManifest(Record):
     files: tuple[StoredFile, ...]
     metadata_sha256: str = ""  # of `.metadata`, which has a checksum of every piece of the parts
     metrics: tuple[FileEntry, ...] = ()  # what was logged up to this step, as it was then
-    loss: float
+    loss: float | None  # nats per token, of the last step that had a loss; None: none has
     world_size: int
     fence: int | None = None  # fencing number of the writer; None: written without a lease
     newton_schulz: str = (

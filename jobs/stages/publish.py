@@ -7,8 +7,9 @@ from collections.abc import Callable
 from jobs.commit import git_commit
 from jobs.stages.records import Records
 from pipeline.config.schema import RunConfig
-from pipeline.manifest import EvaluationManifest, ModelManifest
+from pipeline.manifest import DamagedRecord, EvaluationManifest, ModelManifest
 from pipeline.publishing import registry
+from pipeline.publishing.gate import refusal
 from pipeline.publishing.version import PublishProgress, version_name
 from pipeline.storage import Storage
 from pipeline.workflow.record import StageProgress
@@ -36,12 +37,14 @@ def gate(config: RunConfig, storage: Storage) -> tuple[str, str]:
     found = [entry.path for entry in storage.list(folder) if entry.path.rsplit("/", 1)[-1].startswith("step-")]
     if not found:
         return "closed", f"no evaluation below {storage.uri(folder)}"
-    evaluation = EvaluationManifest.model_validate_json(storage.read(max(found)))
-    loss, limit = evaluation.overall.loss, config.publishing.max_loss
-    facts = f"step {evaluation.step}: held-out loss {loss:.4f}, {evaluation.overall.bits_per_byte:.4f} bits per byte"
-    if limit is not None and loss > limit:
-        return "closed", f"{facts}; publishing.max_loss is {limit:g}"
-    return "open", facts
+    try:
+        evaluation = EvaluationManifest.parse(storage.read(max(found)), storage.uri(max(found)))
+    except DamagedRecord as error:
+        return "closed", str(error)
+    overall = evaluation.overall
+    facts = f"step {evaluation.step}: held-out loss {overall.loss:.4f}, {overall.bits_per_byte:.4f} bits per byte"
+    why = refusal(evaluation, config.publishing.max_loss)
+    return ("open", facts) if why is None else ("closed", f"{facts}; {why}")
 
 
 def do(config: RunConfig, storage: Storage, records: Records, report: Callable[[PublishProgress], None]) -> None:

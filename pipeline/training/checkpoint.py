@@ -84,7 +84,7 @@ class Checkpointer:
         step: int,
         next_sequence: int,
         tokens_seen: int,
-        loss: float,
+        loss: float | None,
         metrics: tuple[FileEntry, ...] = (),
         newton_schulz: str = "",
     ) -> None:

@@ -117,7 +117,7 @@ class Run:
         self.model, self.optimizer = build(config, self.meshes, self.device)
         self.guard = Guard(self.device, config.training.spikes)
         self.at = Position()
-        self.loss = 0.0  # of the last step that counted
+        self.loss: float | None = None  # of the last step that had one
         self.tokens_seen = 0  # labels trained on, up to the last step that was observed
         self.checkpoint: CheckpointManifest | None = resume_from
         if resume_from is not None:

@@ -31,7 +31,7 @@ from tests.distributed import run_distributed
 from tests.evaluation.make import SEQUENCE
 from tests.evaluation.make_tasks import NEW_TOKENS, TASKS, write_tasks
 from tests.evaluation.test_heldout import ranks_evaluate
-from tests.publishing.conftest import PublishedRun, published
+from tests.publishing.conftest import PublishedRun
 
 SHOTS = 2
 LONG = "The field and the 17 houses behind it. " * 8
@@ -39,11 +39,6 @@ LONG = "The field and the 17 houses behind it. " * 8
 
 def ignore(_: object) -> None:
     pass
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> PublishedRun:
-    return published(str(tmp_path_factory.mktemp("harness")))
 
 
 @pytest.fixture(scope="module")
