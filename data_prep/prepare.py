@@ -37,7 +37,7 @@ from data_prep.records import (
     plan_path,
     shard_path,
 )
-from data_prep.resolve import READ_THREADS, Heldout, choose_heldout, find_duplicates, partitions_of
+from data_prep.resolve import READ_THREADS, Heldout, Partition, choose_heldout, find_duplicates, partitions_of
 from data_prep.tail import TailTask, build_tail, tail_tasks
 from data_prep.tokenize_unit import TokenizeSettings, open_input, token_dtype
 from data_prep.tokenizer_stage import ensure_tokenizer, tokenizer_identity
@@ -111,6 +111,8 @@ def _identity(config: RunConfig, listings: dict[str, list[InputFile]]) -> str:
         "layout": layout(config.data),
         "versions": _versions(),
     }
+    if config.corpus.drop_duplicates_across_sources:  # then their order decides which of two copies stays
+        parts["order_of_sources"] = [source.name for source in config.corpus.sources]
     return digest_of(parts)[:32]
 
 
@@ -211,6 +213,7 @@ def _tokenize(
             heldout_fraction=config.corpus.heldout_fraction,
             heldout_max_documents=config.corpus.heldout_max_documents,
             max_document_bytes=config.corpus.max_document_bytes,
+            keep_rejected=config.corpus.keep_rejected,
             unit_settings=unit_settings(source, config.corpus, plan.tokenizer.sha256),
             versions=_versions(),
         )
@@ -260,9 +263,13 @@ def _resolve_and_pack(
         )
         dedup = source.filters.drop_exact_duplicates
         partitions[source.name] = partitions_of(source.name, manifests, folder) if dedup else []
+    across: list[Partition] = []
+    if config.corpus.drop_duplicates_across_sources:
+        numbers = {source.name: number for number, source in enumerate(config.corpus.sources)}
+        across = partitions_of("_across", tokenized, folder, [numbers[unit.source] for unit in units])
     hashes = sorted(frozenset().union(*(chosen.hashes for chosen in heldout.values())))
     storage.write(f"{folder}/heldout.hashes", b"".join(hashes))
-    every = [partition for found in partitions.values() for partition in found]
+    every = [partition for found in partitions.values() for partition in found] + across
     _mapped("resolve", partial(find_duplicates, config.storage), every, map_units, report, lambda _: (0, 0, 0, False))
 
     tasks: list[PackTask] = []
@@ -275,6 +282,9 @@ def _resolve_and_pack(
                 units=len(mine),
                 heldout=tuple(heldout[unit.source].chosen.get(unit.id, ())),
                 duplicates=tuple(partition.output for partition in partitions[unit.source]),
+                place_in_all=place,
+                units_in_all=len(units),
+                across=tuple(partition.output for partition in across),
             )
         )
     settings = _pack_settings(config, plan)
@@ -295,7 +305,9 @@ def _resolved(plan: Plan) -> str:
 
 
 def _pack_settings(config: RunConfig, plan: Plan) -> PackSettings:
-    return PackSettings(config.storage, config.data, plan.tokenizer, f"{_resolved(plan)}/heldout.hashes")
+    return PackSettings(
+        config.storage, config.data, plan.tokenizer, f"{_resolved(plan)}/heldout.hashes", config.corpus.keep_rejected
+    )
 
 
 def _tails(

@@ -6,6 +6,8 @@ datasets/documents/ab/<unit>.parquet      a unit's tokenized documents: tokens, 
 datasets/documents/ab/<unit>.index        (hash, ordinal) of each, sorted: what finding duplicates reads
 datasets/documents/ab/<unit>.heldout.parquet   the unit's candidates for the held-out split
 datasets/quarantine/ab/<unit>.jsonl       records that could not be used: location, reason, excerpt
+datasets/rejected/ab/<unit>.parquet       on request: documents that filters rejected, with the reason and the text
+datasets/rejected/ab/<pack>.parquet       on request: documents of the unit that are copies, with the reason
 datasets/units/ab/<unit>.json             commit of the above
 datasets/packed/ab/<pack>-00000.parquet   packed rows of a unit
 datasets/packed/ab/<pack>-rest.parquet    its last rows, short of a whole group
@@ -54,6 +56,7 @@ class UnitManifest(Record):
     index: FileEntry | None
     candidates: FileEntry | None
     quarantine: FileEntry | None
+    rejected: FileEntry | None = None
     cross_checked: int  # documents encoded by the reference too, with equal ids
     engines: tuple[
         str, ...
@@ -77,6 +80,7 @@ class PackManifest(Record):
     counts: DocumentCounts
     padding: int  # tokens
     text_bytes: int
+    rejected: FileEntry | None = None
 
     @property
     def path(self) -> str:

@@ -130,6 +130,8 @@ class CorpusConfig(Section):
     heldout_max_documents: PositiveInt = 1000  # per source
     unit_bytes: Bytes = 2_000_000_000  # target size of a unit of work (2-5 minutes of one core)
     max_document_bytes: Bytes = 32 * 1024 * 1024  # a larger record goes to quarantine
+    drop_duplicates_across_sources: bool = False  # of equal documents that of the source named first stays
+    keep_rejected: bool = False  # write what filters rejected, with the reason, to datasets/rejected/
 
     @model_validator(mode="after")
     def _names_agree(self) -> CorpusConfig:
