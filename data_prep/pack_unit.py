@@ -28,6 +28,7 @@ from pipeline.config.schema import DataConfig, StorageConfig
 from pipeline.manifest import DocumentCounts, TokenizerManifest, digest_of
 from pipeline.storage import Storage, open_storage
 
+PACKING_FORMAT = 2  # raise when the same documents and settings would give other rows
 LAYOUT_KEYS = ("sequence_length", "packing", "max_documents_per_row", "rows_per_group", "groups_per_file", "zstd_level")
 
 
@@ -60,8 +61,8 @@ class _Excluded:
 
 
 def layout(data: DataConfig) -> dict[str, Any]:
-    """The settings that decide the bytes of packed rows."""
-    return data.model_dump(mode="json", include=set(LAYOUT_KEYS))
+    """What decides the bytes of packed rows: settings, and the version of the packing."""
+    return {**data.model_dump(mode="json", include=set(LAYOUT_KEYS)), "format": PACKING_FORMAT}
 
 
 @working()

@@ -41,6 +41,7 @@ from data_prep.resolve import READ_THREADS, Heldout, Partition, choose_heldout, 
 from data_prep.tail import TailTask, build_tail, tail_tasks
 from data_prep.tokenize_unit import TokenizeSettings, open_input, token_dtype
 from data_prep.tokenizer_stage import ensure_tokenizer, tokenizer_identity
+from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig, SourceConfig
 from pipeline.manifest import DatasetManifest, DocumentCounts, SourceManifest, digest_of
 from pipeline.storage import Storage
@@ -73,7 +74,7 @@ def prepare(
     dataset_identity = _identity(config, listings)
     done = storage.read_or_none(dataset_path(dataset_identity))
     if done is not None:
-        return DatasetManifest.model_validate_json(done)
+        return _checked(config, DatasetManifest.model_validate_json(done))
     plan = _plan(config, storage, listings, dataset_identity, report)
     for note in plan.tokenizer.notes:
         log.warning("tokenizer: %s", note)
@@ -82,10 +83,24 @@ def prepare(
     heldout, packed = _resolve_and_pack(config, storage, plan, units, tokenized, map_units, report)
     tails = _tails(config, plan, units, packed, map_units, report)
     dataset = _dataset(config, plan, units, tokenized, heldout, packed, tails)
+    failed = sum(len(source.failed_units) for source in dataset.sources)
+    documents, text_bytes = sum(pack.counts.docs_out for pack in packed), sum(pack.text_bytes for pack in packed)
+    facts = (len(units), len(units), failed, documents, text_bytes, dataset.tokens, 0.0, len(units))
+    report(PrepareProgress("packed", *facts, padding=dataset.padding))
+    _checked(config, dataset)
     forget_attempts(storage, units)
     storage.create(dataset_path(dataset_identity), dataset.to_json())
     storage.sweep("datasets")
     return DatasetManifest.model_validate_json(storage.read(dataset_path(dataset_identity)))
+
+
+def _checked(config: RunConfig, dataset: DatasetManifest) -> DatasetManifest:
+    """Raises ConfigError for more padding than the configuration allows: the packs stay, so another try is quick."""
+    try:
+        dataset.check_padding(config.data.max_padding)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return dataset
 
 
 def _list(config: RunConfig) -> dict[str, list[InputFile]]:

@@ -113,7 +113,7 @@ class Plan(Record):
 class PrepareProgress:
     """Where prepare stands. Documents, bytes, tokens and their rates are those of this run; units also of earlier ones."""
 
-    phase: str  # tokenizer, tokenize, resolve, pack, tail
+    phase: str  # tokenizer, tokenize, resolve, pack, tail, packed
     units_done: int
     units_total: int
     units_failed: int
@@ -122,6 +122,7 @@ class PrepareProgress:
     tokens: int
     seconds: float  # of this phase
     units_before: int = 0  # done when this run began
+    padding: float | None = None  # share of the dataset's slots, once it is packed
 
     @property
     def megabytes_per_second(self) -> float:
@@ -140,6 +141,8 @@ class PrepareProgress:
     def line(self) -> str:
         eta = "" if self.eta_seconds is None else f", {self.eta_seconds:.0f} s left"
         failed = f", {self.units_failed} failed" if self.units_failed else ""
+        if self.padding is not None:
+            return f"{self.phase}: {self.tokens / 1e6:,.2f} M tokens, {self.padding:.2%} padding{failed}"
         return (
             f"{self.phase}: {self.units_done}/{self.units_total} units{failed}, {self.documents:,} documents, "
             f"{self.text_bytes / 1e6:,.1f} MB ({self.megabytes_per_second:.1f} MB/s), {self.tokens / 1e6:,.2f} M tokens "

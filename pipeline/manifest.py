@@ -183,6 +183,23 @@ class DatasetManifest(Record):
     def tokens(self) -> int:
         return sum(source.tokens for source in self.sources)
 
+    @property
+    def padding(self) -> float:
+        """Share of the slots of all packed rows that hold no token."""
+        return 1 - self.tokens / (self.rows * self.sequence_length) if self.rows else 0.0
+
+    def check_padding(self, limit: float) -> None:
+        """Raises ValueError for a source with a larger share of padding than `data.max_padding`."""
+        for source in self.sources:
+            slots = source.rows * self.sequence_length
+            if slots - source.tokens > limit * slots:
+                raise ValueError(
+                    f"source {source.name!r}: {slots - source.tokens:,} of the {slots:,} slots of its packed rows are padding "
+                    f"({1 - source.tokens / slots:.1%}), and data.max_padding is {limit:g}: pack with data.packing=best_fit and without "
+                    "data.max_documents_per_row, add text (each unit of it ends in a row that is not full), shorten "
+                    "data.sequence_length, or raise data.max_padding"
+                )
+
 
 class CheckpointManifest(Record):
     """`<root>/runs/<run_id>/train/step-00000400/manifest.json`: written last; without it the checkpoint does not exist."""

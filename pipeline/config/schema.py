@@ -156,7 +156,10 @@ class DataConfig(Section):
 
     sequence_length: PositiveInt = 8192  # tokens of a packed row: the longest length training may use
     packing: Literal["best_fit", "concat", "pad"] = "best_fit"
-    max_documents_per_row: Count = 128
+    max_documents_per_row: Count | None = (
+        None  # None: as many as fit; document masks do not mind (data_prep/packing.py)
+    )
+    max_padding: Fraction = 0.02  # share of the slots of a source's packed rows; more is refused
     rows_per_group: Count = 256  # rows of a Parquet row group = one shuffle block = one ranged read
     groups_per_file: Count = 256
     lanes: Count = 1024  # D: independent read streams; a multiple of every rank count expected

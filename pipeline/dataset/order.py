@@ -228,6 +228,7 @@ class Order:
 
 def check_demand(config: RunConfig, dataset: DatasetManifest) -> dict[str, Demand]:
     """Does the dataset fit the run and hold what it asks for? Needs the manifest only. Raises ValueError with the remedy."""
+    dataset.check_padding(config.data.max_padding)
     mixture = config.corpus.mixture
     if mixture and mixture[-1].until_tokens < config.schedule.total_tokens:
         raise ValueError(
