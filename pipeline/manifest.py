@@ -216,15 +216,18 @@ class CheckpointManifest(Record):
     metadata_sha256: str = ""  # of `.metadata`, which has a checksum of every piece of the parts
     metrics: tuple[FileEntry, ...] = ()  # what was logged up to this step, as it was then
     loss: float | None  # nats per token, of the last step that had a loss; None: none has
+    skipped_steps: int = 0  # up to here
     world_size: int
+    mesh: dict[str, int] = {}  # replicate, shard, ep of the ranks that wrote it
     fence: int | None = None  # fencing number of the writer; None: written without a lease
     newton_schulz: str = (
         ""  # what its products multiplied up to here: bf16, fp16 or fp32; "": AdamW alone, or not recorded
     )
 
     VOLATILE: ClassVar[frozenset[str]] = frozenset(
-        {"files", "metadata_sha256", "metrics", "world_size", "fence", "newton_schulz"}
+        {"files", "metadata_sha256", "metrics", "world_size", "mesh", "fence", "newton_schulz"}
     )
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"skipped_steps"})
 
 
 class TrainManifest(Record):

@@ -192,6 +192,8 @@ class Run:
                     next_sequence=at.next_sequence,
                     tokens_seen=self.tokens_seen,
                     loss=self.loss,
+                    skipped_steps=seen.skipped_steps,
+                    mesh=config.parallelism.model_dump(),
                     metrics=files.write(at.step) if files else (),
                     newton_schulz=self.optimizer.muon.multiplied,
                 )

@@ -181,7 +181,9 @@ def test_results_are_in_the_card_and_the_report(run: PublishedRun, config: RunCo
     made = run.made
     model = publish(config, made.train, evaluation, made.dataset, made.storage, report=ignore)
     card = (Path(made.storage.uri(folder(model.name, model.version))) / "README.md").read_text()
-    path = write_report(config, made.dataset, made.train, evaluation, model, made.storage, stage_seconds={})
+    path = write_report(
+        config, made.dataset, made.train, made.checkpoint, evaluation, model, made.storage, stage_seconds={}
+    )
     assert path == report_path(config.run_id)
     page = made.storage.read(path).decode()
     group, part = evaluation.tasks["night_sums"].metrics[0], evaluation.tasks["sums"].metrics[0]
