@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 OPEN_TOKENS = 4 << 20  # rows that may stay open between windows, in tokens of room: bounds the memory
-SHARE = 64
+SHARE = 128
 
 Method = Literal["best_fit", "concat", "pad"]
 

@@ -47,11 +47,11 @@ def padding(rows: list[Row], length: int) -> int:
 
 @settings(derandomize=True, max_examples=200, deadline=None)
 @given(LENGTHS, st.integers(1, 200), st.sampled_from([1, 3, 1 << 20]))
-def test_best_fit_wastes_a_64th_and_a_row(windows: list[list[int]], length: int, rows_open: int) -> None:
+def test_best_fit_wastes_a_128th_and_a_row(windows: list[list[int]], length: int, rows_open: int) -> None:
     """Whatever the lengths, however few rows may stay open between windows."""
     with mock.patch.object(packing, "OPEN_TOKENS", rows_open * length):
         rows = pack(windows, length, "best_fit")
-    assert padding(rows, length) <= len(rows) * length / 64 + length
+    assert padding(rows, length) <= len(rows) * length / packing.SHARE + length
 
 
 @settings(derandomize=True, max_examples=100, deadline=None)
@@ -70,7 +70,7 @@ def test_best_fit_cuts_only_where_whole_documents_would_waste_more(windows: list
     with mock.patch.object(Packer, "_fill", return_value=None):
         uncut = pack(windows, length, "best_fit")
     if cut:
-        assert padding(uncut, length) > len(uncut) * length / 64
+        assert padding(uncut, length) > len(uncut) * length / packing.SHARE
     else:
         assert uncut == rows
 
@@ -90,7 +90,7 @@ def test_less_than_two_per_cent_padding_at_any_mean_length(mean: int, length: in
 def test_documents_that_do_not_fit_side_by_side_are_cut() -> None:
     """All of them three fifths of a row: whole, two fifths of the slots would be padding."""
     rows = pack([[600] * 500] * 4, 1000, "best_fit")
-    assert len(rows) == 1219  # 1,200 hold it all; a slot in 64 may be padding
+    assert 1200 <= len(rows) <= 1210  # a slot in 128 may be padding
 
 
 @settings(derandomize=True, max_examples=100, deadline=None)

@@ -70,7 +70,7 @@ def run_config(root: str, **publishing: object) -> RunConfig:
             "storage": {"root": root},
             "tokenizer": {"vocab_size": VOCABULARY},
             "corpus": {"sources": [{"name": "code", "path": "c", "weight": 3.0}, {"name": "prose", "path": "p"}]},
-            "data": {"sequence_length": SEQUENCE, "rows_per_group": 1, "lanes": 2, "mixture_block": 4, "window_blocks": 1},
+            "data": {"sequence_length": SEQUENCE, "rows_per_group": 1, "lanes": 2, "mixture_block": 4, "window_blocks": 1, "max_padding": 0.1},
             "model": {
                 "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
                 "kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 20,
