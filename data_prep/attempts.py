@@ -27,6 +27,7 @@ from data_prep.plan import Unit
 from data_prep.records import UnitManifest, shard_path
 from data_prep.tokenize_unit import TokenizeSettings, tokenize_unit
 from data_prep.writer import put
+from pipeline.integrity import read_record
 from pipeline.manifest import DocumentCounts
 from pipeline.storage import Storage, open_storage
 
@@ -39,9 +40,9 @@ REASON = "unit_killed_worker"
 def tokenize_guarded(settings: TokenizeSettings, unit: Unit) -> UnitManifest:
     """`tokenize_unit`, but a unit that keeps killing its worker ends in quarantine. Exceptions pass through."""
     storage = open_storage(settings.storage)
-    done = storage.read_or_none(shard_path("units", unit.id, ".json"))
+    done = read_record(storage, shard_path("units", unit.id, ".json"), UnitManifest)
     if done is not None:
-        return UnitManifest.model_validate_json(done)
+        return done
     folder = shard_path("attempts", unit.id, "")
     unfinished = len(storage.list(folder))
     if unfinished >= UNFINISHED_ATTEMPTS:
@@ -77,7 +78,8 @@ def _tokenize_alone(storage: Storage, settings: TokenizeSettings, unit: Unit) ->
             env=environment,
         )
         if child.returncode == 0:
-            return UnitManifest.model_validate_json(storage.read(shard_path("units", unit.id, ".json")))
+            path = shard_path("units", unit.id, ".json")
+            return UnitManifest.parse(storage.read(path), storage.uri(path))
         errors = child.stderr.decode(errors="replace").strip().splitlines()[-1:] or [""]
         if child.returncode > 0 and not errors[0].startswith("MemoryError"):
             raise RuntimeError(f"unit {unit.id}: {errors[0]}")

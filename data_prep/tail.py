@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from data_prep.pack_unit import PackSettings, layout, packed_writer
 from data_prep.records import PackManifest, TailManifest, shard_path
 from data_prep.writer import put_packed
+from pipeline.integrity import read_record
 from pipeline.manifest import PackedFile, digest_of
 from pipeline.storage import Storage, open_storage
 
@@ -45,9 +46,9 @@ def build_tail(settings: PackSettings, task: TailTask) -> TailManifest:
     """The committed manifest; at once if the tail is done already."""
     storage = open_storage(settings.storage)
     tail_id = digest_of({"rests": [rest.sha256 for rest in task.rests], "layout": layout(settings.data)})[:32]
-    done = storage.read_or_none(shard_path("tails", tail_id, ".json"))
+    done = read_record(storage, shard_path("tails", tail_id, ".json"), TailManifest)
     if done is not None:
-        return TailManifest.model_validate_json(done)
+        return done
     with tempfile.TemporaryDirectory(prefix="tail-") as folder:
         writer = packed_writer(Path(folder), tail_id, settings)
         for tokens_L, doc_lens in _rows(storage, task.rests, writer.dtype):

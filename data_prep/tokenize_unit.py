@@ -25,10 +25,10 @@ from data_prep.filters import rejected_by
 from data_prep.plan import Unit
 from data_prep.readers import ReaderSettings, Record, read_slice
 from data_prep.records import UnitManifest, shard_path
-from data_prep.rejected import RejectedDocuments
 from data_prep.worker import working
 from data_prep.writer import DOCUMENT_SCHEMA, document_table, parquet_writer, put
 from pipeline.config.schema import SourceConfig, StorageConfig
+from pipeline.integrity import read_record
 from pipeline.manifest import DocumentCounts, TokenizerManifest
 from pipeline.storage import Storage, filesystem, open_storage
 from pipeline.tokenizer import Encoder
@@ -56,7 +56,6 @@ class TokenizeSettings:
     heldout_fraction: float
     heldout_max_documents: int
     max_document_bytes: int  # effective: see `document_limit`
-    keep_rejected: bool
     unit_settings: dict[str, Any]
     versions: dict[str, str]
 
@@ -97,8 +96,10 @@ class EnginesDisagree(RuntimeError):
 
 @lru_cache(maxsize=1)
 def load_encoder(storage: StorageConfig, folder: str, sha256: str, engines: tuple[str, ...]) -> Encoder:
-    """One per process: loading takes about a second for 163,840 tokens. `sha256` is that of its tokenizer.json."""
-    encoder = Encoder.load(folder, open_storage(storage), engines)
+    """One per process: loading takes about a second for 163,840 tokens. `sha256` is that of its tokenizer.json; all files are
+    checked against the record beside them."""
+    place, path = open_storage(storage), f"{folder}/manifest.json"
+    encoder = Encoder.stored(TokenizerManifest.parse(place.read(path), place.uri(path)), place, engines)
     if encoder.sha256 != sha256:
         raise ValueError(
             f"{folder}/tokenizer.json has sha256 {encoder.sha256}, but the dataset's tokenizer has {sha256}"
@@ -110,9 +111,9 @@ def load_encoder(storage: StorageConfig, folder: str, sha256: str, engines: tupl
 def tokenize_unit(settings: TokenizeSettings, unit: Unit) -> UnitManifest:
     """The committed manifest; at once if the unit is done already."""
     storage = open_storage(settings.storage)
-    done = storage.read_or_none(shard_path("units", unit.id, ".json"))
+    done = read_record(storage, shard_path("units", unit.id, ".json"), UnitManifest)
     if done is not None:
-        return UnitManifest.model_validate_json(done)
+        return done
     try:
         return _tokenize(storage, unit, settings, settings.tokenizer.engines)
     except EnginesDisagree as error:
@@ -125,15 +126,12 @@ def _tokenize(storage: Storage, unit: Unit, settings: TokenizeSettings, engines:
     state = _Unit()
     with tempfile.TemporaryDirectory(prefix="unit-") as folder:
         documents = _Documents(Path(folder) / "documents.parquet", settings.tokenizer.vocab_size)
-        rejected = RejectedDocuments(Path(folder) / "rejected.parquet") if settings.keep_rejected else None
         with (Path(folder) / "quarantine.jsonl").open("wb") as quarantine:
             records = _that_fit(_records(settings, unit), encoder)
-            for batch in _batches(_usable(records, state, settings, quarantine, rejected)):
+            for batch in _batches(_usable(records, state, settings, quarantine)):
                 _encode(batch, encoder, documents, state, settings)
         documents.close()
-        if rejected is not None:
-            rejected.close()
-        return _commit(storage, unit, settings, state, documents, rejected, Path(folder), engines)
+        return _commit(storage, unit, settings, state, documents, Path(folder), engines)
 
 
 def _records(settings: TokenizeSettings, unit: Unit) -> Iterator[Record]:
@@ -176,11 +174,7 @@ def _that_fit(records: Iterator[Record], encoder: Encoder) -> Iterator[Record]:
 
 
 def _usable(
-    records: Iterator[Record],
-    state: _Unit,
-    settings: TokenizeSettings,
-    quarantine: IO[bytes],
-    rejected: RejectedDocuments | None,
+    records: Iterator[Record], state: _Unit, settings: TokenizeSettings, quarantine: IO[bytes]
 ) -> Iterator[Record]:
     """Count every record; pass on those that are fit to tokenize."""
     filters = settings.source.filters
@@ -196,8 +190,6 @@ def _usable(
             quarantine.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
         elif rejection := record.rejected or rejected_by(record.text, filters):
             state.filtered[rejection] += 1
-            if rejected is not None:
-                rejected.add(record.location, record.doc_id, rejection, record.text)
         else:
             yield record
 
@@ -292,13 +284,10 @@ def _commit(
     settings: TokenizeSettings,
     state: _Unit,
     documents: _Documents,
-    rejected: RejectedDocuments | None,
     folder: Path,
     engines: tuple[str, ...],
 ) -> UnitManifest:
     entries: dict[str, Any] = {"documents": None, "index": None, "candidates": None, "quarantine": None}
-    if rejected is not None and rejected.count:
-        entries["rejected"] = put(storage, rejected.path, shard_path("rejected", unit.id, ".parquet"))
     if state.hashes:
         (folder / "index").write_bytes(index_bytes(state.hashes))
         entries["documents"] = put(storage, documents.path, shard_path("documents", unit.id, ".parquet"))

@@ -22,6 +22,7 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> int:
         records = stages.find(config, storage, stage)
         if records.done(stage):
             hold_dataset(config, storage, records.dataset)
+            stages.confirm(stage, storage, records)
             print(f"{stage}: up to date")
             return 0
         stages.check([stage], config, storage, records)

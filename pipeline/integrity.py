@@ -1,15 +1,24 @@
-"""Files that a record vouches for, checked before they are used."""
+"""Records, and the files that they vouch for, checked before they are used."""
 
 from __future__ import annotations
 
 import hashlib
+from typing import TypeVar
 
-from pipeline.manifest import FileEntry
+from pipeline.manifest import FileEntry, Record
 from pipeline.storage import Storage, sha256_of
+
+RecordT = TypeVar("RecordT", bound=Record)
 
 
 class DamagedFile(ValueError):
     """A stored file is missing or its bytes are not those on record; the message has its path and what is wrong."""
+
+
+def read_record(storage: Storage, path: str, kind: type[RecordT]) -> RecordT | None:
+    """The record at a path, None without one. Raises DamagedRecord, which names the path."""
+    data = storage.read_or_none(path)
+    return None if data is None else kind.parse(data, storage.uri(path))
 
 
 def read_checked(storage: Storage, entry: FileEntry, folder: str = "") -> bytes:

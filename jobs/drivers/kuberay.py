@@ -81,6 +81,8 @@ def _run(config: RunConfig, storage: Storage, given: argparse.Namespace) -> int:
                 config, stage, arguments, api=api, done=partial(done, stage), report=report, options=options
             )
             lines.work = None
+            if status is None:
+                stages.confirm(stage, storage, stages.find(config, storage, stage))
             print(f"{stage:<9} {'up to date' if status is None else 'done'}", flush=True)
             if stage == "prepare" and status is None:  # one that was at work has done so itself
                 hold_dataset(config, storage, stages.find(config, storage).dataset)

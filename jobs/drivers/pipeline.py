@@ -28,7 +28,7 @@ def run(given: argparse.Namespace) -> int:
 
             return run_on_kuberay(config, storage, given)
         hold_dataset(config, storage, records.dataset)
-        todo = [stage for stage in _wanted(given) if not _report_done(stage, records)]
+        todo = [stage for stage in _wanted(given) if not _report_done(stage, storage, records)]
         if todo:
             from jobs.drivers.ray_jobs import run_on_ray
 
@@ -81,8 +81,9 @@ def _wanted(given: argparse.Namespace) -> list[str]:
     return [given.only] if given.only else stages.names()
 
 
-def _report_done(stage: str, records: Records) -> bool:
+def _report_done(stage: str, storage: Storage, records: Records) -> bool:
     done = records.done(stage)
     if done:
+        stages.confirm(stage, storage, records)
         print(f"{stage:<9} up to date", flush=True)
     return done

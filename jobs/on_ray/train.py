@@ -23,6 +23,7 @@ from jobs.on_ray.group import run_in_group
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.dataset.order import Order, check_demand
+from pipeline.integrity import read_record
 from pipeline.manifest import CheckpointManifest, DatasetManifest, TrainManifest
 from pipeline.storage import Storage, open_storage
 from pipeline.training.commits import RunFacts, continue_from, train_folder
@@ -57,10 +58,10 @@ def train_with_ray(config: RunConfig, dataset: DatasetManifest, storage: Storage
     )
     if isinstance(refusal, str):
         raise TrainingFailed(refusal)
-    data = storage.read_or_none(f"{folder}/manifest.json")
-    if data is None:
+    found = read_record(storage, f"{folder}/manifest.json", TrainManifest)
+    if found is None:
         raise TrainingFailed(f"the workers ended, but {storage.uri(folder)}/manifest.json is not there")
-    return TrainManifest.model_validate_json(data)
+    return found
 
 
 def _worker(arguments: dict[str, Any]) -> str | None:

@@ -15,6 +15,7 @@ from jobs.stages import evaluate, prepare, publish, train
 from jobs.stages.records import Records, hold_dataset
 from jobs.stages.stage import Stage
 from pipeline.config.schema import RunConfig
+from pipeline.publishing import registry
 from pipeline.storage import Storage
 from pipeline.workflow.record import ProgressFile, StageProgress, add_event
 
@@ -70,11 +71,18 @@ def require_inputs(stage: str, records: Records) -> None:
             )
 
 
+def confirm(stage: str, storage: Storage, records: Records) -> None:
+    """Before a stage is called up to date: published files are read once more. Raises ValueError that names damaged ones."""
+    if stage == publish.NAME and records.model is not None:
+        registry.check(storage, records.model)
+
+
 def run(stage: str, config: RunConfig, storage: Storage) -> None:
     """Do one stage on the connected Ray cluster; nothing if it is done. Raises MissingInput and what the stage raises."""
     records = find(config, storage, stage)
     hold_dataset(config, storage, records.dataset)
     if records.done(stage):
+        confirm(stage, storage, records)
         print(f"{stage}: up to date", flush=True)
         return
     require_inputs(stage, records)

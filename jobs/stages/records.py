@@ -8,6 +8,7 @@ from typing import cast
 from data_prep.prepare import identity, settings_digest
 from data_prep.records import dataset_path
 from pipeline.config.schema import RunConfig
+from pipeline.integrity import read_record
 from pipeline.manifest import (
     CheckpointManifest,
     DatasetManifest,
@@ -66,11 +67,10 @@ def held_dataset(config: RunConfig, storage: Storage, stage: str = "prepare") ->
     training has begun; the stages after it use what prepare left, and from the first step on so does the whole run. New files
     are for the next run.
     """
-    data = storage.read_or_none(held_path(config.run_id))
-    held = None if data is None else HeldDataset.model_validate_json(data)
+    held = read_record(storage, held_path(config.run_id), HeldDataset)
     if held is None or held.settings != settings_digest(config):
         return None
-    if stage == "prepare" and not storage.list(train_folder(config.run_id)):
+    if stage == "prepare" and not storage.names(train_folder(config.run_id)):
         return None
     return held.dataset
 
@@ -89,8 +89,8 @@ def open_dataset(config: RunConfig, storage: Storage, name: str | None = None) -
     Raises ValueError if there is none.
     """
     found = name or held_dataset(config, storage, "train") or identity(config, storage)
-    data = storage.read_or_none(dataset_path(found))
-    if data is None:
+    dataset = read_record(storage, dataset_path(found), DatasetManifest)
+    if dataset is None:
         others = sorted(
             entry.path.split("/")[1] for entry in storage.list("datasets") if entry.path.endswith("/dataset.json")
         )
@@ -98,4 +98,4 @@ def open_dataset(config: RunConfig, storage: Storage, name: str | None = None) -
             f"no dataset {found} in {storage.uri()}; there are: {', '.join(others) or 'none'}; "
             "prepare it, or name one with --dataset"
         )
-    return DatasetManifest.model_validate_json(data)
+    return dataset

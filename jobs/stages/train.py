@@ -8,12 +8,14 @@ from jobs.on_ray.gauges import TRAINING
 from jobs.stages.records import Records
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig
+from pipeline.integrity import read_record
 from pipeline.manifest import CheckpointManifest, TrainManifest
 from pipeline.storage import Storage
 from pipeline.training import initial
-from pipeline.training.commits import committed, train_folder
+from pipeline.training.commits import committed, committed_steps, read_manifest, train_folder
 from pipeline.training.identity import run_identity
 from pipeline.training.metrics import TrainProgress
+from pipeline.training.retention import check_named
 from pipeline.workflow.record import StageProgress
 
 NAME = "train"
@@ -24,8 +26,7 @@ GAUGES = TRAINING
 def find(config: RunConfig, storage: Storage, records: Records) -> TrainManifest | None:
     """Also sets the checkpoint that the later stages are about. Raises ConfigError if the one asked for is not there."""
     assert records.dataset is not None
-    data = storage.read_or_none(f"{train_folder(config.run_id)}/manifest.json")
-    train = None if data is None else TrainManifest.model_validate_json(data)
+    train = _complete(config, storage)
     if train is None or train.identity != run_identity(config, records.dataset):
         return None
     records.checkpoint = _chosen_checkpoint(config, train, storage)
@@ -33,7 +34,9 @@ def find(config: RunConfig, storage: Storage, records: Records) -> TrainManifest
 
 
 def check(config: RunConfig, storage: Storage, records: Records, *, here: bool) -> None:
-    """Training starts from the weights that the run has pinned; later the weights are in the checkpoints."""
+    """The checkpoint that will be asked for must be one that the run makes. Training starts from the weights that the run
+    has pinned; later the weights are in the checkpoints."""
+    check_named(config, storage)
     if records.dataset is not None and not committed(storage, config.run_id):
         initial.check(config, storage, records.dataset.tokenizer.sha256)
 
@@ -55,11 +58,22 @@ def _progress(at: TrainProgress) -> StageProgress:
     )
 
 
+def chosen_checkpoint(config: RunConfig, storage: Storage) -> CheckpointManifest | None:
+    """The one that `evaluation.checkpoint` means, None before the run is complete. Raises ConfigError if it is not there."""
+    train = _complete(config, storage)
+    return None if train is None else _chosen_checkpoint(config, train, storage)
+
+
+def _complete(config: RunConfig, storage: Storage) -> TrainManifest | None:
+    return read_record(storage, f"{train_folder(config.run_id)}/manifest.json", TrainManifest)
+
+
 def _chosen_checkpoint(config: RunConfig, train: TrainManifest, storage: Storage) -> CheckpointManifest:
     wanted = config.evaluation.checkpoint
     if wanted == "last" or wanted == train.checkpoint.step:
         return train.checkpoint
-    found = {manifest.step: manifest for manifest in committed(storage, config.run_id)}
-    if wanted not in found:
-        raise ConfigError(f"evaluation.checkpoint {wanted}: no such checkpoint; there are {sorted(found)}")
-    return found[wanted]
+    found = read_manifest(storage, config.run_id, wanted)
+    if found is None:
+        there = committed_steps(storage, config.run_id)
+        raise ConfigError(f"evaluation.checkpoint {wanted}: no such checkpoint; there are {there}")
+    return found

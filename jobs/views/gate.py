@@ -26,6 +26,9 @@ def write(config_name: str, overrides: Sequence[str], output: Path) -> int:
 
         print(f"{config.storage.root} does not answer ({type(error).__name__}: {error})", file=sys.stderr)
         return int(Outcome.INFRASTRUCTURE)
+    except ValueError as error:  # a damaged record, or a checkpoint that is not there
+        print(error, file=sys.stderr)
+        return 2
     (output / "gate").write_text(gate)
     (output / "reason").write_text(reason)
     print(f"gate {gate}: {reason}")

@@ -59,7 +59,7 @@ def mixture_lines(config: RunConfig, order: Order) -> Iterator[str]:
 
 def row_lines(dataset: DatasetManifest, order: Order, storage: Storage, source: str, row: int) -> Iterator[str]:
     tokens, doc_lens = row_tokens(order, storage, source, row)
-    encoder = Encoder.load(dataset.tokenizer.folder, storage)
+    encoder = Encoder.stored(dataset.tokenizer, storage)
     yield f"{source}, row {row}: documents of {doc_lens} tokens, {len(tokens) - sum(doc_lens)} of padding"
     start = 0
     for length in doc_lens:

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from pipeline.dataset.leakage import HeldoutIndex
 from pipeline.dataset.packed_file import Block, CorruptBlock, Layout, fetch_range, read_footer, read_group
-from pipeline.manifest import OWN_DIGEST, DatasetManifest, DocumentCounts, FileEntry, HeldoutFile, PackedFile, digest_of
+from pipeline.manifest import DatasetManifest, DocumentCounts, FileEntry, HeldoutFile, PackedFile, digest_of
 from pipeline.storage import Storage
 
 PACKS, TAILS = "datasets/packs", "datasets/tails"  # where data_prep commits them: <first two digits>/<id>.json
@@ -213,7 +213,7 @@ def _check_records(dataset: DatasetManifest, storage: Storage, task: Task) -> Fi
                 data = storage.read(found.path)
                 report.bytes += len(data)
                 try:
-                    record = _fields(data)
+                    record = json.loads(data)
                 except ValueError as error:
                     report.findings.append(Finding(found.path, None, str(error)))
                     continue
@@ -228,13 +228,6 @@ def _check_records(dataset: DatasetManifest, storage: Storage, task: Task) -> Fi
                         problems += _check_tail(record)
                     report.findings += [Finding(found.path, None, what) for what in problems]
     return report
-
-
-def _fields(data: bytes) -> dict[str, Any]:
-    """Of a record, without the digest that it carries of them. Raises ValueError."""
-    record = json.loads(data)
-    record.pop(OWN_DIGEST, None)
-    return record  # type: ignore[no-any-return]
 
 
 def _foreign_files(record: dict[str, Any], ours: set[PackedFile]) -> Iterator[str]:
@@ -260,7 +253,7 @@ def _check_pack(storage: Storage, pack: dict[str, Any]) -> Iterator[str]:
         yield f"{path} is missing"
         return
     try:
-        unit = _fields(data)
+        unit = json.loads(data)
     except ValueError as error:
         yield f"{path}: {error}"
         return

@@ -18,12 +18,14 @@ Cost: one forward pass over the held-out tokens plus `xz -9` over their text.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from math import isfinite
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
@@ -32,9 +34,18 @@ from pipeline.config.schema import RunConfig
 from pipeline.evaluation.baselines import bits_per_byte, compressed_bits_per_byte, unigram_nats
 from pipeline.evaluation.result import EvaluationProgress, committed, identity, manifest_path, window_length
 from pipeline.evaluation.weights import load_model
-from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, SourceManifest, SourceScore
+from pipeline.integrity import DamagedFile, read_checked
+from pipeline.manifest import (
+    CheckpointManifest,
+    DatasetManifest,
+    EvaluationManifest,
+    HeldoutFile,
+    SourceManifest,
+    SourceScore,
+)
 from pipeline.storage import Storage
 from pipeline.tokenizer import Encoder
+from pipeline.training.retention import reading
 
 IGNORED = -100
 DECIMALS = 6  # published precision: below it, floating-point sums depend on batch shapes
@@ -66,36 +77,38 @@ def evaluate(
     """Score a checkpoint, also on `evaluation.tasks`, and commit the result; one of the same identity is returned as it is.
 
     Runs in one process (the whole network in fp32) or on every rank of an initialised process group, sharded as in
-    training; all ranks return the same, rank 0 reports. Raises ValueError when no held-out document can be scored or a
-    score is no finite number, and for tasks that cannot be had (`tasks.check`) or scored.
+    training; all ranks return the same, rank 0 reports. Raises ValueError when no held-out document can be scored, and for
+    tasks that cannot be had (`tasks.check`).
     """
     found = committed(config, dataset, checkpoint, storage)
     if found is not None:
         return found
-    encoder = Encoder.load(dataset.tokenizer.folder, storage)
+    encoder = Encoder.stored(dataset.tokenizer, storage)
     texts = [text for source in dataset.sources if (text := read_heldout(source, dataset, config, storage)).documents]
     if not texts:
         raise ValueError(
             f"corpus.heldout_fraction {config.corpus.heldout_fraction}: dataset {dataset.identity[:8]} holds out no document; "
             "raise the fraction and prepare again"
         )
-    model = load_model(config, checkpoint, storage)
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    with reading(storage, checkpoint.run_id, checkpoint.step) if first else nullcontext():
+        model = load_model(config, checkpoint, storage)
     nats = score(
         model, texts, eos=encoder.eos_id, length=window_length(config), batch=config.evaluation.batch, report=report
     )
-    check_finite(dict(zip((text.source for text in texts), nats)), checkpoint)
     harness, tasks = "", {}
     if config.evaluation.tasks:
         from pipeline.evaluation.harness import harness_version, score_tasks  # lm-eval is an extra
 
         harness, tasks = harness_version(), score_tasks(config, model, encoder, report)
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if first:
         manifest = _manifest(config, dataset, checkpoint, texts, nats, encoder)
         manifest = manifest.model_copy(update={"harness": harness, "tasks": tasks})
         storage.write(manifest_path(config, checkpoint), manifest.to_json())
     if dist.is_initialized():
         dist.barrier()
-    return EvaluationManifest.model_validate_json(storage.read(manifest_path(config, checkpoint)))
+    path = manifest_path(config, checkpoint)
+    return EvaluationManifest.parse(storage.read(path), storage.uri(path))
 
 
 def read_heldout(source: SourceManifest, dataset: DatasetManifest, config: RunConfig, storage: Storage) -> HeldoutText:
@@ -106,8 +119,7 @@ def read_heldout(source: SourceManifest, dataset: DatasetManifest, config: RunCo
     dtype = np.dtype(dataset.token_dtype).newbyteorder("<")
     found: list[tuple[Tokens, int]] = []
     for file in source.heldout:
-        with storage.open(file.path) as handle:
-            table = pq.read_table(handle, columns=["tokens", "n_bytes"])
+        table = _read_table(storage, file)
         tokens = (np.frombuffer(raw, dtype=dtype).astype(np.int64) for raw in table["tokens"].to_pylist())
         found += zip(tokens, table["n_bytes"].to_pylist())
     budget = config.evaluation.max_tokens_per_source
@@ -119,6 +131,28 @@ def read_heldout(source: SourceManifest, dataset: DatasetManifest, config: RunCo
     if found and not kept:
         kept = [min(found, key=lambda document: len(document[0]))]
     return HeldoutText(source.name, [tokens for tokens, _ in kept], [n_bytes for _, n_bytes in kept])
+
+
+def _read_table(storage: Storage, file: HeldoutFile) -> pa.Table:
+    """A file's tokens and byte counts. Raises DamagedFile, with the row group where a page tells."""
+    try:
+        data = read_checked(storage, file)
+    except DamagedFile as error:
+        raise DamagedFile(f"{error}{_damaged_group(storage, file)}") from None
+    return pq.read_table(io.BytesIO(data), columns=["tokens", "n_bytes"])
+
+
+def _damaged_group(storage: Storage, file: HeldoutFile) -> str:
+    """`: row group 3`, the first that does not decode with its pages' checksums; '' if the damage is elsewhere."""
+    group = -1
+    try:
+        with storage.open(file.path) as handle:
+            parquet = pq.ParquetFile(handle, page_checksum_verification=True)
+            for group in range(parquet.num_row_groups):
+                parquet.read_row_group(group, use_threads=False)
+    except (pa.ArrowException, OSError):
+        return "" if group < 0 else f": row group {group}"
+    return ""
 
 
 def windows(document: Tokens, eos: int, length: int) -> Iterator[Tokens]:
@@ -174,16 +208,6 @@ def _tensors(group: list[Tokens], pad: int, device: torch.device) -> tuple[torch
         inputs_BS[row, : len(window) - 1] = torch.from_numpy(window[:-1])
         labels_BS[row, : len(window) - 1] = torch.from_numpy(window[1:])
     return inputs_BS.to(device), labels_BS.to(device)
-
-
-def check_finite(nats: dict[str, float], checkpoint: CheckpointManifest) -> None:
-    """Raises ValueError for sums that are no numbers: no comparison with another model, or with a limit, would notice."""
-    bad = [source for source, total in nats.items() if not isfinite(total)]
-    if bad:
-        raise ValueError(
-            f"checkpoint of step {checkpoint.step}: the held-out loss of source {bad[0]!r} is {nats[bad[0]]}, so its weights are "
-            "damaged or have diverged; evaluate an earlier one (evaluation.checkpoint)"
-        )
 
 
 def decode(text: HeldoutText, encoder: Encoder) -> bytes:

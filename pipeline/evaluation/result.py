@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation import tasks
+from pipeline.integrity import read_record
 from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, digest_of
 from pipeline.storage import Storage
 
@@ -52,8 +53,7 @@ def committed(
     config: RunConfig, dataset: DatasetManifest, checkpoint: CheckpointManifest, storage: Storage
 ) -> EvaluationManifest | None:
     """The result of these inputs, if there is one."""
-    data = storage.read_or_none(manifest_path(config, checkpoint))
-    found = None if data is None else EvaluationManifest.model_validate_json(data)
+    found = read_record(storage, manifest_path(config, checkpoint), EvaluationManifest)
     return found if found and found.identity == identity(config, dataset, checkpoint) else None
 
 

@@ -15,6 +15,7 @@ exports contain, are ignored. The router bias is fp32 here; the release stores i
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from pipeline.config.schema import ModelConfig, StorageConfig
+from pipeline.integrity import read_checked
+from pipeline.manifest import ModelManifest
 from pipeline.model.moonlight import Moonlight
 from pipeline.model.safetensors import TensorFiles
 from pipeline.parallel.local import local_part, local_tensor
@@ -75,8 +78,11 @@ def hf_shapes(model: Moonlight) -> dict[str, tuple[int, ...]]:
 
 
 @torch.no_grad()
-def load_hf(model: Moonlight, folder: str | Path, storage: Storage | None = None) -> None:
+def load_hf(
+    model: Moonlight, folder: str | Path, storage: Storage | None = None, manifest: ModelManifest | None = None
+) -> None:
     """Fill the model from the safetensors files of `folder`: a local path, or with `storage` one below its root ("": the root).
+    What `manifest` vouches for is checked before it is used.
 
     Raises ValueError that names the tensor or setting, what was found and expected, and the remedy, before anything is
     changed.
@@ -86,13 +92,18 @@ def load_hf(model: Moonlight, folder: str | Path, storage: Storage | None = None
     where, prefix = storage.uri(str(folder)), f"{folder}/" if folder else ""
     names = {info.path.removeprefix(prefix) for info in storage.list(str(folder))}
 
+    known = {entry.path: entry for entry in manifest.files} if manifest else {}
+    xxh3 = manifest.xxh3 if manifest else {}
+
     def read(name: str) -> IO[bytes]:
+        if name in known and name not in xxh3:
+            return io.BytesIO(read_checked(storage, known[name], str(folder)))
         return storage.open(prefix + name)
 
     if "config.json" in names:
         with read("config.json") as file:
             _check_config(model.config, json.load(file), f"{where}/config.json")
-    source = TensorFiles(_weight_files(names, read, where), read)
+    source = TensorFiles(_weight_files(names, read, where), read, xxh3)
     _check(hf_shapes(model), source, where)
     for name, tensor in _state(model):
         target, part = local_tensor(tensor), local_part(tensor)

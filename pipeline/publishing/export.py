@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from math import prod
+from math import isfinite, prod
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import orjson
 import torch
+import xxhash
 from safetensors.torch import save_file
 
 from pipeline.config.schema import RunConfig
@@ -44,14 +45,16 @@ from pipeline.manifest import (
 )
 from pipeline.model.hf import hf_config, hf_shapes, hf_split
 from pipeline.model.moonlight import Moonlight
+from pipeline.model.safetensors import header_of
 from pipeline.publishing import registry
-from pipeline.publishing.gate import refusal
 from pipeline.publishing.model_card import Sample, model_card
 from pipeline.publishing.plots import loss_plot
 from pipeline.publishing.version import PublishProgress, published_config, version_name
 from pipeline.storage import Storage, sha256_of
 from pipeline.tokenizer import Encoder
-from pipeline.tokenizer.files import CONFIG_JSON, RANK_FILE, TOKENIZER_JSON
+from pipeline.tokenizer.files import CONFIG_JSON, TOKENIZER_JSON, checked_files
+from pipeline.training.content import as_bytes
+from pipeline.training.retention import reading
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROUTER_BIAS = "e_score_correction_bias"  # stays fp32: it decides near-ties between experts
@@ -80,13 +83,13 @@ def publish(
     """
     checkpoint = checkpoint or train.checkpoint
     _check_inputs(checkpoint, evaluation, dataset)
-    why = refusal(evaluation, config.publishing.max_loss)
-    if why is not None:
-        raise GateError(f"{why}; nothing was published or promoted")
+    _check_gate(config, evaluation)
     version = version_name(config, checkpoint, evaluation, dataset)
     manifest = registry.find(storage, config.publishing.name, version)
     if manifest is None:
         manifest = _write(config, train, checkpoint, evaluation, dataset, storage, version, git_commit, report)
+    else:
+        registry.check(storage, manifest)
     if config.publishing.promote:
         registry.promote(storage, manifest)
     return manifest
@@ -105,6 +108,19 @@ def _check_inputs(checkpoint: CheckpointManifest, evaluation: EvaluationManifest
         )
 
 
+def _check_gate(config: RunConfig, evaluation: EvaluationManifest) -> None:
+    loss, limit = evaluation.overall.loss, config.publishing.max_loss
+    if not isfinite(loss):
+        raise GateError(
+            f"publishing: the held-out loss is {loss}; nothing was published. Train again from an earlier checkpoint"
+        )
+    if limit is not None and loss > limit:
+        raise GateError(
+            f"publishing.max_loss: the held-out loss {loss:.4f} is over {limit:g} nats per token; nothing was published "
+            "or promoted. Train longer, or raise the limit"
+        )
+
+
 def _write(
     config: RunConfig,
     train: TrainManifest,
@@ -118,17 +134,20 @@ def _write(
 ) -> ModelManifest:
     folder = registry.folder(config.publishing.name, version)
     files: list[FileEntry] = []
+    xxh3: dict[str, str] = {}
 
     def put(name: str, data: bytes) -> None:
         storage.write(f"{folder}/{name}", data)
         files.append(FileEntry(path=name, bytes=len(data), sha256=registry.sha256_bytes(data)))
 
-    files += write_weights(config, checkpoint, storage, folder, report)
-    tokenizer = tokenizer_files(_stored_tokenizer(dataset.tokenizer, storage), config)
-    ids = _role_ids(dataset.tokenizer, tokenizer)
+    storage.sweep(folder)
+    with reading(storage, checkpoint.run_id, checkpoint.step):
+        files += write_weights(config, checkpoint, storage, folder, report, xxh3)
+    tokenizer_files = _tokenizer_files(config, dataset.tokenizer, storage)
+    ids = _role_ids(dataset.tokenizer, tokenizer_files)
     put("config.json", registry.pretty_json(_config_json(config, ids)))
     put("generation_config.json", registry.pretty_json({**ids, "max_length": config.model.max_position_embeddings}))
-    for name, data in tokenizer.items():
+    for name, data in tokenizer_files.items():
         put(name, data)
 
     report(PublishProgress("samples and model card", 0, 0))
@@ -141,7 +160,7 @@ def _write(
     samples = []
     if config.publishing.sample_prompts:
         model = load_model(config, checkpoint, storage)
-        samples = write_samples(model, config, Encoder.load(dataset.tokenizer.folder, storage))
+        samples = write_samples(model, config, Encoder.stored(dataset.tokenizer, storage))
     parameters = count_parameters(config.model)
     put("README.md", model_card(config, dataset, train, checkpoint, evaluation, parameters, samples).encode())
 
@@ -159,6 +178,7 @@ def _write(
         step=checkpoint.step,
         loss=evaluation.overall.loss,
         bits_per_byte=evaluation.overall.bits_per_byte,
+        xxh3=xxh3,
     )
     return registry.commit(storage, manifest)
 
@@ -189,8 +209,12 @@ def write_weights(
     storage: Storage,
     folder: str,
     report: Callable[[PublishProgress], None],
+    xxh3: dict[str, str] | None = None,
 ) -> Iterator[FileEntry]:
-    """Write the safetensors files and their index; yields an entry for each as soon as it is in storage."""
+    """Write the safetensors files and their index; yields an entry for each as soon as it is in storage.
+
+    `xxh3` is filled with the checksums of tensors and headers (`ModelManifest.xxh3`).
+    """
     dtype, shapes = config.publishing.dtype, hf_shapes(empty_model(config.model))
     sizes = {name: prod(shape) * published_dtype(name, dtype).itemsize for name, shape in shapes.items()}
     shards = plan_shards(sizes.items(), config.publishing.shard_bytes)
@@ -209,7 +233,7 @@ def write_weights(
             contents[name] = tensor.to(published_dtype(name, dtype), copy=True)  # a view would hold its whole stack
             weight_map[name] = file
             done += sizes[name]
-        yield _upload(contents, storage, folder, file)
+        yield _upload(contents, storage, folder, file, {} if xxh3 is None else xxh3)
     index = {
         "metadata": {"total_parameters": sum(map(prod, shapes.values())), "total_size": total},
         "weight_map": weight_map,
@@ -220,12 +244,17 @@ def write_weights(
     report(PublishProgress("weights written", done, total))
 
 
-def _upload(contents: dict[str, torch.Tensor], storage: Storage, folder: str, file: str) -> FileEntry:
+def _upload(
+    contents: dict[str, torch.Tensor], storage: Storage, folder: str, file: str, xxh3: dict[str, str]
+) -> FileEntry:
     with tempfile.TemporaryDirectory() as scratch:
         local = Path(scratch) / file
         save_file(contents, local, metadata={"format": "pt"})
         with local.open("rb") as handle:
+            xxh3[file] = xxhash.xxh3_128_hexdigest(header_of(handle))
+            handle.seek(0)
             entry = FileEntry(path=file, bytes=local.stat().st_size, sha256=sha256_of(handle))
+        xxh3 |= {name: xxhash.xxh3_128_hexdigest(as_bytes(tensor)) for name, tensor in contents.items()}
         storage.upload(local, f"{folder}/{file}")
     return entry
 
@@ -233,21 +262,18 @@ def _upload(contents: dict[str, torch.Tensor], storage: Storage, folder: str, fi
 # -- what stands beside the weights -------------------------------------------------------------------------------------
 
 
-def _stored_tokenizer(tokenizer: TokenizerManifest, storage: Storage) -> dict[str, bytes]:
+def _tokenizer_files(config: RunConfig, tokenizer: TokenizerManifest, storage: Storage) -> dict[str, bytes]:
+    """All that came with the tokenizer, as it is, but for what the network decides: its limit and its inputs."""
     came = [PurePosixPath(file.path).relative_to(tokenizer.folder).as_posix() for file in tokenizer.files]
     names = [TOKENIZER_JSON, CONFIG_JSON, *(name for name in came if name.endswith(".jinja"))]
-    return {name: storage.read(f"{tokenizer.folder}/{name}") for name in names}
-
-
-def tokenizer_files(stored: dict[str, bytes], config: RunConfig) -> dict[str, bytes]:
-    """What is published of a stored tokenizer: all as it is, but for what the network decides, its limit and its inputs."""
+    stored = checked_files(tokenizer, storage)
+    files = {name: stored[name] for name in names}
     settings = {
-        **orjson.loads(stored[CONFIG_JSON]),
+        **orjson.loads(files[CONFIG_JSON]),
         "model_max_length": config.model.max_position_embeddings,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    kept = {name: data for name, data in stored.items() if name != RANK_FILE}
-    return {**kept, CONFIG_JSON: registry.pretty_json(settings)}
+    return {**files, CONFIG_JSON: registry.pretty_json(settings)}
 
 
 def _role_ids(tokenizer: TokenizerManifest, files: dict[str, bytes]) -> dict[str, int]:

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from pipeline.manifest import TokenizerManifest
 from pipeline.storage import Storage
 from pipeline.tokenizer.engines import REFERENCE, REFERENCE_DOCUMENT_BYTES, Engine, Reference, concatenated, engine
-from pipeline.tokenizer.files import CONFIG_JSON, TOKENIZER_JSON, special_tokens_of
+from pipeline.tokenizer.files import CONFIG_JSON, TOKENIZER_JSON, checked_files, special_tokens_of
 from pipeline.tokenizer.given import token_bytes
 from pipeline.tokenizer.newer_letters import holds_newer_letters
 
@@ -61,6 +62,11 @@ class Encoder:
         if TOKENIZER_JSON not in files:
             raise ValueError(f"tokenizer {folder}: there is no {TOKENIZER_JSON}")
         return cls(files, engines)
+
+    @classmethod
+    def stored(cls, tokenizer: TokenizerManifest, storage: Storage, engines: Sequence[str] = (REFERENCE,)) -> Encoder:
+        """That of a dataset. Raises DamagedFile if any of its files is not as it was written."""
+        return cls(checked_files(tokenizer, storage), engines)
 
     def encode(self, documents: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """ids uint32 [N] of all documents in a row, offsets int64 [n + 1] of each. No EOS. Input must be valid UTF-8."""

@@ -14,12 +14,16 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import json
 from collections.abc import Collection
 from typing import Any
 
 import orjson
 
+from pipeline.integrity import DamagedFile, read_checked
+from pipeline.manifest import TokenizerManifest
+from pipeline.storage import Storage
 from pipeline.tokenizer.pattern import SPLIT_PATTERN, to_bytes, to_characters
 
 RANK_FILE = "tiktoken.model"
@@ -182,3 +186,13 @@ def _by_id(ids: dict[Any, int]) -> list[tuple[Any, int]]:
 
 def to_json(value: dict[str, Any]) -> bytes:
     return orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+
+
+def checked_files(tokenizer: TokenizerManifest, storage: Storage) -> dict[str, bytes]:
+    """The files of a dataset's tokenizer by name. Raises DamagedFile for one that is not as it was written."""
+    files = {entry.path.removeprefix(f"{tokenizer.folder}/"): read_checked(storage, entry) for entry in tokenizer.files}
+    found = hashlib.sha256(files.get(TOKENIZER_JSON, b"")).hexdigest()
+    if found != tokenizer.sha256:
+        where = storage.uri(f"{tokenizer.folder}/{TOKENIZER_JSON}")
+        raise DamagedFile(f"{where}: sha256 is {found[:16]}..., the dataset's tokenizer has {tokenizer.sha256[:16]}...")
+    return files

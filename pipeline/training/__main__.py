@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import ValidationError
 
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
@@ -79,13 +78,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def read_dataset(storage: Storage, path: str) -> DatasetManifest:
-    """Raises ValueError if there is no such manifest."""
+    """Raises ValueError if there is no such manifest, or it is damaged."""
     try:
-        return DatasetManifest.model_validate_json(storage.read(path))
+        return DatasetManifest.parse(storage.read(path), storage.uri(path))
     except FileNotFoundError:
         raise ValueError(f"--dataset {path}: nothing at {storage.uri(path)}; run the prepare stage first") from None
-    except ValidationError as error:
-        raise ValueError(f"--dataset {path}: not a dataset manifest ({error.error_count()} problems)") from None
 
 
 def join_ranks(config: RunConfig) -> None:

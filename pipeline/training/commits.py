@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, overload
 
 from pipeline.config.schema import RunConfig
 from pipeline.dataset.order import Order
+from pipeline.integrity import read_record
 from pipeline.manifest import CheckpointManifest, DamagedRecord, DatasetManifest
 from pipeline.storage import Storage
 from pipeline.training.identity import differences, identity_digest, identity_of
@@ -53,9 +55,7 @@ def step_folders(storage: Storage, run_id: str) -> list[int]:
 
 def read_manifest(storage: Storage, run_id: str, step: int) -> CheckpointManifest | None:
     """None if the step has no committed checkpoint. Raises DamagedRecord."""
-    path = manifest_path(run_id, step)
-    data = storage.read_or_none(path)
-    return None if data is None else CheckpointManifest.parse(data, storage.uri(path))
+    return read_record(storage, manifest_path(run_id, step), CheckpointManifest)
 
 
 def commit(storage: Storage, manifest: CheckpointManifest) -> None:
@@ -111,6 +111,14 @@ class Committed(Sequence[CheckpointManifest]):
 def committed(storage: Storage, run_id: str) -> Committed:
     """The checkpoints of a run that exist, oldest first; costs one listing until they are looked at."""
     return Committed(storage, run_id)
+
+
+def committed_steps(storage: Storage, run_id: str) -> list[int]:
+    """Their steps, ascending; asks for each folder whether it holds a manifest."""
+    steps = step_folders(storage, run_id)
+    with ThreadPoolExecutor(16) as threads:  # on S3 each is a request
+        there = threads.map(lambda step: storage.exists(manifest_path(run_id, step)), steps)
+        return [step for step, exists in zip(steps, there) if exists]
 
 
 @dataclass(frozen=True)

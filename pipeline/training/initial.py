@@ -24,6 +24,7 @@ from pathlib import Path
 
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig
+from pipeline.integrity import read_record
 from pipeline.manifest import ModelManifest, Record
 from pipeline.publishing import registry
 from pipeline.storage import Storage
@@ -44,8 +45,7 @@ def answer_path(run_id: str) -> str:
 
 
 def answer_of(run_id: str, storage: Storage) -> Answer | None:
-    data = storage.read_or_none(answer_path(run_id))
-    return None if data is None else Answer.model_validate_json(data)
+    return read_record(storage, answer_path(run_id), Answer)
 
 
 def pinned(config: RunConfig, storage: Storage) -> RunConfig:
@@ -113,10 +113,17 @@ def find(config: RunConfig, storage: Storage) -> ModelManifest | None:
         if digest is None:
             return None
         raise ConfigError(f"{KEY}: {storage.uri(folder)} has no manifest.json: was the version deleted?")
-    manifest = ModelManifest.model_validate_json(data)
+    manifest = ModelManifest.parse(data, storage.uri(f"{folder}/manifest.json"))
     if digest not in (None, manifest.digest):
         raise ConfigError(f"{KEY}: {storage.uri(folder)} has digest {manifest.digest}, but {digest} was asked for")
     return manifest
+
+
+def manifest_in(storage: Storage, folder: str) -> ModelManifest | None:
+    """What a folder that was published here says about itself, wherever it has been copied to; None for others."""
+    path = f"{folder}/manifest.json" if folder else "manifest.json"
+    data = storage.read_or_none(path)
+    return ModelManifest.parse(data, storage.uri(path)) if data and b'"checkpoint_digest"' in data else None
 
 
 def split(weights: str) -> tuple[str, str | None]:

@@ -19,11 +19,20 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
-from pipeline.config.schema import CheckpointConfig
+from pipeline.config.load import ConfigError
+from pipeline.config.schema import CheckpointConfig, RunConfig
+from pipeline.optim.schedule import total_steps
 from pipeline.storage import Storage
-from pipeline.training.commits import MANIFEST, WITHDRAWN, manifest_path, step_folder, step_folders, train_folder
+from pipeline.training.commits import (
+    MANIFEST,
+    WITHDRAWN,
+    committed_steps,
+    manifest_path,
+    step_folder,
+    step_folders,
+    train_folder,
+)
 
 PIN_SECONDS = 3600.0
 PIN = re.compile(r"(\d{8,})-(\d+)-[0-9a-f]+")
@@ -55,14 +64,11 @@ class Retention:
         """When a run begins at step `resumed`: collect folders without a manifest, but not those of withdrawn checkpoints,
         and temporaries of killed processes."""
         steps = step_folders(self._storage, self._run_id)
-        with ThreadPoolExecutor(16) as threads:
-            there = threads.map(lambda step: self._storage.exists(manifest_path(self._run_id, step)), steps)
-            orphans = [step for step, committed in zip(steps, there) if not committed]
-        for step in orphans:
+        self._known = set(committed_steps(self._storage, self._run_id))
+        for step in sorted(set(steps) - self._known):
             withdrawn = f"{step_folder(self._run_id, step)}/{WITHDRAWN}"
             if step <= resumed or not self._storage.exists(withdrawn):
                 self._storage.delete(step_folder(self._run_id, step))
-        self._known = set(steps) - set(orphans)
         self._storage.sweep(train_folder(self._run_id))
 
     def withdraw(self, after: int) -> list[int]:
@@ -98,6 +104,30 @@ class Retention:
         self._storage.delete(f"{folder}/{MANIFEST}")
         self._storage.delete(folder)
         self._known.discard(step)
+
+
+def named_steps(config: RunConfig) -> frozenset[int]:
+    """Steps that the configuration names: a checkpoint is taken there, and kept."""
+    wanted = config.evaluation.checkpoint
+    return frozenset() if wanted == "last" else frozenset({wanted})
+
+
+def check_named(config: RunConfig, storage: Storage) -> None:
+    """Refuse, before anything is trained, a step that the run does not reach or has passed without a checkpoint."""
+    steps = total_steps(config.schedule, config.training.sequence_length)
+    for wanted in named_steps(config):
+        if not 1 <= wanted <= steps:
+            raise ConfigError(
+                f"evaluation.checkpoint {wanted}: the run has {steps:,} steps; name one of 1 to {steps}, or last"
+            )
+        if storage.exists(manifest_path(config.run_id, wanted)):
+            continue
+        there = committed_steps(storage, config.run_id)
+        if there and there[-1] >= wanted:
+            raise ConfigError(
+                f"evaluation.checkpoint {wanted}: the run has got to step {there[-1]} and has no checkpoint of step {wanted}; "
+                f"there are {there}: name one of these, a later step, or last"
+            )
 
 
 def evaluated(storage: Storage, run_id: str) -> set[int]:

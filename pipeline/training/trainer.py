@@ -45,6 +45,7 @@ from pipeline.training.figures import Fetch, PendingRecord
 from pipeline.training.guard import Guard, check_skipped, check_spikes
 from pipeline.training.identity import identity_digest
 from pipeline.training.metrics import MetricsFiles, Pace, StepRecord, TrainProgress, sound_files
+from pipeline.training.retention import check_named, named_steps
 from pipeline.training.step import Step
 from pipeline.training.watchdog import Watchdog
 
@@ -84,6 +85,7 @@ def train(
     Raises ValueError for what the configuration cannot do here (mesh, data, foreign checkpoint), RunDiverged.
     """
     check_demand(config, dataset)
+    check_named(config, storage)
     ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     with Watchdog(
         config.training.step_timeout_s, storage, f"{train_folder(config.run_id)}/hangs", *ranks
@@ -117,7 +119,7 @@ class Run:
         self.model, self.optimizer = build(config, self.meshes, self.device)
         self.guard = Guard(self.device, config.training.spikes)
         self.at = Position()
-        self.loss: float | None = None  # of the last step that had one
+        self.loss = 0.0  # of the last step that counted
         self.tokens_seen = 0  # labels trained on, up to the last step that was observed
         self.checkpoint: CheckpointManifest | None = resume_from
         if resume_from is not None:
@@ -192,8 +194,6 @@ class Run:
                     next_sequence=at.next_sequence,
                     tokens_seen=self.tokens_seen,
                     loss=self.loss,
-                    skipped_steps=seen.skipped_steps,
-                    mesh=config.parallelism.model_dump(),
                     metrics=files.write(at.step) if files else (),
                     newton_schulz=self.optimizer.muon.multiplied,
                 )
@@ -241,12 +241,6 @@ class Run:
         return TrainManifest.parse(self.storage.read(path), self.storage.uri(path))
 
 
-def named_steps(config: RunConfig) -> frozenset[int]:
-    """Steps that the configuration names: a checkpoint is taken there, and kept."""
-    wanted = config.evaluation.checkpoint
-    return frozenset() if wanted == "last" else frozenset({wanted})
-
-
 def build(config: RunConfig, meshes: Meshes, device: torch.device) -> tuple[Moonlight, MoonlightOptimizer]:
     """The network and its optimizer on this rank, with initial weights."""
     with torch.device("meta"):
@@ -267,10 +261,11 @@ def import_weights(model: Moonlight, config: RunConfig, storage: Storage) -> Non
         raise ValueError(f"training.initial_weights {weights}: ask initial.pin() which model that is, before training")
     initial.check(config, storage)
     folder, _ = initial.split(weights)
-    if folder.startswith("s3://"):
-        load_hf(model, "", Storage(storage.config.model_copy(update={"root": folder})))
+    if folder.startswith("s3://") or Path(folder).is_absolute():
+        place, inside = Storage(storage.config.model_copy(update={"root": folder})), ""
     else:
-        load_hf(model, folder, None if Path(folder).is_absolute() else storage)
+        place, inside = storage, folder
+    load_hf(model, inside, place, initial.manifest_in(place, inside))
 
 
 def other_products(before: str, now: str) -> str:

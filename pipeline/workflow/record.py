@@ -78,8 +78,15 @@ class ProgressFile:
 
 
 def read_progress(storage: Storage, run_id: str) -> StageProgress | None:
-    data = storage.read_or_none(progress_path(run_id))
-    return None if data is None else StageProgress(**json.loads(data))
+    """None without one. Raises ValueError for one that is torn, or of another version of the code."""
+    path = progress_path(run_id)
+    data = storage.read_or_none(path)
+    try:
+        return None if data is None else StageProgress(**json.loads(data))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{storage.uri(path)}: no record of progress ({error}); the stage at work writes it anew"
+        ) from None
 
 
 def note_waiting(storage: Storage, run_id: str, stage: str, note: str, *, begun: float | None = None) -> None:
@@ -114,8 +121,17 @@ def add_event(storage: Storage, run_id: str, event: str, stage: str, **facts: An
 
 
 def read_events(storage: Storage, run_id: str) -> list[dict[str, Any]]:
-    data = storage.read_or_none(events_path(run_id)) or b""
-    return [json.loads(line) for line in data.splitlines()]
+    """In order. A line that is torn is named on stderr and left out: what happened is told, not decided by them."""
+    path, found = events_path(run_id), []
+    for number, line in enumerate((storage.read_or_none(path) or b"").splitlines(), start=1):
+        try:
+            event = json.loads(line)
+            if not isinstance(event, dict) or not {"time", "event", "stage"} <= event.keys():
+                raise ValueError("no event with a time and a stage")
+            found.append(event)
+        except ValueError as error:
+            print(f"{storage.uri(path)}: line {number} is left out: {error}", file=sys.stderr, flush=True)
+    return found
 
 
 def stage_seconds(events: list[dict[str, Any]]) -> dict[str, float]:

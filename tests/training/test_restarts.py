@@ -5,7 +5,7 @@ import json
 import tempfile
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from pipeline.storage import Storage
@@ -24,7 +24,7 @@ EXACT = st.fixed_dictionaries(
         "training__log_every": st.integers(1, 4),
         "training__activation_checkpointing": st.sampled_from(["none", "selective", "full"]),
         "training__step_timeout_s": st.sampled_from([100.0, 200.0]),
-        "evaluation": st.sampled_from([{"checkpoint": "last"}, {"checkpoint": 3}, {"checkpoint": 9}]),
+        "evaluation": st.sampled_from([{"checkpoint": "last"}, {"checkpoint": 9}]),
     }
 )
 START = st.tuples(EXACT, st.sampled_from(["stopped", "killed"]), st.integers(1, STEPS))
@@ -94,14 +94,14 @@ def check(starts: list, undisturbed) -> None:
         assert found == [undisturbed[1][line["step"]] for line in found]
 
 
-@settings(max_examples=6, derandomize=True, deadline=None)
+@settings(max_examples=6, derandomize=True, deadline=None, phases=[Phase.generate])
 @given(st.lists(START, min_size=1, max_size=4))
 def test_any_change_at_any_restart(undisturbed, starts):
     check(starts, undisturbed)
 
 
 @pytest.mark.long
-@settings(max_examples=150, derandomize=True, deadline=None)
+@settings(max_examples=150, derandomize=True, deadline=None, phases=[Phase.generate])
 @given(st.lists(START, min_size=1, max_size=6))
 def test_any_change_at_any_restart_at_length(undisturbed, starts):
     check(starts, undisturbed)

@@ -121,3 +121,20 @@ def test_seconds_of_stages() -> None:
     assert list(stage_seconds([*prepared, *killed, *finished])) == ["prepare", "train"]
     again = [event("started", "train"), event("finished", "train", 3.0)]  # with other settings
     assert stage_seconds([*prepared, *killed, *finished, *again]) == {"prepare": 2.0, "train": 3.0}
+
+
+def test_a_torn_event_is_named_and_left_out(storage: Storage, capsys: pytest.CaptureFixture[str]) -> None:
+    add_event(storage, "r", "started", "train")
+    whole = storage.read(events_path("r"))
+    storage.write(events_path("r"), whole + b'{"event": "fin' + b"\n[]\n" + whole)
+    assert [event["event"] for event in read_events(storage, "r")] == ["started", "started"]
+    said = capsys.readouterr().err
+    assert f"{storage.uri(events_path('r'))}: line 2 is left out" in said
+    assert "line 3 is left out: no event" in said
+
+
+def test_torn_progress_is_named(storage: Storage) -> None:
+    for torn in (b'{"stage": "tr', b"{}", b"[]"):
+        storage.write(progress_path("r"), torn)
+        with pytest.raises(ValueError, match=r"runs/r/progress.json: no record of progress"):
+            read_progress(storage, "r")
