@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -112,6 +113,24 @@ def load_hf(
                 target[row].copy_(source.read(hf_name(name).format(expert=expert))[part[1:]])
         elif target.numel():
             target.copy_(source.read(hf_name(name))[part])
+
+
+def read_config(folder: str, storage: Storage) -> ModelConfig:
+    """The network that the config.json of a folder below the storage's root describes ("": the root).
+
+    Raises ValueError without one; whether it is a network of this kind is `load_hf`'s to say.
+    """
+    path = f"{folder}/config.json" if folder else "config.json"
+    data = storage.read_or_none(path)
+    if data is None:
+        raise ValueError(f"{storage.uri(folder)}: there is no config.json; give a folder in the format of Hugging Face")
+    there = _as_transformers_reads(json.loads(data), storage.uri(path))
+    known = {name: there[name] for name in ModelConfig.model_fields if there.get(name) is not None}
+    try:
+        return ModelConfig.model_validate(known)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ValueError(f"{storage.uri(path)}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def hf_config(

@@ -53,10 +53,10 @@ class Encoder:
 
     @classmethod
     def load(cls, folder: str | Path, storage: Storage | None = None, engines: Sequence[str] = (REFERENCE,)) -> Encoder:
-        """From a local folder, or from a folder of `storage` (path relative to its root)."""
+        """From a local folder, or from a folder of `storage` (path relative to its root; "": the root)."""
         files = {}
         for name in (TOKENIZER_JSON, CONFIG_JSON):
-            data = storage.read_or_none(f"{folder}/{name}") if storage else _read_local(Path(folder) / name)
+            data = storage.read_or_none(f"{folder}/{name}".lstrip("/")) if storage else _read_local(Path(folder) / name)
             if data is not None:
                 files[name] = data
         if TOKENIZER_JSON not in files:
@@ -91,8 +91,9 @@ class Encoder:
         return self.engines[0] != REFERENCE and not holds_newer_letters([document])[0]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text; bytes that are not UTF-8 (a cut inside a character) become U+FFFD. Added tokens by their names."""
-        parts = [self._bytes[token_id] for token_id in np.asarray(ids, np.int64).tolist()]
+        """The text; bytes that are not UTF-8 (a cut inside a character) become U+FFFD. Added tokens by their names; an id
+        without a token, which a network with a larger vocabulary may choose, is nothing, as in `tokenizers`."""
+        parts = [self._bytes.get(token_id, b"") for token_id in np.asarray(ids, np.int64).tolist()]
         return b"".join(parts).decode("utf-8", errors="replace")
 
     def check(self, document: bytes) -> np.ndarray:
