@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 ENDINGS = {
     "json": (".jsonl", ".ndjson", ".jsonlines", ".json"),  # lines, an array or whole values: their first bytes tell
     "parquet": (".parquet", ".pq"),
@@ -29,6 +32,7 @@ MAGIC_BYTES = 10
 SEEKING = frozenset({"parquet", "arrow"})  # read from several places: compressed inside, not as a whole
 ROWS = frozenset({"json", "jsonl", "csv", "tsv"})  # many documents a file, none shorter than a few bytes
 SHOWN = 5  # names in a message
+UNKNOWN, TEXT, DATA = range(3)
 
 
 @dataclass(frozen=True)
@@ -82,23 +86,27 @@ def is_compressed(path: str) -> bool:
     return compression_by_name(path) is not None
 
 
-def documents_among(paths: Iterable[str], configured: str) -> tuple[list[str], LeftOut]:
-    """The files of a source that hold documents, in the order given, and what was left out.
+def documents_among(paths: Iterable[str], configured: str) -> tuple[NDArray[np.bool_], LeftOut]:
+    """Which files of a source hold documents, and what was left out. A byte a path is kept.
 
     With "auto": names that say what they are, outside folders and files that data engines keep for themselves (`_delta_log/`,
     `_metadata`); text files only where there are no data files, for beside these they are descriptions (README.md).
     """
-    if configured != "auto":
-        return list(paths), LeftOut()
-    data: list[str] = []
-    text: list[str] = []
-    unknown: list[str] = []
+    roles = bytearray()
+    first: dict[int, list[str]] = {UNKNOWN: [], TEXT: []}  # the smallest names of each
     for path in paths:
         kind = format_of(path, configured)
-        if kind is None or (kind != "text" and any(part.startswith("_") for part in path.split("/"))):
-            unknown.append(path)
-        else:
-            (text if kind == "text" else data).append(path)
-    beside = text if data else []
-    examples = tuple(sorted(unknown + beside)[:SHOWN])
-    return data or text, LeftOut(len(unknown), len(beside), examples)
+        role = UNKNOWN if kind is None else TEXT if kind == "text" else DATA
+        if configured != "auto":
+            role = DATA
+        elif role == DATA and any(part.startswith("_") for part in path.split("/")):
+            role = UNKNOWN
+        roles.append(role)
+        if role != DATA and (len(first[role]) < SHOWN or path < first[role][-1]):
+            first[role] = sorted([*first[role], path])[:SHOWN]
+    found = np.frombuffer(bytes(roles), np.uint8)
+    chosen = found == (DATA if DATA in roles else TEXT)
+    unknown = int((found == UNKNOWN).sum())
+    beside = len(found) - unknown - int(chosen.sum())
+    examples = tuple(sorted(first[UNKNOWN] + (first[TEXT] if beside else []))[:SHOWN])
+    return chosen, LeftOut(unknown, beside, examples)

@@ -9,7 +9,6 @@ Raises ConfigError (one line, naming the key) before any work for a corpus, toke
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -21,7 +20,7 @@ from functools import partial
 from typing import Any
 
 from data_prep.attempts import forget_attempts, tokenize_guarded
-from data_prep.listing import InputFile, list_source, source_root
+from data_prep.listing import Listing, list_source
 from data_prep.mapping import MapUnits, map_in_process
 from data_prep.pack_unit import PackSettings, PackTask, layout, pack_unit
 from data_prep.plan import FORMAT_VERSION, Unit, plan_source, unit_settings
@@ -41,7 +40,7 @@ from data_prep.resolve import READ_THREADS, Heldout, choose_heldout, find_duplic
 from data_prep.tail import TailTask, build_tail, tail_tasks
 from data_prep.tokenize_unit import TokenizeSettings, open_input, token_dtype
 from data_prep.tokenizer_stage import ensure_tokenizer, tokenizer_identity
-from pipeline.config.schema import RunConfig, SourceConfig
+from pipeline.config.schema import RunConfig
 from pipeline.manifest import DatasetManifest, DocumentCounts, SourceManifest, digest_of
 from pipeline.storage import Storage
 
@@ -57,7 +56,7 @@ def identity(config: RunConfig, storage: Storage) -> str:
 
 def settings_digest(config: RunConfig) -> str:
     """Digest of every setting that decides the dataset, whatever files are in the corpus."""
-    return _identity(config, {source.name: [] for source in config.corpus.sources})
+    return _identity(config, {})
 
 
 def prepare(
@@ -78,7 +77,8 @@ def prepare(
     for note in plan.tokenizer.notes:
         log.warning("tokenizer: %s", note)
     units = [Unit.from_json(value) for value in plan.units]
-    tokenized = _tokenize(config, storage, plan, units, map_units, report)
+    roots = {name: listing.root for name, listing in listings.items()}
+    tokenized = _tokenize(config, storage, roots, plan, units, map_units, report)
     heldout, packed = _resolve_and_pack(config, storage, plan, units, tokenized, map_units, report)
     tails = _tails(config, plan, units, packed, map_units, report)
     dataset = _dataset(config, plan, units, tokenized, heldout, packed, tails)
@@ -88,20 +88,20 @@ def prepare(
     return DatasetManifest.model_validate_json(storage.read(dataset_path(dataset_identity)))
 
 
-def _list(config: RunConfig) -> dict[str, list[InputFile]]:
+def _list(config: RunConfig) -> dict[str, Listing]:
     return {
         source.name: list_source(source, index, config.storage) for index, source in enumerate(config.corpus.sources)
     }
 
 
-def _identity(config: RunConfig, listings: dict[str, list[InputFile]]) -> str:
+def _identity(config: RunConfig, listings: dict[str, Listing]) -> str:
     sources = {}
     for source in config.corpus.sources:
         settings = unit_settings(source, config.corpus, "")
         settings["drop_exact_duplicates"] = source.filters.drop_exact_duplicates
         sources[source.name] = {
             "settings": settings,
-            "files": [dataclasses.astuple(file) for file in listings[source.name]],
+            "files": listings[source.name].digest if source.name in listings else "",
         }
     parts = {
         "format_version": FORMAT_VERSION,
@@ -122,7 +122,7 @@ def _versions() -> dict[str, str]:
 
 
 def _plan(
-    config: RunConfig, storage: Storage, listings: dict[str, list[InputFile]], dataset_identity: str, report: Report
+    config: RunConfig, storage: Storage, listings: dict[str, Listing], dataset_identity: str, report: Report
 ) -> Plan:
     """The plan that was committed for this identity, or a new one. Of concurrent planners the first one's holds."""
     path = plan_path(dataset_identity)
@@ -134,8 +134,8 @@ def _plan(
         units: list[Unit] = []
         for source in config.corpus.sources:
             settings = unit_settings(source, config.corpus, tokenizer.sha256)
-            groups = partial(_row_group_bytes, source, config)
-            lines = partial(_is_json_lines, source, config)
+            root = listings[source.name].root
+            groups, lines = partial(_row_group_bytes, root, config), partial(_is_json_lines, root, config)
             units += plan_source(
                 source, listings[source.name], config.corpus.unit_bytes, settings, known, groups, lines
             )
@@ -153,13 +153,13 @@ def _known_units(storage: Storage) -> list[Unit]:
     return list({unit.id: unit for unit in reversed(units)}.values())[::-1]
 
 
-def _row_group_bytes(source: SourceConfig, config: RunConfig, path: str) -> list[int] | None:
-    with open_input(source_root(source), path, config.storage) as file:
+def _row_group_bytes(root: str, config: RunConfig, path: str) -> list[int] | None:
+    with open_input(root, path, config.storage) as file:
         return row_group_bytes(file)
 
 
-def _is_json_lines(source: SourceConfig, config: RunConfig, path: str) -> bool:
-    with open_input(source_root(source), path, config.storage) as file:
+def _is_json_lines(root: str, config: RunConfig, path: str) -> bool:
+    with open_input(root, path, config.storage) as file:
         return is_json_lines(path, file)
 
 
@@ -199,13 +199,19 @@ def _mapped(
 
 
 def _tokenize(
-    config: RunConfig, storage: Storage, plan: Plan, units: list[Unit], map_units: MapUnits, report: Report
+    config: RunConfig,
+    storage: Storage,
+    roots: dict[str, str],
+    plan: Plan,
+    units: list[Unit],
+    map_units: MapUnits,
+    report: Report,
 ) -> list[UnitManifest]:
     settings = {}
     for source in config.corpus.sources:
         settings[source.name] = TokenizeSettings(
             storage=config.storage,
-            root=source_root(source),
+            root=roots[source.name],
             source=source,
             tokenizer=plan.tokenizer,
             heldout_fraction=config.corpus.heldout_fraction,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.filters import rejected_by
-from data_prep.listing import InputFile, hash_order, source_root
+from data_prep.listing import InputFile, Listing, hash_order
 from data_prep.plan import Slice
 from data_prep.readers import ReaderSettings, read_slice
 from data_prep.tokenize_unit import document_hash, is_heldout_candidate, open_input
@@ -53,9 +53,7 @@ def tokenizer_identity(config: RunConfig) -> dict[str, Any]:
     return {"settings": names, "files": files}
 
 
-def find_tokenizer(
-    config: RunConfig, storage: Storage, listings: dict[str, list[InputFile]]
-) -> TokenizerManifest | None:
+def find_tokenizer(config: RunConfig, storage: Storage, listings: dict[str, Listing]) -> TokenizerManifest | None:
     """The committed tokenizer of this configuration and corpus, if there is one."""
     if config.tokenizer.path is None:
         grown = _trained_on_less(storage, tokenizer_identity(config), _corpus_of(config, listings))
@@ -65,7 +63,7 @@ def find_tokenizer(
     return None if done is None else TokenizerManifest.model_validate_json(done)
 
 
-def ensure_tokenizer(config: RunConfig, storage: Storage, listings: dict[str, list[InputFile]]) -> TokenizerManifest:
+def ensure_tokenizer(config: RunConfig, storage: Storage, listings: dict[str, Listing]) -> TokenizerManifest:
     """The committed tokenizer; trains one if there is none yet."""
     done = find_tokenizer(config, storage, listings)
     if done is not None:
@@ -89,7 +87,7 @@ def tokenizer_sources(config: RunConfig) -> dict[str, float]:
     return {source.name: shares[source.name] / total for source in config.corpus.sources if source.name in shares}
 
 
-def sample(config: RunConfig, listings: dict[str, list[InputFile]]) -> Iterator[str]:
+def sample(config: RunConfig, listings: dict[str, Listing]) -> Iterator[str]:
     """About `tokenizer.training_bytes` of text: of each source its share of it, spread over its files in hash order.
 
     Documents that could be held out are not looked at.
@@ -102,14 +100,14 @@ def sample(config: RunConfig, listings: dict[str, list[InputFile]]) -> Iterator[
         for file in files:
             if budget <= 0:
                 break
-            for text in _texts(config, source, file, min(share, budget)):
+            for text in _texts(config, source, listings[source.name].root, file, min(share, budget)):
                 budget -= len(text)
                 yield text.decode()
 
 
-def _texts(config: RunConfig, source: SourceConfig, file: InputFile, budget: int) -> Iterator[bytes]:
+def _texts(config: RunConfig, source: SourceConfig, root: str, file: InputFile, budget: int) -> Iterator[bytes]:
     reader = ReaderSettings.of(source, config.corpus.max_document_bytes)
-    with open_input(source_root(source), file.path, config.storage) as handle:
+    with open_input(root, file.path, config.storage) as handle:
         for record in read_slice(Slice(file.path, file.bytes, file.identity), handle, reader):
             if record.reason or record.rejected or rejected_by(record.text, source.filters):
                 continue
@@ -122,18 +120,18 @@ def _texts(config: RunConfig, source: SourceConfig, file: InputFile, budget: int
                 return
 
 
-def _training(config: RunConfig, listings: dict[str, list[InputFile]]) -> dict[str, Any] | None:
+def _training(config: RunConfig, listings: dict[str, Listing]) -> dict[str, Any] | None:
     """What a trained tokenizer is made from; None for one that is loaded."""
     if config.tokenizer.path is not None:
         return None
     return {"settings": tokenizer_identity(config), "corpus": _corpus_of(config, listings)}
 
 
-def _folder(config: RunConfig, listings: dict[str, list[InputFile]]) -> str:
+def _folder(config: RunConfig, listings: dict[str, Listing]) -> str:
     return f"tokenizers/{digest_of(_training(config, listings) or tokenizer_identity(config))[:32]}"
 
 
-def _corpus_of(config: RunConfig, listings: dict[str, list[InputFile]]) -> dict[str, Any]:
+def _corpus_of(config: RunConfig, listings: dict[str, Listing]) -> dict[str, Any]:
     corpus = {}
     for source in config.corpus.sources:
         if source.name not in tokenizer_sources(config):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from data_prep.formats import ROWS, SEEKING, format_of, is_compressed
-from data_prep.listing import InputFile, list_source
+from data_prep.listing import InputFile, Listing, list_source
 from data_prep.prepare import identity, prepare
 from data_prep.records import PrepareProgress, dataset_path
 from data_prep.tokenizer_stage import find_tokenizer
@@ -74,7 +74,7 @@ def _enough(config: RunConfig, dataset: DatasetManifest) -> DatasetManifest:
     return dataset
 
 
-def check_supply(config: RunConfig, listings: dict[str, list[InputFile]]) -> None:
+def check_supply(config: RunConfig, listings: Mapping[str, Sequence[InputFile]]) -> None:
     """Refuse, before any work, a demand that no tokenizer could meet. Raises ConfigError.
 
     Generous, because only the tokenized corpus knows (`check_demand`, after prepare): a token is at least one byte or ends a
@@ -99,7 +99,7 @@ def check_supply(config: RunConfig, listings: dict[str, list[InputFile]]) -> Non
             )
 
 
-def check_tokenizer(config: RunConfig, storage: Storage, listings: dict[str, list[InputFile]]) -> None:
+def check_tokenizer(config: RunConfig, storage: Storage, listings: dict[str, Listing]) -> None:
     """Refuse, before prepare, a corpus whose tokenizer is not that of the model the run starts from. Raises ConfigError."""
     manifest = initial.find(config, storage)
     if manifest is None:

@@ -19,7 +19,7 @@ from pipeline.dataset.reader import BlockId, BlockReader
 from pipeline.storage import Storage
 
 BATCHES_AHEAD = 2  # whose blocks are read in the background
-PLANNED_BATCHES = 16  # located at a time
+PLANNED_SEQUENCES = 4096  # located at a time, at least
 
 
 class Batch(NamedTuple):
@@ -60,16 +60,21 @@ class Loader:
     def batch(self, start: int, count: int) -> Batch:
         """Sequences [start, start + count) of this rank. Raises CorruptBlock where stored bytes are damaged."""
         plan = self._plans.get((start, count)) or self.plan(start, count)
-        length, rows = self.order.sequence_length, len(plan.sequences)
+        length, rows, parts = self.order.sequence_length, len(plan.sequences), self.order.parts
         tokens = np.empty((rows, length), dtype=np.int64)
         doc_lens = []
         for first in range(0, rows, self.reader.room):  # never more blocks in hand than the cache may hold
             some = slice(first, first + self.reader.room)
             data = self.reader.get(plan.blocks[some])
             for i, block, row, part in zip(range(rows)[some], plan.blocks[some], plan.rows[some], plan.parts[some]):
-                tokens[i] = data[block].tokens[row, part * length : (part + 1) * length]
-                lengths = data[block].document_lengths(row)
-                doc_lens.append(lengths if self.order.parts == 1 else cut(lengths, part * length, (part + 1) * length))
+                found = data[block]
+                lengths = found.document_lengths(row)
+                if parts == 1:
+                    tokens[i] = found.tokens[row]
+                else:
+                    tokens[i] = found.tokens[row, part * length : (part + 1) * length]
+                    lengths = cut(lengths, part * length, (part + 1) * length)
+                doc_lens.append(lengths)
         self._read_ahead(start, count)
         return Batch(torch.from_numpy(tokens), doc_lens, plan.sequences)
 
@@ -78,8 +83,9 @@ class Loader:
         than locating one."""
         ahead = [start + number * count for number in range(1, BATCHES_AHEAD + 1)]
         if (ahead[-1], count) not in self._plans:
-            plan = self.plan(start + count, PLANNED_BATCHES * count)
-            starts = start + count * np.arange(1, PLANNED_BATCHES + 2)
+            batches = max(BATCHES_AHEAD, PLANNED_SEQUENCES * self.world // count)
+            plan = self.plan(start + count, batches * count)
+            starts = start + count * np.arange(1, batches + 2)
             bounds = np.searchsorted(plan.sequences, starts)
             self._plans = {(int(first), count): plan.cut(i, j) for first, i, j in zip(starts, bounds, bounds[1:])}
         for first in ahead:
@@ -92,8 +98,9 @@ class Loader:
         sequences = np.arange(first, start + count, self.world, dtype=np.int64)
         location = self.order.locate(sequences)
         number, row = np.divmod(location.row, self.order.rows_per_group)
-        blocks = [BlockId(s, b) for s, b in zip(location.source.tolist(), number.tolist())]
-        return Plan(sequences, blocks, row.tolist(), location.part.tolist())
+        distinct, which = np.unique(np.stack([location.source, number]), axis=1, return_inverse=True)
+        blocks = [BlockId(*block) for block in distinct.T.tolist()]
+        return Plan(sequences, [blocks[i] for i in which.tolist()], row.tolist(), location.part.tolist())
 
     def close(self) -> None:
         self.reader.close()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -66,8 +67,12 @@ class Block:
     def nbytes(self) -> int:
         return self.tokens.nbytes + self.lengths.nbytes + self.offsets.nbytes
 
+    @cached_property
+    def _bounds(self) -> list[int]:
+        return self.offsets.tolist()
+
     def document_lengths(self, row: int) -> list[int]:
-        return self.lengths[self.offsets[row] : self.offsets[row + 1]].tolist()
+        return self.lengths[self._bounds[row] : self._bounds[row + 1]].tolist()
 
 
 def fetch_range(storage: Storage, entry: PackedFile, start: int, stop: int) -> bytes:
@@ -129,7 +134,7 @@ def _decode_group(entry: PackedFile, layout: Layout, footer: Footer, group: int,
     _check_crc32(entry, group, data)
     try:
         window = pa.PythonFile(_Window(data, start, entry.bytes), mode="r")
-        file = pq.ParquetFile(window, metadata=footer.metadata, page_checksum_verification=True)
+        file = pq.ParquetFile(window, metadata=footer.metadata, pre_buffer=True)
         return _block(file.read_row_group(group, columns=["tokens", "doc_lens"], use_threads=False), layout)
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise CorruptBlock(entry.path, group, str(error)) from error
@@ -191,12 +196,12 @@ class _Window:
         self._position = offset + (0, self._position, self._size)[whence]
         return self._position
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int) -> memoryview:
         first = self._position - self._start
         if first < 0 or first + size > len(self._data):
             raise ValueError(f"bytes {self._position} to {self._position + size} lie outside the row group")
         self._position += size
-        return bytes(self._data[first : first + size])
+        return self._data[first : first + size]
 
     def close(self) -> None:
         self.closed = True

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.listing import list_source
+from data_prep.listing import InputFile, Listing, list_source
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import SourceConfig, StorageConfig
+from pipeline.storage import filesystem
 
 
 @pytest.fixture
@@ -102,3 +103,64 @@ def test_what_holds_no_documents_is_left_out_by_name(tree: Path, caplog: pytest.
         names(tree, format="auto", include=("sub/**", "a.py", "x.dist-info/*"))
     with pytest.raises(ConfigError, match=r"a\.py has a name that says no format; set corpus\.sources\[0\]\.format"):
         names(tree / "a.py", format="auto")
+
+
+def test_objects_of_a_bucket(bucket: tuple[str, str]) -> None:
+    """`d` beside `d/x`; a source that is one object; a prefix that is an object, too."""
+    storage = StorageConfig(root=f"s3://{bucket[1]}/any", endpoint_url=bucket[0])
+    fs = filesystem(storage.root, storage)
+    for key in ("c/d", "c/d/x", "c/d/y/z z", "c/e.txt", "c/folder/"):
+        fs.pipe_file(f"{bucket[1]}/{key}", key.encode())
+    etag = {key: "etag:" + fs.info(f"{bucket[1]}/{key}")["ETag"].strip('"') for key in ("c/d", "c/e.txt")}
+
+    def listed(path: str, **settings: object) -> Listing:
+        source = SourceConfig(name="main", path=f"s3://{bucket[1]}/{path}", format="text", **settings)
+        return list_source(source, 0, storage)
+
+    assert [file.path for file in listed("c")] == ["d", "d/x", "d/y/z z", "e.txt"]
+    assert listed("c")[0] == InputFile("d", 3, etag["c/d"])
+    assert [file.path for file in listed("c", include=("d", "**/x"))] == ["d", "d/x"]
+    one = listed("c/e.txt", include=("*.parquet",))
+    assert (list(one), one.root) == ([InputFile("e.txt", 7, etag["c/e.txt"])], f"s3://{bucket[1]}/c")
+    assert [file.path for file in listed("c/d/")] == ["x", "y/z z"]
+    with pytest.raises(
+        ConfigError, match=r"c/d is an object, and there are others below it; write s3://\S+/c/d/ for those"
+    ):
+        listed("c/d")
+    with pytest.raises(ConfigError, match="there is no object at or below"):
+        listed("none")
+
+
+def test_a_listing_is_walked_in_the_order_of_its_paths(tmp_path: Path) -> None:
+    """Whatever sorts between a folder's name and the slash that follows it: '-' and '.' do, '0' does not."""
+    for name in ("a/b", "a-b/c", "a.txt", "a0", "a/b.d/e", "a/b-d", "\u00e9", "z\U0001f600", "z\uffff"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        if not (tmp_path / name).is_dir():
+            (tmp_path / (name if name != "a/b" else "a/b_")).write_bytes(name.encode())
+    found = names(tmp_path)
+    assert found == sorted(found)
+    assert len(found) == 9
+
+
+def test_the_digest_covers_every_part_of_every_file(tmp_path: Path) -> None:
+    files = [("a", 1, "x"), ("b", 2, "y")]
+    first = Listing("/", files)
+    assert (
+        first.digest == Listing("/elsewhere", files).digest == hashlib.sha256(b"a\0001\0x\0\nb\0002\0y\0\n").hexdigest()
+    )
+    others = [
+        [("a", 1, "x")],
+        [("a", 1, "x"), ("c", 2, "y")],
+        [("a", 1, "x"), ("b", 3, "y")],
+        [("a", 1, "z"), ("b", 2, "y")],
+    ]
+    assert len({first.digest, *(Listing("/", other).digest for other in others)}) == 5
+    assert (first.bytes, len(first), first[1], first[:1]) == (3, 2, InputFile("b", 2, "y"), [InputFile("a", 1, "x")])
+
+
+def test_more_files_than_are_held_as_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_prep.listing.ROWS", 3)
+    files = [(f"{number:03d}", number, f"sha256:{number}") for number in range(10)]
+    listing = Listing("/", iter(files))
+    assert list(listing) == [InputFile(*file) for file in files]
+    assert [listing[place] for place in (0, 3, 9)] == [InputFile(*files[place]) for place in (0, 3, 9)]
