@@ -32,7 +32,6 @@ from data_prep.records import (
     Report,
     TailManifest,
     UnitManifest,
-    dataset_path,
     plan_path,
     shard_path,
 )
@@ -41,7 +40,8 @@ from data_prep.tail import TailTask, build_tail, tail_tasks
 from data_prep.tokenize_unit import TokenizeSettings, open_input, token_dtype
 from data_prep.tokenizer_stage import ensure_tokenizer, tokenizer_identity
 from pipeline.config.schema import RunConfig
-from pipeline.manifest import DatasetManifest, DocumentCounts, SourceManifest, digest_of
+from pipeline.file_index import dataset_path, index_path, read_dataset, write_index
+from pipeline.manifest import DatasetManifest, DocumentCounts, FileEntry, SourceManifest, digest_of
 from pipeline.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -70,9 +70,8 @@ def prepare(
     config = config.model_copy(update={"storage": storage.config})  # workers open it by their settings
     listings = _list(config)
     dataset_identity = _identity(config, listings)
-    done = storage.read_or_none(dataset_path(dataset_identity))
-    if done is not None:
-        return DatasetManifest.model_validate_json(done)
+    if storage.exists(dataset_path(dataset_identity)):
+        return read_dataset(storage, dataset_identity)
     plan = _plan(config, storage, listings, dataset_identity, report)
     for note in plan.tokenizer.notes:
         log.warning("tokenizer: %s", note)
@@ -81,11 +80,11 @@ def prepare(
     tokenized = _tokenize(config, storage, roots, plan, units, map_units, report)
     heldout, packed = _resolve_and_pack(config, storage, plan, units, tokenized, map_units, report)
     tails = _tails(config, plan, units, packed, map_units, report)
-    dataset = _dataset(config, plan, units, tokenized, heldout, packed, tails)
+    dataset = _dataset(config, storage, plan, units, tokenized, heldout, packed, tails)
     forget_attempts(storage, units)
     storage.create(dataset_path(dataset_identity), dataset.to_json())
     storage.sweep("datasets")
-    return DatasetManifest.model_validate_json(storage.read(dataset_path(dataset_identity)))
+    return read_dataset(storage, dataset_identity)
 
 
 def _list(config: RunConfig) -> dict[str, Listing]:
@@ -338,6 +337,7 @@ def _tokens(files: list[dict[str, Any]]) -> int:
 
 def _dataset(
     config: RunConfig,
+    storage: Storage,
     plan: Plan,
     units: list[Unit],
     tokenized: list[UnitManifest],
@@ -346,6 +346,7 @@ def _dataset(
     tails: dict[str, list[TailManifest]],
 ) -> DatasetManifest:
     sources = []
+    indexed: list[dict[str, Sequence[FileEntry]]] = []
     for source in config.corpus.sources:
         mine = [(tokenized[place], packed[place]) for place, unit in enumerate(units) if unit.source == source.name]
         chosen = heldout[source.name].file
@@ -354,13 +355,17 @@ def _dataset(
         assert counts.heldout == (chosen.documents if chosen else 0), f"{source.name}: held-out documents were lost"
         files = [file for _, pack in mine for file in pack.packed]
         files += [file for tail in tails[source.name] for file in tail.packed]
+        indexed.append(
+            {
+                "packed": files,
+                "documents": [unit.documents for unit, _ in mine if unit.documents],
+                "quarantine": [unit.quarantine for unit, _ in mine if unit.quarantine],
+            }
+        )
         sources.append(
             SourceManifest(
                 name=source.name,
-                packed=tuple(files),
                 heldout=(chosen,) if chosen else (),
-                documents=tuple(unit.documents for unit, _ in mine if unit.documents),
-                quarantine=tuple(unit.quarantine for unit, _ in mine if unit.quarantine),
                 failed_units=tuple(unit.id for unit, _ in mine if unit.failed),
                 counts=counts,
                 rows=sum(file.rows for file in files),
@@ -369,6 +374,7 @@ def _dataset(
                 dropped_rows=sum(tail.dropped_rows for tail in tails[source.name]),
             )
         )
+    records = [pack.digest for pack in packed] + [tail.digest for found in tails.values() for tail in found]
     return DatasetManifest(
         identity=plan.identity,
         tokenizer=plan.tokenizer,
@@ -376,9 +382,7 @@ def _dataset(
         sequence_length=config.data.sequence_length,
         rows_per_group=config.data.rows_per_group,
         sources=tuple(sources),
-        units=tuple(
-            sorted([pack.digest for pack in packed] + [tail.digest for found in tails.values() for tail in found])
-        ),
+        files=write_index(storage, index_path(plan.identity), indexed, records),
         versions=_versions(),
     )
 

@@ -13,7 +13,8 @@ datasets/packs/ab/<pack>.json             commit of the packed rows
 datasets/packed/ab/<tail>-00000.parquet   rests of many units, in whole groups
 datasets/tails/ab/<tail>.json             commit of these
 datasets/heldout/<source>-<digest>.parquet
-datasets/<identity>/dataset.json          commit of the dataset version
+datasets/<identity>/files.arrow           the files of the dataset version and the digests of their records
+datasets/<identity>/dataset.json          commit of the dataset version: a few kilobytes that name the former
 ```
 Units and packs are named by their content's identity and shared between dataset versions. `ab` are the first two hex
 digits: on S3 each is a prefix with its own request rate.
@@ -34,10 +35,6 @@ def shard_path(kind: str, name: str, suffix: str) -> str:
 
 def plan_path(identity: str) -> str:
     return f"datasets/plans/{identity}.json"
-
-
-def dataset_path(identity: str) -> str:
-    return f"datasets/{identity}/dataset.json"
 
 
 class UnitManifest(Record):

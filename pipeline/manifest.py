@@ -148,10 +148,7 @@ class DocumentCounts(Record):
 
 class SourceManifest(Record):
     name: str
-    packed: tuple[PackedFile, ...]  # in order: global row -> (file, row group, row) is arithmetic over these
     heldout: tuple[HeldoutFile, ...]
-    documents: tuple[FileEntry, ...]  # ragged token files, for re-packing
-    quarantine: tuple[FileEntry, ...] = ()  # JSON lines: location, reason, excerpt of records that could not be used
     failed_units: tuple[str, ...] = ()  # units that killed their worker; each is one quarantined record
     counts: DocumentCounts
     rows: int
@@ -165,14 +162,14 @@ class SourceManifest(Record):
 class DatasetManifest(Record):
     """`<root>/datasets/<identity>/dataset.json`: written last, and so the commit of the dataset."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     identity: str  # digest of listing, corpus config, tokenizer and layout
     tokenizer: TokenizerManifest
     token_dtype: Literal["uint16", "uint32"]
     sequence_length: int
     rows_per_group: int
     sources: tuple[SourceManifest, ...]
-    units: tuple[str, ...]  # digests of the records of packs (one per unit) and tails, sorted
+    files: FileEntry  # the index of packed files, document shards, quarantine and records (pipeline/file_index.py)
     versions: dict[str, str]  # format version and the libraries that decide bytes
 
     @property

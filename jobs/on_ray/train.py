@@ -23,6 +23,7 @@ from jobs.on_ray.group import run_in_group
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.dataset.order import Order, check_demand
+from pipeline.file_index import read_dataset
 from pipeline.integrity import read_record
 from pipeline.manifest import CheckpointManifest, DatasetManifest, TrainManifest
 from pipeline.storage import Storage, open_storage
@@ -53,7 +54,7 @@ def train_with_ray(config: RunConfig, dataset: DatasetManifest, storage: Storage
         name=config.run_id,
         folder=f"{folder}/ray",
         config_values=config.model_dump(mode="json"),
-        dataset=dataset.model_dump_json(),
+        dataset={"identity": dataset.identity, "digest": dataset.digest},
         report=report,
     )
     if isinstance(refusal, str):
@@ -72,6 +73,7 @@ def _worker(arguments: dict[str, Any]) -> str | None:
     from pipeline.training.trainer import TrainingStopped, train
 
     config = validate(arguments["config_values"])
+    storage = open_storage(config.storage)
     if config.cluster.use_gpu:
         torch.cuda.set_device(get_device())  # Ray shows every worker all GPUs of its node
     else:
@@ -83,8 +85,8 @@ def _worker(arguments: dict[str, Any]) -> str | None:
     try:
         train(
             config,
-            DatasetManifest.model_validate_json(arguments["dataset"]),
-            open_storage(config.storage),
+            read_dataset(storage, **arguments["dataset"]),
+            storage,
             report=report,
             on_checkpoint=_report_checkpoint,
             should_stop=notice,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from functools import lru_cache
 
 import pyarrow as pa
 import ray
@@ -14,6 +15,7 @@ from pipeline.config.schema import RunConfig, StorageConfig
 from pipeline.dataset.checks import FileReport, Task, check
 from pipeline.dataset.leakage import HeldoutIndex
 from pipeline.dataset.verify import VerifyReport, verify
+from pipeline.file_index import FileIndex, open_index
 from pipeline.manifest import DatasetManifest
 from pipeline.storage import Storage, open_storage
 
@@ -23,13 +25,13 @@ SECONDS_BETWEEN_LINES = 10.0
 def verify_on_ray(config: RunConfig, dataset: DatasetManifest, storage: Storage) -> int:
     """Check the dataset on the Ray cluster at hand. Returns the exit code: 0 sound, 1 damaged."""
     with contextlib.nullcontext() if ray.is_initialized() else connect(config):
-        result = verify(dataset, storage, map_tasks=on_ray, report=Progress(dataset))
+        result = verify(dataset, storage, map_tasks=on_ray, report=Progress())
     print(summary(dataset, result))
     return 0 if result.ok else 1
 
 
 def on_ray(
-    dataset: DatasetManifest, heldout: HeldoutIndex, storage: Storage, tasks: list[Task]
+    dataset: DatasetManifest, index: FileIndex, heldout: HeldoutIndex, storage: Storage, tasks: list[Task]
 ) -> Iterator[FileReport]:
     """Checks each file in a Ray task on an initialised Ray; at most two per core wait at a time."""
     shared = ray.put((dataset.to_json(), heldout, storage.config))
@@ -47,14 +49,21 @@ def on_ray(
 def _check(shared: tuple[bytes, HeldoutIndex, StorageConfig], task: Task) -> FileReport:
     pa.set_cpu_count(1)
     dataset, heldout, storage = shared
-    return check(DatasetManifest.model_validate_json(dataset), heldout, open_storage(storage), task)
+    manifest, index = _opened(dataset, storage)
+    return check(manifest, index, heldout, open_storage(storage), task)
+
+
+@lru_cache(maxsize=1)
+def _opened(dataset: bytes, storage: StorageConfig) -> tuple[DatasetManifest, FileIndex]:
+    """Once a worker: of a large dataset the index has 60 MB."""
+    manifest = DatasetManifest.model_validate_json(dataset)
+    return manifest, open_index(open_storage(storage), manifest)
 
 
 class Progress:
     """Prints damage at once, and how far the checks are every few seconds."""
 
-    def __init__(self, dataset: DatasetManifest) -> None:
-        self._total = sum(file.bytes for source in dataset.sources for file in (*source.packed, *source.documents))
+    def __init__(self) -> None:
         self._bytes = 0
         self._start = self._printed = time.monotonic()
 
@@ -67,7 +76,7 @@ class Progress:
             return
         self._printed = now
         rate = self._bytes / max(now - self._start, 1e-9)
-        left = max(0.0, self._total - self._bytes) / max(rate, 1e-9)
+        left = (now - self._start) / done * (total - done)
         print(
             f"verify: {done}/{total} checks, {self._bytes / 1e6:,.1f} MB ({rate / 1e6:,.1f} MB/s), {left:,.0f} s left",
             flush=True,

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from data_prep.formats import ROWS, SEEKING, format_of, is_compressed
 from data_prep.listing import InputFile, Listing, list_source
 from data_prep.prepare import identity, prepare
-from data_prep.records import PrepareProgress, dataset_path
+from data_prep.records import PrepareProgress
 from data_prep.tokenizer_stage import find_tokenizer
 from jobs.on_ray.gauges import PREPARING, PrepareGauges
 from jobs.stages.records import Records, held_dataset, hold_dataset
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import MixtureStage, RunConfig
 from pipeline.dataset.order import check_demand
+from pipeline.file_index import read_dataset
 from pipeline.manifest import DatasetManifest
 from pipeline.publishing import registry
 from pipeline.storage import Storage
@@ -29,8 +30,10 @@ SHORTEST_LINE = 12  # bytes of {"text":"x"}
 def find(config: RunConfig, storage: Storage, records: Records) -> DatasetManifest | None:
     """Raises ConfigError for a corpus that is missing or empty, and for a demand that the prepared data cannot meet."""
     name = held_dataset(config, storage, records.seen_by) or identity(config, storage)
-    data = storage.read_or_none(dataset_path(name))
-    return None if data is None else _enough(config, DatasetManifest.model_validate_json(data))
+    try:
+        return _enough(config, read_dataset(storage, name))
+    except FileNotFoundError:
+        return None
 
 
 def check(config: RunConfig, storage: Storage, records: Records, *, here: bool) -> None:

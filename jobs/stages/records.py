@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from data_prep.prepare import identity, settings_digest
-from data_prep.records import dataset_path
 from pipeline.config.schema import RunConfig
+from pipeline.file_index import read_dataset
 from pipeline.integrity import read_record
 from pipeline.manifest import (
     CheckpointManifest,
@@ -89,13 +89,13 @@ def open_dataset(config: RunConfig, storage: Storage, name: str | None = None) -
     Raises ValueError if there is none.
     """
     found = name or held_dataset(config, storage, "train") or identity(config, storage)
-    dataset = read_record(storage, dataset_path(found), DatasetManifest)
-    if dataset is None:
+    try:
+        return read_dataset(storage, found)
+    except FileNotFoundError:
         others = sorted(
             entry.path.split("/")[1] for entry in storage.list("datasets") if entry.path.endswith("/dataset.json")
         )
         raise ValueError(
             f"no dataset {found} in {storage.uri()}; there are: {', '.join(others) or 'none'}; "
             "prepare it, or name one with --dataset"
-        )
-    return dataset
+        ) from None

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,7 +27,8 @@ import pyarrow.parquet as pq
 
 from pipeline.dataset.leakage import HeldoutIndex
 from pipeline.dataset.packed_file import Block, CorruptBlock, Layout, fetch_range, read_footer, read_group
-from pipeline.manifest import DatasetManifest, DocumentCounts, FileEntry, HeldoutFile, PackedFile, digest_of
+from pipeline.file_index import FileIndex, Files
+from pipeline.manifest import OWN_DIGEST, DatasetManifest, DocumentCounts, FileEntry, HeldoutFile, PackedFile, digest_of
 from pipeline.storage import Storage
 
 PACKS, TAILS = "datasets/packs", "datasets/tails"  # where data_prep commits them: <first two digits>/<id>.json
@@ -69,11 +70,13 @@ class FileReport:
     findings: list[Finding] = field(default_factory=list)
 
 
-def check(dataset: DatasetManifest, heldout: HeldoutIndex, storage: Storage, task: Task) -> FileReport:
+def check(
+    dataset: DatasetManifest, index: FileIndex, heldout: HeldoutIndex, storage: Storage, task: Task
+) -> FileReport:
     """Check one file; what is wrong is in the report, not raised."""
     if task.kind == "records":
-        return _check_records(dataset, storage, task)
-    entry = _entry(dataset, task)
+        return _check_records(index, storage, task)
+    entry = _entry(dataset, index, task)
     report = FileReport(task, entry.path)
     try:
         if isinstance(entry, PackedFile):
@@ -118,10 +121,12 @@ def check_block(block: Block, eos_id: int, vocab_size: int) -> tuple[str, int]:
 # -- files -------------------------------------------------------------------------------------------------------
 
 
-def _entry(dataset: DatasetManifest, task: Task) -> FileEntry:
+def _entry(dataset: DatasetManifest, index: FileIndex, task: Task) -> FileEntry:
     if task.kind == "tokenizer":
         return dataset.tokenizer.files[task.index]
-    files: tuple[FileEntry, ...] = getattr(dataset.sources[task.source], task.kind)
+    if task.kind == "heldout":
+        return dataset.sources[task.source].heldout[task.index]
+    files: Sequence[FileEntry] = getattr(index, task.kind)[task.source]
     return files[task.index]
 
 
@@ -204,16 +209,17 @@ def _check_heldout(dataset: DatasetManifest, storage: Storage, entry: HeldoutFil
             report.findings.append(Finding(entry.path, None, what))
 
 
-def _check_records(dataset: DatasetManifest, storage: Storage, task: Task) -> FileReport:
+def _check_records(index: FileIndex, storage: Storage, task: Task) -> FileReport:
     report = FileReport(task, f"{PACKS}/{task.index:x}*")
-    named, ours = set(dataset.units), {file for source in dataset.sources for file in source.packed}
+    named = set(index.records)
+    ours = {path: (files, i) for files in index.packed for i, path in enumerate(files.table["path"].to_pylist())}
     for folder in (PACKS, TAILS):
         for second in range(16):
             for found in storage.list(f"{folder}/{task.index:x}{second:x}"):
                 data = storage.read(found.path)
                 report.bytes += len(data)
                 try:
-                    record = json.loads(data)
+                    record = _fields(data)
                 except ValueError as error:
                     report.findings.append(Finding(found.path, None, str(error)))
                     continue
@@ -230,9 +236,15 @@ def _check_records(dataset: DatasetManifest, storage: Storage, task: Task) -> Fi
     return report
 
 
-def _foreign_files(record: dict[str, Any], ours: set[PackedFile]) -> Iterator[str]:
+def _fields(data: bytes) -> dict[str, Any]:
+    """Of a stored record, as its digest covers them: without the digest that it carries itself."""
+    return {name: value for name, value in json.loads(data).items() if name != OWN_DIGEST}
+
+
+def _foreign_files(record: dict[str, Any], ours: dict[str, tuple[Files[PackedFile], int]]) -> Iterator[str]:
     for file in record["packed"]:
-        if PackedFile(**file) not in ours:
+        files, i = ours.get(file["path"], (None, 0))
+        if files is None or files[i] != PackedFile(**file):
             yield f"{file['path']} is not among the dataset's files"
 
 
@@ -253,7 +265,7 @@ def _check_pack(storage: Storage, pack: dict[str, Any]) -> Iterator[str]:
         yield f"{path} is missing"
         return
     try:
-        unit = json.loads(data)
+        unit = _fields(data)
     except ValueError as error:
         yield f"{path}: {error}"
         return

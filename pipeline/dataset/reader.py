@@ -19,10 +19,12 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
+
 from pipeline.dataset.packed_file import Block, Footer, Layout, fetch_range, read_footer, read_group
+from pipeline.file_index import open_index
 from pipeline.manifest import DatasetManifest, PackedFile
 from pipeline.storage import Storage
 
@@ -56,9 +58,10 @@ class BlockReader:
         self._cache_bytes = cache_bytes
         block_bytes = self.layout.group_rows * self.layout.row_tokens * self.layout.dtype.itemsize
         self.room = max(1, cache_bytes // block_bytes)  # blocks that fit the cache
+        self._files = open_index(storage, dataset).packed
         self._groups = [
-            list(accumulate((file.rows // dataset.rows_per_group for file in source.packed), initial=0))
-            for source in dataset.sources
+            np.concatenate([[0], np.cumsum(files.table["rows"].to_numpy() // dataset.rows_per_group)]).tolist()
+            for files in self._files
         ]
         self._lock = threading.Lock()
         self._footers: OrderedDict[str, Future[Footer]] = OrderedDict()
@@ -72,7 +75,7 @@ class BlockReader:
         groups = self._groups[block.source]
         assert 0 <= block.number < groups[-1], block
         file = bisect_right(groups, block.number) - 1
-        return self.dataset.sources[block.source].packed[file], block.number - groups[file]
+        return self._files[block.source][file], block.number - groups[file]
 
     def get(self, wanted: Iterable[BlockId]) -> dict[BlockId, Block]:
         """The blocks, from the cache, from reads under way, or read now in parallel."""

@@ -7,13 +7,14 @@ read once, and a few CPU-seconds per billion tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from pipeline.dataset.checks import PACKS, FileReport, Finding, Task, check
 from pipeline.dataset.leakage import HeldoutIndex, heldout_index
-from pipeline.manifest import DatasetManifest
+from pipeline.file_index import FileIndex, open_index
+from pipeline.manifest import DamagedRecord, DatasetManifest, FileEntry
 from pipeline.storage import Storage
 
 FILE_KINDS: tuple[Literal["packed", "heldout", "documents", "quarantine"], ...] = (
@@ -40,23 +41,24 @@ class VerifyReport:
         return asdict(self) | {"ok": self.ok}
 
 
-MapTasks = Callable[[DatasetManifest, HeldoutIndex, Storage, list[Task]], Iterable[FileReport]]
+MapTasks = Callable[[DatasetManifest, FileIndex, HeldoutIndex, Storage, list[Task]], Iterable[FileReport]]
 
 
 def in_process(
-    dataset: DatasetManifest, heldout: HeldoutIndex, storage: Storage, tasks: list[Task]
+    dataset: DatasetManifest, index: FileIndex, heldout: HeldoutIndex, storage: Storage, tasks: list[Task]
 ) -> Iterator[FileReport]:
     for task in tasks:
-        yield check(dataset, heldout, storage, task)
+        yield check(dataset, index, heldout, storage, task)
 
 
-def tasks_of(dataset: DatasetManifest) -> list[Task]:
-    tasks = [Task("tokenizer", -1, index) for index in range(len(dataset.tokenizer.files))]
-    if dataset.units:
+def tasks_of(dataset: DatasetManifest, index: FileIndex) -> list[Task]:
+    tasks = [Task("tokenizer", -1, number) for number in range(len(dataset.tokenizer.files))]
+    if index.records:
         tasks += [Task("records", -1, digit) for digit in range(16)]
     for s, source in enumerate(dataset.sources):
         for kind in FILE_KINDS:
-            tasks += [Task(kind, s, index) for index in range(len(getattr(source, kind)))]
+            files: Sequence[FileEntry] = source.heldout if kind == "heldout" else getattr(index, kind)[s]
+            tasks += [Task(kind, s, number) for number in range(len(files))]
     return tasks
 
 
@@ -68,14 +70,19 @@ def verify(
     report: Callable[[int, int, FileReport], None] = lambda done, total, file: None,
 ) -> VerifyReport:
     """Check everything. `map_tasks` runs the checks, in any order; `report(done, total, file)` is called as they end."""
-    tasks, reports = tasks_of(dataset), []
-    for file in map_tasks(dataset, heldout_index(dataset, storage), storage, tasks):
+    try:
+        index = open_index(storage, dataset)
+    except (DamagedRecord, FileNotFoundError) as error:
+        what = "the file is missing" if isinstance(error, FileNotFoundError) else str(error).partition(": ")[2]
+        return VerifyReport(1, 0, 0, 0, (Finding(dataset.files.path, None, what),))
+    tasks, reports = tasks_of(dataset, index), []
+    for file in map_tasks(dataset, index, heldout_index(dataset, storage), storage, tasks):
         reports.append(file)
         report(len(reports), len(tasks), file)
-    return summarize(dataset, reports)
+    return summarize(dataset, index, reports)
 
 
-def summarize(dataset: DatasetManifest, reports: list[FileReport]) -> VerifyReport:
+def summarize(dataset: DatasetManifest, index: FileIndex, reports: list[FileReport]) -> VerifyReport:
     """Findings of all files, and the totals that no single file can show."""
     findings = [finding for report in reports for finding in report.findings]
     for s, source in enumerate(dataset.sources):
@@ -109,8 +116,8 @@ def summarize(dataset: DatasetManifest, reports: list[FileReport]) -> VerifyRepo
             )
     records = [report for report in reports if report.task.kind == "records"]
     found = sum(report.records for report in records)
-    if found != len(dataset.units):
-        what = f"{found} of the dataset's {len(dataset.units)} packs and tails have their record"
+    if found != len(index.records):
+        what = f"{found} of the dataset's {len(index.records)} packs and tails have their record"
         findings.append(Finding(PACKS, None, what))
     elif records:
         for name, announced, found in (

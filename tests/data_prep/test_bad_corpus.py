@@ -18,6 +18,7 @@ import pytest
 from data_prep.mapping import map_in_process
 from data_prep.prepare import prepare
 from pipeline.config.schema import RunConfig
+from pipeline.file_index import open_index
 from pipeline.manifest import DatasetManifest
 from pipeline.storage import Storage, filesystem, open_storage
 
@@ -64,7 +65,9 @@ def bad(tmp_path: Path, texts: list[str]) -> Path:
 
 
 def quarantine(storage: Storage, dataset: DatasetManifest) -> list[dict[str, str]]:
-    lines = [line for entry in dataset.sources[0].quarantine for line in storage.read(entry.path).splitlines()]
+    lines = [
+        line for entry in open_index(storage, dataset).quarantine[0] for line in storage.read(entry.path).splitlines()
+    ]
     return [json.loads(line) for line in lines]
 
 
@@ -148,7 +151,7 @@ def test_a_given_tokenizer_is_used(bad: Path, tmp_path: Path, run_config: Make) 
     config = run_config(bad, tokenizer=json.dumps({"path": str(folder)}), storage__root=str(tmp_path / "second"))
     second = prepare(config, open_storage(config.storage))
     assert second.tokenizer.sha256 == first.tokenizer.sha256
-    assert second.sources[0].documents == first.sources[0].documents
+    assert [*open_index(storage, second).documents[0]] == [*open_index(storage, first).documents[0]]
     rank_file = run_config(
         bad,
         tokenizer=json.dumps({"path": str(folder / "tiktoken.model")}),

@@ -22,6 +22,7 @@ from data_prep.records import PrepareProgress, UnitManifest
 from data_prep.tokenizer_stage import ensure_tokenizer
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig
+from pipeline.file_index import open_index
 from pipeline.manifest import DatasetManifest
 from pipeline.storage import Storage, filesystem, open_storage
 from pipeline.tokenizer import Encoder
@@ -38,8 +39,8 @@ def objects(storage: Storage) -> dict[str, str]:
 def packed_documents(storage: Storage, dataset: DatasetManifest) -> list[list[int]]:
     """The pieces of all rows, read with pyarrow alone."""
     pieces = []
-    for source in dataset.sources:
-        for entry in source.packed:
+    for files in open_index(storage, dataset).packed:
+        for entry in files:
             with storage.open(entry.path) as file:
                 table = pq.read_table(file)
             for tokens, doc_lens in zip(table["tokens"].to_pylist(), table["doc_lens"].to_pylist()):
@@ -92,8 +93,9 @@ def test_files_have_the_layout(jsonl: Path, run_config: Make) -> None:
     storage = open_storage(config.storage)
     dataset = prepare(config, storage)
     source = dataset.sources[0]
-    assert source.rows == sum(entry.rows for entry in source.packed) > 100
-    for entry in source.packed:
+    packed = open_index(storage, dataset).packed[0]
+    assert source.rows == sum(entry.rows for entry in packed) > 100
+    for entry in packed:
         data = storage.read(entry.path)
         assert (len(data), hashlib.sha256(data).hexdigest()) == (entry.bytes, entry.sha256)
         with storage.open(entry.path) as file:
@@ -123,7 +125,7 @@ def test_less_than_one_group_is_dropped(jsonl: Path, texts: list[str], run_confi
         (Counter(lengths) - Counter(len(ids) + 1 for _, _, ids in heldout_documents(storage, dataset))).elements()
     )
     assert source.rows + source.dropped_rows == sum(-(-length // 512) for length in lengths)
-    assert {entry.rows % 16 for entry in source.packed} == {0}
+    assert {entry.rows % 16 for entry in open_index(storage, dataset).packed[0]} == {0}
 
 
 def test_a_rerun_changes_nothing(jsonl: Path, run_config: Make) -> None:
@@ -295,7 +297,8 @@ def test_encoders_that_disagree(jsonl: Path, run_config: Make, monkeypatch: pyte
     other = run_config(jsonl, storage__root=f"{config.storage.root}-2")
     fine = prepare(other, open_storage(other.storage))
     assert dataset.tokenizer.engines == fine.tokenizer.engines == ("gigatoken", "fastokens")
-    assert [source.packed for source in dataset.sources] == [source.packed for source in fine.sources]
+    ours, theirs = (open_index(open_storage(c.storage), d).packed for c, d in ((config, dataset), (other, fine)))
+    assert [list(files) for files in ours] == [list(files) for files in theirs]
 
 
 def test_nothing_is_committed_where_the_reference_disagrees_with_itself(
@@ -373,9 +376,10 @@ def test_growth_shares_old_shards(jsonl: Path, texts: list[str], run_config: Mak
     assert second.identity != first.identity
     assert second.tokenizer == first.tokenizer
     assert second.sources[0].counts.docs_in == 140
-    assert set(first.sources[0].documents) < set(second.sources[0].documents)
-    assert set(first.sources[0].packed) < set(second.sources[0].packed)
-    assert set(first.units) < set(second.units)
+    old, new = open_index(storage, first), open_index(storage, second)
+    assert set(old.documents[0]) < set(new.documents[0])
+    assert set(old.packed[0]) < set(new.packed[0])
+    assert set(old.records) < set(new.records)
     assert first.sources[0].heldout == second.sources[0].heldout
     after = objects(storage)
     assert before.items() <= after.items()
@@ -391,7 +395,7 @@ def test_another_sequence_length_tokenizes_nothing(jsonl: Path, run_config: Make
     units = {entry.path: entry.etag for entry in storage.list("datasets/units")}
     second = prepare(run_config(jsonl, data__sequence_length=1024), storage)
     assert {entry.path: entry.etag for entry in storage.list("datasets/units")} == units
-    assert second.sources[0].documents == first.sources[0].documents
+    assert [*open_index(storage, second).documents[0]] == [*open_index(storage, first).documents[0]]
     assert second.sources[0].counts == first.sources[0].counts
     assert second.sequence_length == 1024
 

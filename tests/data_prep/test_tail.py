@@ -14,6 +14,7 @@ from data_prep.prepare import prepare
 from pipeline.config.schema import RunConfig
 from pipeline.dataset.provenance import documents_of, pack_of
 from pipeline.dataset.verify import verify
+from pipeline.file_index import open_index
 from pipeline.manifest import DatasetManifest
 from pipeline.storage import Storage, open_storage
 
@@ -46,7 +47,7 @@ def test_tails_hold_the_rests_in_order(prepared: tuple[DatasetManifest, Storage]
         assert len(rows) == len(rests) - manifest.dropped_rows
         assert manifest.dropped_rows < 16
         assert rows == rests[: len(rows)]
-        assert set(manifest.packed) <= set(dataset.sources[0].packed)
+        assert set(manifest.packed) <= set(open_index(storage, dataset).packed[0])
     assert dataset.sources[0].dropped_rows == sum(manifest.dropped_rows for manifest in found)
 
 
@@ -68,7 +69,7 @@ def test_rows_of_a_tail_lead_to_their_documents(prepared: tuple[DatasetManifest,
 def test_verify_proves_the_dataset(prepared: tuple[DatasetManifest, Storage]) -> None:
     dataset, storage = prepared
     assert verify(dataset, storage).findings == ()
-    (victim,) = [file for file in dataset.sources[0].packed if file.path.endswith("-00001.parquet")][:1]
+    (victim,) = [file for file in open_index(storage, dataset).packed[0] if file.path.endswith("-00001.parquet")][:1]
     data = bytearray(storage.read(victim.path))
     data[len(data) // 2] ^= 1
     storage.write(victim.path, bytes(data))

@@ -14,11 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config.schema import CorpusConfig, DataConfig, MixtureStage, SourceConfig
-from pipeline.manifest import DatasetManifest, DocumentCounts, PackedFile, SourceManifest, TokenizerManifest
+from pipeline.file_index import index_path, open_index, write_index
+from pipeline.manifest import DatasetManifest, DocumentCounts, FileEntry, PackedFile, SourceManifest, TokenizerManifest
 from pipeline.packed import group_crc32
 from pipeline.storage import Storage
 
 VOCABULARY = 60_000
+NO_INDEX = FileEntry(path="none", bytes=0, sha256="")
 EOS = VOCABULARY - 1
 PLENTY = DocumentCounts(docs_in=10**6, docs_out=10**6, heldout=0, filtered={}, quarantined={})
 
@@ -57,7 +59,10 @@ def manifest(
     row_tokens: int,
     group: int,
     dtype: str = "uint16",
+    storage: Storage | None = None,
 ) -> DatasetManifest:
+    """With `storage` the index of the files is there, and they can be read."""
+    files = NO_INDEX if storage is None else write_index(storage, index_path("test"), [{"packed": s} for s in sources])
     return DatasetManifest(
         identity="test",
         tokenizer=TokenizerManifest(
@@ -74,31 +79,36 @@ def manifest(
         sources=tuple(
             SourceManifest(
                 name=f"s{i}",
-                packed=tuple(files),
                 heldout=(),
-                documents=(),
                 counts=PLENTY,
-                rows=sum(file.rows for file in files),
-                tokens=sum(file.tokens for file in files),
+                rows=sum(file.rows for file in packed),
+                tokens=sum(file.tokens for file in packed),
                 text_bytes=0,
                 dropped_rows=0,
             )
-            for i, files in enumerate(sources)
+            for i, packed in enumerate(sources)
         ),
-        units=(),
+        files=files,
         versions={},
     )
 
 
-def rows_only(rows: Sequence[int], row_tokens: int = 16, group: int = 4) -> DatasetManifest:
-    """A manifest with no files behind it: enough for everything but reading."""
+def rows_only(
+    rows: Sequence[int], row_tokens: int = 16, group: int = 4, storage: Storage | None = None
+) -> DatasetManifest:
+    """A manifest with no packed files behind it: enough for everything but reading."""
     return manifest(
         [
-            [PackedFile(path=f"none/{i}", bytes=1, sha256="", rows=count, tokens=count * row_tokens, group_crc32="")]
+            [
+                PackedFile(
+                    path=f"none/{i}", bytes=1, sha256="0" * 64, rows=count, tokens=count * row_tokens, group_crc32=""
+                )
+            ]
             for i, count in enumerate(rows)
         ],
         row_tokens,
         group,
+        storage=storage,
     )
 
 
@@ -168,4 +178,8 @@ def write(
             row += rows
             files.append(write_packed(storage, f"datasets/test/packed/s{s}-{f}.parquet", tokens, doc_lens, group))
         sources.append(files)
-    return manifest(sources, row_tokens, group, dtype)
+    return manifest(sources, row_tokens, group, dtype, storage)
+
+
+def packed_of(dataset: DatasetManifest, storage: Storage, source: int = 0) -> Sequence[PackedFile]:
+    return open_index(storage, dataset).packed[source]

@@ -14,6 +14,7 @@ from pipeline.dataset.checks import check_block
 from pipeline.dataset.packed_file import Block, CorruptBlock
 from pipeline.dataset.reader import BlockId, BlockReader
 from pipeline.dataset.verify import tasks_of, verify
+from pipeline.file_index import open_index, write_index
 from pipeline.manifest import DatasetManifest, FileEntry, HeldoutFile
 from pipeline.packed import group_bounds
 from pipeline.storage import Storage, open_storage
@@ -45,7 +46,7 @@ def test_a_sound_dataset_verifies(storage: Storage) -> None:
     report = verify(dataset, storage, report=lambda done, total, file: seen.append((done, total)))
     assert report.ok, report.findings
     assert (report.files, report.rows, report.tokens) == (3, 24, dataset.tokens)
-    assert report.bytes == sum(file.bytes for source in dataset.sources for file in source.packed)
+    assert report.bytes == sum(file.bytes for files in open_index(storage, dataset).packed for file in files)
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert read_everything(dataset, storage) == []
 
@@ -57,7 +58,7 @@ def test_any_flipped_bit_is_named_by_file_and_row_group(storage: Storage) -> Non
     rng = np.random.default_rng(0)
     regions = set()
     for number in range(200):
-        entry = dataset.sources[0].packed[number % 2]
+        entry = make.packed_of(dataset, storage)[number % 2]
         good = storage.read(entry.path)
         bounds = group_bounds(pq.read_metadata(io.BytesIO(good)))
         position = number // 2 if number < 40 else int(rng.integers(len(good)))
@@ -82,7 +83,7 @@ def test_any_flipped_bit_is_named_by_file_and_row_group(storage: Storage) -> Non
 @pytest.mark.parametrize("keep", [0, 3, 100, 0.5, 0.99])
 def test_truncated_and_missing_files_are_named(storage: Storage, keep: float) -> None:
     dataset = make.write(storage, [[6], [2]])
-    entry = dataset.sources[0].packed[0]
+    entry = make.packed_of(dataset, storage)[0]
     data = storage.read(entry.path)
     storage.write(entry.path, data[: int(keep * len(data)) if keep < 1 else int(keep)])
     assert [finding.path for finding in verify(dataset, storage).findings] == [entry.path]
@@ -101,8 +102,10 @@ def test_totals_are_compared_with_the_manifest(storage: Storage) -> None:
         f"source s0: {source.tokens} tokens, the manifest says {source.tokens + 1}",
         "source s0: 8 rows, the manifest says 4",
     ]
-    entry = source.packed[0].model_copy(update={"tokens": 5})
-    wrong = dataset.model_copy(update={"sources": (source.model_copy(update={"packed": (entry,)}), dataset.sources[1])})
+    packed = [list(files) for files in open_index(storage, dataset).packed]
+    entry = packed[0][0].model_copy(update={"tokens": 5})
+    files = write_index(storage, "datasets/test/other.arrow", [{"packed": [entry]}, {"packed": packed[1]}])
+    wrong = dataset.model_copy(update={"files": files})
     assert [str(finding) for finding in verify(wrong, storage).findings] == [
         f"{entry.path}: {source.tokens} tokens, the manifest says 5"
     ]
@@ -166,17 +169,19 @@ def test_heldout_tokenizer_and_other_files(storage: Storage) -> None:
     storage.write("datasets/test/documents/s0.parquet", b"ragged")
     storage.write("tokenizers/t/tokenizer.json", b"{}")
     source = dataset.sources[0]
+    documents = [entry_of(storage, "datasets/test/documents/s0.parquet")]
+    indexed = {"packed": list(make.packed_of(dataset, storage)), "documents": documents}
+    files = write_index(storage, "datasets/test/other.arrow", [indexed])
 
     def with_heldout(entry: HeldoutFile) -> DatasetManifest:
         counts = source.counts.model_copy(update={"docs_in": 10**6 + 2, "heldout": 2})
-        documents = (entry_of(storage, "datasets/test/documents/s0.parquet"),)
-        mine = source.model_copy(update={"heldout": (entry,), "documents": documents, "counts": counts})
+        mine = source.model_copy(update={"heldout": (entry,), "counts": counts})
         tokenizer = dataset.tokenizer.model_copy(update={"files": (entry_of(storage, "tokenizers/t/tokenizer.json"),)})
-        return dataset.model_copy(update={"sources": (mine,), "tokenizer": tokenizer})
+        return dataset.model_copy(update={"sources": (mine,), "tokenizer": tokenizer, "files": files})
 
     good = with_heldout(heldout(storage, [([5, 6], 9), ([7], 4)]))
     assert verify(good, storage).findings == ()
-    assert len(tasks_of(good)) == 4
+    assert len(tasks_of(good, open_index(storage, good))) == 4
     for documents, problem in (
         ([([5, make.EOS], 9), ([7], 4)], "row group 0: a held-out document contains EOS"),
         ([([5, 60_000], 9), ([7], 4)], "row group 0: token 60000 is outside the vocabulary"),
@@ -206,5 +211,5 @@ def test_a_heldout_document_among_the_rows_is_named(storage: Storage) -> None:
     assert [
         str(finding) for finding in verify(dataset.model_copy(update={"sources": (changed,)}), storage).findings
     ] == [
-        f"{source.packed[1].path}: row group 1: row {row}: document 'd0' of source s0 is held out, but it is among the training rows"
+        f"{make.packed_of(dataset, storage)[1].path}: row group 1: row {row}: document 'd0' of source s0 is held out, but it is among the training rows"
     ]

@@ -9,6 +9,7 @@ import pytest
 from jobs import inspect
 from pipeline.dataset.order import Order, step_sequences
 from pipeline.dataset.provenance import Provenance, row_tokens, sequences
+from pipeline.file_index import open_index
 from pipeline.tokenizer.encoder import Encoder
 from tests.jobs.conftest import Prepared
 
@@ -47,9 +48,9 @@ def test_documents_of_rows_that_were_gathered_from_several_units(prepared: Prepa
     n = np.arange(prepared.dataset.rows)
     location = order.locate(n)
     checked = 0
-    for s, source in enumerate(prepared.dataset.sources):
-        ends = np.cumsum([file.rows for file in source.packed])
-        in_tail = np.isin(ends, [end for end, file in zip(ends, source.packed) if file.path in tails])
+    for s, files in enumerate(open_index(prepared.storage, prepared.dataset).packed):
+        ends = np.cumsum([file.rows for file in files])
+        in_tail = np.isin(ends, [end for end, file in zip(ends, files) if file.path in tails])
         rows = (location.source == s) & in_tail[
             np.searchsorted(ends, location.row, side="right").clip(max=len(ends) - 1)
         ]

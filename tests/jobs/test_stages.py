@@ -10,7 +10,6 @@ import pytest
 
 from data_prep.listing import InputFile
 from data_prep.prepare import identity
-from data_prep.records import dataset_path
 from jobs import stages
 from jobs.commit import git_commit
 from jobs.stages import MissingInput, find, run
@@ -20,7 +19,8 @@ from pipeline.config.load import ConfigError, load_config
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation.heldout import evaluate
 from pipeline.evaluation.result import manifest_path
-from pipeline.manifest import DatasetManifest, PackedFile, TrainManifest
+from pipeline.file_index import dataset_path
+from pipeline.manifest import DatasetManifest, TrainManifest
 from pipeline.publishing.export import publish
 from pipeline.storage import Storage, open_storage
 from pipeline.training.commits import train_folder
@@ -54,13 +54,7 @@ def living(tmp_path: Path) -> Living:
     data = plain.data.model_copy(update={"lanes": 2, "mixture_block": 8, "rows_per_group": 1})
     config = plain.model_copy(update={"corpus": corpus, "data": data})
     made = make_run(config)
-    packed = PackedFile(path="p", bytes=1, sha256="0" * 64, rows=10, tokens=600, group_crc32="0" * 88)
-    dataset = made.dataset.model_copy(
-        update={
-            "identity": identity(config, made.storage),
-            "sources": tuple(source.model_copy(update={"packed": (packed,)}) for source in made.dataset.sources),
-        }
-    )
+    dataset = made.dataset.model_copy(update={"identity": identity(config, made.storage)})
     train = made.train.model_copy(update={"identity": run_identity(config, dataset)})
     return Living(config, made.storage, made, dataset, train)
 

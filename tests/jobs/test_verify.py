@@ -10,7 +10,8 @@ import ray
 
 from jobs import verify
 from pipeline.dataset import verify as in_process
-from pipeline.manifest import digest_of
+from pipeline.file_index import open_index, write_index
+from pipeline.manifest import OWN_DIGEST, digest_of
 from tests.jobs.conftest import Prepared
 
 
@@ -31,7 +32,7 @@ def test_on_ray(prepared: Prepared, capsys: pytest.CaptureFixture, ray_running: 
     assert lines[-1].startswith(f"verify: dataset {dataset.identity} is sound: ")
     assert f"{dataset.tokens:,} tokens" in lines[-1]
 
-    entry = dataset.sources[1].packed[0]
+    entry = open_index(storage, dataset).packed[1][0]
     good = storage.read(entry.path)
     middle = bytearray(good)
     middle[len(good) // 2] ^= 4
@@ -56,7 +57,8 @@ def test_damaged_records_are_named(prepared: Prepared) -> None:
         return [str(finding) for finding in in_process.verify(dataset, storage).findings]
 
     assert findings() == []
-    packs = len(dataset.units)
+    index = open_index(storage, dataset)
+    packs = len(index.records)
     for path, change, expected in (
         (pack_path, None, f"datasets/packs: {packs - 1} of the dataset's {packs} packs and tails have their record"),
         (
@@ -78,20 +80,22 @@ def test_damaged_records_are_named(prepared: Prepared) -> None:
         assert found[0].startswith(expected)
 
     tail_path = next(file.path for file in storage.list("datasets/tails"))
-    tail = json.loads(storage.read(tail_path))
+    good = storage.read(tail_path)
+    tail = {name: value for name, value in json.loads(good).items() if name != OWN_DIGEST}
     changed = {**tail, "dropped_rows": tail["dropped_rows"] + 1}
-    renamed = dataset.model_copy(
-        update={"units": tuple(sorted({*dataset.units, digest_of(changed)} - {digest_of(tail)}))}
-    )
+    kinds = ("packed", "documents", "quarantine")
+    indexed = [{kind: list(getattr(index, kind)[s]) for kind in kinds} for s in range(len(dataset.sources))]
+    records = {*index.records, digest_of(changed)} - {digest_of(tail)}
+    renamed = dataset.model_copy(update={"files": write_index(storage, "datasets/renamed.arrow", indexed, records)})
     storage.write(tail_path, json.dumps(changed).encode())
     found = [str(finding) for finding in in_process.verify(renamed, storage).findings]
-    storage.write(tail_path, json.dumps(tail).encode())
+    storage.write(tail_path, good)
     assert len(found) == 1
     assert re.fullmatch(
         rf"{tail_path}: \d+ rows went in, \d+ came out and {changed['dropped_rows']} were dropped", found[0]
     )
 
-    quarantine = dataset.sources[0].quarantine[0]
+    quarantine = index.quarantine[0][0]
     good = storage.read(quarantine.path)
     storage.write(quarantine.path, b"")
     found = findings()
@@ -104,7 +108,7 @@ def test_damaged_records_are_named(prepared: Prepared) -> None:
 
 def test_the_manifest_is_made_of_its_files(prepared: Prepared) -> None:
     """What verify relies on, computed here by other means."""
-    for source in prepared.dataset.sources:
-        for file in source.packed:
+    for files in open_index(prepared.storage, prepared.dataset).packed:
+        for file in files:
             data = prepared.storage.read(file.path)
             assert (len(data), hashlib.sha256(data).hexdigest()) == (file.bytes, file.sha256)

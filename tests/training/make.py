@@ -67,7 +67,7 @@ def tiny_dataset(storage: Storage, rows: int = 64) -> DatasetManifest:
                 tokens[row, at : at + length - 1] = 2 + (rng.integers(62) + (1 + s) * np.arange(length - 1)) % 62
                 at += length
         sources.append([write_packed(storage, f"datasets/tiny/packed/s{s}.parquet", tokens, doc_lens, 4)])
-    found = manifest(sources, SEQUENCE, 4, "uint16")
+    found = manifest(sources, SEQUENCE, 4, "uint16", storage)
     tokenizer = found.tokenizer.model_copy(update={"vocab_size": VOCABULARY, "eos_id": EOS})
     return found.model_copy(update={"tokenizer": tokenizer})
 
