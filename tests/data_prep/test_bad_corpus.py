@@ -151,7 +151,8 @@ def test_a_given_tokenizer_is_used(bad: Path, tmp_path: Path, run_config: Make) 
     config = run_config(bad, tokenizer=json.dumps({"path": str(folder)}), storage__root=str(tmp_path / "second"))
     second = prepare(config, open_storage(config.storage))
     assert second.tokenizer.sha256 == first.tokenizer.sha256
-    assert [*open_index(storage, second).documents[0]] == [*open_index(storage, first).documents[0]]
+    there, here = open_storage(config.storage), open_storage(trained.storage)
+    assert [*open_index(there, second).documents[0]] == [*open_index(here, first).documents[0]]
     rank_file = run_config(
         bad,
         tokenizer=json.dumps({"path": str(folder / "tiktoken.model")}),
