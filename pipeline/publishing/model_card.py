@@ -160,7 +160,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = "."  # this folder
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
-prompt = tokenizer(tokenizer.eos_token + "import os\\n", return_tensors="pt")
+prompt = tokenizer(tokenizer.eos_token + "import os\\n", add_special_tokens=False, return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))
 ```
 

@@ -1,7 +1,7 @@
 """Characters on which the engines disagree because they carry different Unicode tables.
 
 gigatoken 0.10 splits text by Unicode 17, `tokenizers` 0.23 and fastokens 0.3 by Unicode 16; and where `tokenizers`
-composes characters (NFC) it does so by a table of about Unicode 12. So a letter that one table has and the other has not
+composes characters (NFC) it does so by the table of Unicode 9. So a letter that one table has and the other has not
 begins a new piece here and continues one there. Documents that hold one of RANGES are encoded by an engine with the
 published tokenizer's tables (`encoder.py`). RANGES may hold too many characters, at the price of speed, but not too few:
 tests compare the engines on every other character.
