@@ -97,6 +97,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
     checked, different = check_ids(folder, tokenizer, arguments.check_megabytes)
     print(f"\nids against Hugging Face tokenizers: {checked / 1e6:.0f} MB, {different} documents differ")
     results.append(_result("prepare ids differing from Hugging Face", different, 0, 0, different == 0))
+    encode_rates(folder, tokenizer)
     print(json.dumps(results))
 
 
@@ -260,6 +261,46 @@ def check_ids(folder: Path, tokenizer: Path, megabytes: int) -> tuple[int, int]:
             if checked >= megabytes * 1_000_000:
                 return checked, different
     return checked, different
+
+
+def encode_rates(folder: Path, tokenizer: Path, megabytes: int = 20) -> None:
+    """What an engine costs a given tokenizer: MB of text per CPU-second of encoding alone, by Moonlight's pattern and by nobody's."""
+    import pyarrow.parquet as pq
+
+    from pipeline.tokenizer import Encoder
+    from pipeline.tokenizer.newer_letters import holds_newer_letters
+
+    files = {path.name: path.read_bytes() for path in tokenizer.iterdir()}
+    document = json.loads(files["tokenizer.json"])
+    document["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\d|[\p{L}_]+|\s+|[^\s\p{L}\d]+"
+    nobodys = {**files, "tokenizer.json": json.dumps(document).encode()}
+    texts: list[bytes] = []
+    for path in sorted((folder / FORMATS[1]).glob("*.parquet")):
+        texts += [text.encode() for text in pq.read_table(path, columns=["text"]).column(0).to_pylist()]
+        if sum(map(len, texts)) > megabytes * 1_000_000:
+            break
+    batches = [texts[start : start + 200] for start in range(0, len(texts), 200)]
+    size = sum(map(len, texts))
+    print(f"\nencoding {size / 1e6:.0f} MB, MB per CPU-second and core-hours a TB")
+    runs = [
+        ("gigatoken", files),
+        ("fastokens", files),
+        ("fastokens", nobodys),
+        ("tokenizers", files),
+        ("tokenizers", nobodys),
+    ]
+    for name, given in runs:
+        encoder = Encoder(given, (name,))
+        start = time.process_time()
+        for batch in batches:
+            encoder.encode(batch)
+        seconds = time.process_time() - start
+        pattern = "Moonlight's pattern" if given is files else "nobody's pattern"
+        print(f"{name:12}{pattern:22}{size / 1e6 / seconds:8.1f}{1e12 / size * seconds / 3600:8.0f}")
+    start = time.process_time()
+    holds_newer_letters(texts)
+    seconds = time.process_time() - start
+    print(f"{'search for newer letters':34}{size / 1e6 / seconds:8.0f}{1e12 / size * seconds / 3600:8.2f}")
 
 
 if __name__ == "__main__":

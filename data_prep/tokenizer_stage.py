@@ -28,10 +28,10 @@ from pipeline.storage import Storage, filesystem
 from pipeline.tokenizer import Encoder, find_engines, read_given, train_tokenizer
 from pipeline.tokenizer.agreement import Agreement
 from pipeline.tokenizer.engines import FAST, REFERENCE, REFERENCE_DOCUMENT_BYTES
-from pipeline.tokenizer.files import RANK_FILE, TOKENIZER_JSON
+from pipeline.tokenizer.files import CONFIG_JSON, RANK_FILE, TOKENIZER_JSON
 from pipeline.tokenizer.given import CHAT_TEMPLATES, NAMES
 
-CORE_HOURS = {"gigatoken": 2, "fastokens": 10, REFERENCE: 150}  # of encoding alone: benchmarks/README.md
+CORE_HOURS = {"gigatoken": "2", "fastokens": "2 to 10", REFERENCE: "150"}  # of encoding alone: benchmarks/prepare.py
 SMALLEST_SHARE = 64 * 1024  # bytes taken from one file of the sample, at least
 
 
@@ -215,6 +215,20 @@ def _cost(agreement: Agreement) -> str:
     if name == REFERENCE:
         note += f". Documents over {REFERENCE_DOCUMENT_BYTES >> 20} MiB go to quarantine: it takes 116 bytes of memory a byte"
     return note
+
+
+def _left_beside(config: RunConfig) -> list[str]:
+    """A path to one file means that file; who gave it may not know what stands beside it."""
+    assert config.tokenizer.path is not None
+    path = expand_path(config.tokenizer.path).rstrip("/")
+    fs = filesystem(path, config.storage)
+    key = path.removeprefix("s3://")
+    folder = key.rpartition("/")[0]
+    if not fs.isfile(key) or not fs.exists(f"{folder}/{CONFIG_JSON}"):
+        return []
+    return [
+        f"tokenizer.path names one file; {CONFIG_JSON} beside it (roles, chat template) is not used: name the folder to use it"
+    ]
 
 
 def _given_files(config: RunConfig) -> dict[str, bytes]:

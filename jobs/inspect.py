@@ -6,8 +6,8 @@
     python -m jobs.inspect --config <preset or path> row web-en 17   row 17 of a source, as text
 
 Each takes `--dataset <identity>` (default: the dataset of this configuration) and `section.key=value ...`. Other weights can
-be tried with `mixture`; where the tokenizer is trained on the corpus, weights decide the dataset, too: name it then. Exit code
-2: wrong configuration, or no such dataset, step, sequence, source or row.
+be tried with `mixture`: they decide neither the tokenizer nor the dataset. Exit code 2: wrong configuration, or no such dataset,
+step, sequence, source or row.
 """
 
 from __future__ import annotations

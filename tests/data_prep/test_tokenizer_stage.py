@@ -102,3 +102,31 @@ def test_defaults_said_aloud_are_the_same_tokenizer(run_config: Make, sources: d
     first = tokenizer_of(config_of(run_config, sources["code"]))
     assert tokenizer_of(config_of(run_config, sources["code"], tokenizer=json.dumps(said))) == first
     assert (first.engines, first.notes) == (("gigatoken", "fastokens"), ())
+
+
+def test_a_given_tokenizer_and_what_prepare_says_of_it(run_config: Make, sources: dict, tmp_path: Path) -> None:
+    first = config_of(run_config, sources["code"])
+    folder = Path(open_storage(first.storage).root) / tokenizer_of(first).folder
+    document = json.loads((folder / "tokenizer.json").read_text())
+    document["normalizer"] = {"type": "NFKC"}
+    given = tmp_path / "given"
+    given.mkdir()
+    (given / "tokenizer.json").write_text(json.dumps(document))
+    (given / "tokenizer_config.json").write_text(json.dumps({"eos_token": "[EOS]", "chat_template": "{{ messages }}"}))
+    (given / "chat_template.jinja").write_text("A{{ messages }}")
+    made = tokenizer_of(config_of(run_config, sources["code"], tokenizer=json.dumps({"path": str(given)})))
+    assert made.engines == ("tokenizers",)
+    normalizer, cost = made.notes
+    assert normalizer.startswith("tokenizer.json has a normalizer")
+    assert cost.startswith(
+        "encoded by tokenizers, 150 core-hours a TB of text (gigatoken: 2), because gigatoken cannot run it"
+    )
+    names = sorted(Path(file.path).name for file in made.files)
+    assert names == ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+    alone = json.dumps({"path": str(given / "tokenizer.json"), "eos_token": "[EOS]"})
+    made = tokenizer_of(config_of(run_config, sources["code"], tokenizer=alone))
+    assert any("tokenizer_config.json beside it" in note for note in made.notes)
+    document["model"]["dropout"] = 0.5
+    (given / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match=r"tokenizer\.path: .*given: tokenizer\.json: model\.dropout 0\.5"):
+        tokenizer_of(config_of(run_config, sources["code"], tokenizer=json.dumps({"path": str(given)})))
