@@ -73,11 +73,12 @@ def ensure_tokenizer(config: RunConfig, storage: Storage, listings: dict[str, Li
     if training is None:
         try:
             given = read_given(_given_files(config), config.tokenizer)
+            agreement = find_engines(given.files)
         except ValueError as error:
             raise ConfigError(f"tokenizer.path: {config.tokenizer.path}: {error}") from error
-        return _commit(storage, folder, given.files, given.notes, None, config)
+        return _commit(storage, folder, given.files, agreement, [*given.notes, *_left_beside(config)], None, config)
     files = train_tokenizer(sample(config, listings), config.tokenizer)
-    return _commit(storage, folder, files, (), training, config)
+    return _commit(storage, folder, files, find_engines(files), (), training, config)
 
 
 def tokenizer_sources(config: RunConfig) -> dict[str, float]:
@@ -173,6 +174,7 @@ def _commit(
     storage: Storage,
     folder: str,
     files: dict[str, bytes],
+    agreement: Agreement,
     notes: Sequence[str],
     training: dict[str, Any] | None,
     config: RunConfig,
@@ -183,7 +185,6 @@ def _commit(
             f"model.vocab_size: {config.model.vocab_size} is too small for the tokenizer's {encoder.vocab_size} ids; "
             f"set it to at least {encoder.vocab_size}"
         )
-    agreement = find_engines(files)
     if agreement.engines[0] != FAST[0]:
         notes = [*notes, _cost(agreement)]
     if training is not None:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from math import isfinite, prod
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -52,7 +52,7 @@ from pipeline.publishing.plots import loss_plot
 from pipeline.publishing.version import PublishProgress, published_config, version_name
 from pipeline.storage import Storage, sha256_of
 from pipeline.tokenizer import Encoder
-from pipeline.tokenizer.files import CONFIG_JSON, TOKENIZER_JSON, checked_files
+from pipeline.tokenizer.files import CONFIG_JSON, RANK_FILE, TOKENIZER_JSON, checked_files
 from pipeline.training.content import as_bytes
 from pipeline.training.retention import reading
 
@@ -143,11 +143,11 @@ def _write(
     storage.sweep(folder)
     with reading(storage, checkpoint.run_id, checkpoint.step):
         files += write_weights(config, checkpoint, storage, folder, report, xxh3)
-    tokenizer_files = _tokenizer_files(config, dataset.tokenizer, storage)
-    ids = _role_ids(dataset.tokenizer, tokenizer_files)
+    tokenizer = tokenizer_files(checked_files(dataset.tokenizer, storage), config)
+    ids = _role_ids(dataset.tokenizer, tokenizer)
     put("config.json", registry.pretty_json(_config_json(config, ids)))
     put("generation_config.json", registry.pretty_json({**ids, "max_length": config.model.max_position_embeddings}))
-    for name, data in tokenizer_files.items():
+    for name, data in tokenizer.items():
         put(name, data)
 
     report(PublishProgress("samples and model card", 0, 0))
@@ -262,18 +262,15 @@ def _upload(
 # -- what stands beside the weights -------------------------------------------------------------------------------------
 
 
-def _tokenizer_files(config: RunConfig, tokenizer: TokenizerManifest, storage: Storage) -> dict[str, bytes]:
-    """All that came with the tokenizer, as it is, but for what the network decides: its limit and its inputs."""
-    came = [PurePosixPath(file.path).relative_to(tokenizer.folder).as_posix() for file in tokenizer.files]
-    names = [TOKENIZER_JSON, CONFIG_JSON, *(name for name in came if name.endswith(".jinja"))]
-    stored = checked_files(tokenizer, storage)
-    files = {name: stored[name] for name in names}
+def tokenizer_files(stored: dict[str, bytes], config: RunConfig) -> dict[str, bytes]:
+    """What is published of a stored tokenizer: all as it is, but for what the network decides, its limit and its inputs."""
     settings = {
-        **orjson.loads(files[CONFIG_JSON]),
+        **orjson.loads(stored[CONFIG_JSON]),
         "model_max_length": config.model.max_position_embeddings,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    return {**files, CONFIG_JSON: registry.pretty_json(settings)}
+    kept = {name: data for name, data in stored.items() if name != RANK_FILE}
+    return {**kept, CONFIG_JSON: registry.pretty_json(settings)}
 
 
 def _role_ids(tokenizer: TokenizerManifest, files: dict[str, bytes]) -> dict[str, int]:

@@ -109,6 +109,11 @@ def ranks_behind(document: dict[str, Any]) -> Ranks | None:
     return ranks if model == ours["model"] else None
 
 
+def is_failure(error: BaseException) -> bool:
+    """An engine's error or panic (which is no Exception), rather than the wish to stop."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def concatenated(parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     offsets = np.zeros(len(parts) + 1, np.int64)
     np.cumsum([len(part) for part in parts], out=offsets[1:])

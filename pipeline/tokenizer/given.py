@@ -23,7 +23,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from pipeline.config.schema import TokenizerConfig
-from pipeline.tokenizer.engines import Reference, ranks_behind
+from pipeline.tokenizer.engines import Reference, is_failure, ranks_behind
 from pipeline.tokenizer.files import (
     CONFIG_JSON,
     MOONSHOT_RESERVED,
@@ -92,7 +92,7 @@ def read_given(files: dict[str, bytes], config: TokenizerConfig) -> Given:
         )
     kept = {name: content for name, content in files.items() if name.endswith(".jinja")}
     found = {TOKENIZER_JSON: data, CONFIG_JSON: to_json(settings), **kept}
-    _check_run(found, settings["eos_token"], notes)
+    _check_run(found, _content(settings["eos_token"]), notes)
     same = ranks_behind(document)
     return Given(found if same is None else {RANK_FILE: format_ranks(same), **found}, tuple(notes))
 
@@ -180,19 +180,24 @@ def _check_run(files: dict[str, bytes], eos: str, notes: list[str]) -> None:
     """What only running it shows: ids as the published tokenizer gives them, special tokens, nothing lost."""
     try:
         reference = Reference(files)
-    except BaseException as error:  # the library panics, too, which is no Exception
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+    except BaseException as error:
+        if not is_failure(error):
             raise
         raise ValueError(f"{TOKENIZER_JSON}: Hugging Face's tokenizers cannot load it: {error}") from None
     document = json.loads(files[TOKENIZER_JSON])
-    tokenizer = reference.tokenizer
+    tokenizer, vocabulary = reference.tokenizer, document["model"]["vocab"]
     for token in document["added_tokens"]:
         given = tokenizer.token_to_id(token["content"])
-        if given != token["id"] or tokenizer.id_to_token(token["id"]) != token["content"]:
+        if given != token["id"]:
+            hint = "its vocabulary has that token"
+            if token["content"] not in vocabulary:
+                hint = (
+                    f"it numbers added tokens without holes after the vocabulary's {len(vocabulary)} tokens; fill the hole with "
+                    f"tokens such as <|reserved_token_{token['id'] - 1}|>, or correct the ids"
+                )
             raise ValueError(
-                f"{TOKENIZER_JSON}: added_tokens: {token['content']!r} has id {token['id']}, but Hugging Face's tokenizers "
-                f"gives it {given}: it numbers added tokens without holes after the vocabulary's {len(document['model']['vocab'])} "
-                f"tokens. Fill the hole with tokens such as <|reserved_token_{token['id'] - 1}|>, or correct the ids"
+                f"{TOKENIZER_JSON}: added_tokens: {token['content']!r} has id {token['id']}, but Hugging Face's tokenizers gives it "
+                f"{given}: {hint}"
             )
     special = special_tokens_of(files[TOKENIZER_JSON])
     found = np.intersect1d(reference.ids(eos.encode()), np.array(list(special.values()), np.uint32))
@@ -211,7 +216,12 @@ def _check_losslessness(reference: Reference, document: dict[str, Any]) -> None:
     text = "It's 1234 words,  two spaces\t\ttabs\n\n漢字 – ünïcödé_snake-case (x)  "
     table = token_bytes(document)
     back = b"".join(table[token_id] for token_id in reference.ids(text.encode()).tolist()).decode(errors="replace")
-    if back not in (text, f" {text}"):
+    if any(step.get("add_prefix_space") for step in steps_of(document.get("pre_tokenizer"))):  # of each piece, perhaps
+        rest = iter(back)
+        lost = not all(character in rest for character in text)
+    else:
+        lost = back != text
+    if lost:
         raise ValueError(f"{TOKENIZER_JSON}: pre_tokenizer: text is lost, {text!r} comes back as {back!r}")
 
 
@@ -269,7 +279,9 @@ def _moonshots_tokens(ranks: Ranks, settings: dict[str, Any]) -> list[dict[str, 
 def _with_map(files: dict[str, bytes], settings: dict[str, Any]) -> dict[str, Any]:
     """special_tokens_map.json counts, as in transformers, where tokenizer_config.json describes no tokens itself."""
     if SPECIAL_MAP in files and "added_tokens_decoder" not in settings:
-        return {**settings, **_object(files, SPECIAL_MAP)}
+        for key, value in _object(files, SPECIAL_MAP).items():
+            plain = [_content(item) for item in value] if isinstance(value, list) else _content(value)
+            settings = {**settings, key: plain}
     return settings
 
 
