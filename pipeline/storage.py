@@ -118,12 +118,12 @@ class Storage:
         return sorted(entries, key=lambda entry: entry.path)
 
     def names(self, prefix: str) -> Sequence[str]:
-        """Names directly below a folder, of objects and of folders, sorted; nothing else about them is looked at."""
+        """Names directly below a folder, of objects and of folders, in any order; nothing else about them is looked at."""
         try:
             if self.config.is_s3:
                 found = self.fs.ls(self.key(prefix), detail=False)
-                return sorted(name for key in found if ".tmp-" not in (name := key.rstrip("/").rsplit("/", 1)[1]))
-            return sorted(name for name in os.listdir(self.key(prefix)) if ".tmp-" not in name)
+                return [name for key in found if ".tmp-" not in (name := key.rstrip("/").rsplit("/", 1)[1])]
+            return [name for name in os.listdir(self.key(prefix)) if ".tmp-" not in name]
         except (FileNotFoundError, NotADirectoryError):
             return []
 

@@ -8,7 +8,6 @@ the processes that compute, pays neither its memory nor its start.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from pipeline.training.identity import differences, identity_digest, identity_of
 MANIFEST = "manifest.json"
 RUN = "run.json"
 WITHDRAWN = "manifest.withdrawn.json"  # of a checkpoint that was found damaged and passed over
-STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
 class ForeignCheckpoint(ValueError):
@@ -49,8 +47,8 @@ def manifest_path(run_id: str, step: int) -> str:
 
 def step_folders(storage: Storage, run_id: str) -> list[int]:
     """Steps that have a folder, ascending; whether it holds a committed checkpoint only its manifest says."""
-    found = (STEP_FOLDER.fullmatch(name) for name in storage.names(train_folder(run_id)))
-    return sorted(int(match.group(1)) for match in found if match)
+    names = storage.names(train_folder(run_id))
+    return sorted(int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdecimal())
 
 
 def read_manifest(storage: Storage, run_id: str, step: int) -> CheckpointManifest | None:
@@ -156,7 +154,7 @@ def continue_from(
             continue
         try:
             found = read_manifest(storage, facts.run_id, step)
-            why = "" if found is None else _incomplete(storage, found)
+            why = "" if found is None else incomplete(storage, found)
         except DamagedRecord as error:
             found, why = None, str(error)
         if why:
@@ -173,7 +171,7 @@ def continue_from(
     return None
 
 
-def _incomplete(storage: Storage, manifest: CheckpointManifest) -> str:
+def incomplete(storage: Storage, manifest: CheckpointManifest) -> str:
     """Which of its files is missing or of another length; '' if none is."""
     there = {info.path: info.bytes for info in storage.list(step_folder(manifest.run_id, manifest.step))}
     for file in manifest.files:

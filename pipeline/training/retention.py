@@ -6,8 +6,8 @@ Who reads a checkpoint while the run may go on pins it by an object whose name s
 
     <root>/runs/<run_id>/train/pins/<step>-<UNIX time when it expires>-<random>
 
-and renews it; a reader that was killed holds its checkpoint until then, not for ever. Cost of `collect`: three listings,
-of names only. A checkpoint goes manifest first, so a half-deleted one does not exist; `sweep` collects what is left of it,
+and renews it; a reader that was killed holds its checkpoint until then, not for ever. Cost of `collect`: one listing of names
+when it is called first, two short ones whenever something may have to go. A checkpoint goes manifest first, so a half-deleted one does not exist; `sweep` collects what is left of it,
 and of saves that were cut off, when the run starts again.
 """
 
@@ -46,16 +46,22 @@ class Retention:
         """`named`: steps whose checkpoint stays whatever else happens."""
         self._storage, self._run_id, self._config, self._named = storage, run_id, config, named
         self._known: set[int] = set()  # to be committed
+        self._steps: set[int] | None = None  # that have a folder and may have to go one day; None: not listed yet
 
     def collect(self, newest: int) -> list[int]:
         """Delete what need not stay now that step `newest` is committed; the steps. Later ones are none of its business."""
+        if self._steps is None:
+            self._steps = set(step_folders(self._storage, self._run_id))
+        self._steps.add(newest)
         self._known.add(newest)
-        steps = [step for step in step_folders(self._storage, self._run_id) if step <= newest]
-        kept = self._newest(steps) | self._named | evaluated(self._storage, self._run_id)
-        doomed = [step for step in steps if step not in kept and not self._is_kept_for_good(step)]
+        steps = sorted(step for step in self._steps if step <= newest)
+        kept = self._newest(steps)
+        old = [step for step in steps if step not in kept]
+        self._steps -= {step for step in old if step in self._named or self._is_kept_for_good(step)}
+        doomed = [step for step in old if step in self._steps]
         if doomed:
-            read = pinned(self._storage, self._run_id)
-            doomed = [step for step in doomed if step not in read]
+            used = evaluated(self._storage, self._run_id) | pinned(self._storage, self._run_id)
+            doomed = [step for step in doomed if step not in used]
         for step in doomed:
             self._delete(step)
         return doomed
@@ -64,7 +70,7 @@ class Retention:
         """When a run begins at step `resumed`: collect folders without a manifest, but not those of withdrawn checkpoints,
         and temporaries of killed processes."""
         steps = step_folders(self._storage, self._run_id)
-        self._known = set(committed_steps(self._storage, self._run_id))
+        self._known, self._steps = set(committed_steps(self._storage, self._run_id)), None
         for step in sorted(set(steps) - self._known):
             withdrawn = f"{step_folder(self._run_id, step)}/{WITHDRAWN}"
             if step <= resumed or not self._storage.exists(withdrawn):
@@ -104,6 +110,8 @@ class Retention:
         self._storage.delete(f"{folder}/{MANIFEST}")
         self._storage.delete(folder)
         self._known.discard(step)
+        if self._steps is not None:
+            self._steps.discard(step)
 
 
 def named_steps(config: RunConfig) -> frozenset[int]:

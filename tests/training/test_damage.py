@@ -12,6 +12,7 @@ from pipeline.storage import Storage
 from pipeline.training.checkpoint import load_state
 from pipeline.training.commits import WITHDRAWN, NoSoundCheckpoint, committed, step_folder, train_folder
 from pipeline.training.files import DamagedCheckpoint
+from pipeline.training.proof import CheckpointReport, check_checkpoint
 from pipeline.training.trainer import Run
 from tests.distributed import run_distributed
 from tests.training.make import Watched, tiny, tiny_dataset
@@ -155,6 +156,25 @@ def test_a_withdrawn_checkpoint_does_not_count(tmp_path, trained):
     _, manifest = again(tmp_path, checkpoint__every_steps=5)
     assert manifest.checkpoint.content_sha256 == trained[1].checkpoint.content_sha256
     assert not file(tmp_path, 6, WITHDRAWN).exists()
+
+
+def test_a_checkpoint_is_proven_without_a_network(tmp_path):
+    again(tmp_path)
+    storage = Storage(tiny(str(tmp_path)).storage)
+    part, manifest = file(tmp_path, 6, "__0_0.distcp"), file(tmp_path, 2, "manifest.json")
+    sound = check_checkpoint(storage, "tiny", 6)
+    assert sound == CheckpointReport(6, part.stat().st_size, ())
+    flip(part, 3)
+    (damage,) = check_checkpoint(storage, "tiny", 6).damage
+    assert damage.startswith(f"{part}: embed_tokens.weight: bytes 0 to ")
+    truncate(part)
+    assert any("were written" in what for what in check_checkpoint(storage, "tiny", 6).damage)
+    part.unlink()
+    assert check_checkpoint(storage, "tiny", 6).damage == (f"{part}: the file is missing",)
+    flip(manifest, 300)
+    (damage,) = check_checkpoint(storage, "tiny", 2).damage
+    assert damage.startswith(f"{manifest}: not a sound CheckpointManifest")
+    assert "no checkpoint is committed" in check_checkpoint(storage, "tiny", 5).damage[0]
 
 
 def resume_on_two(root: str) -> tuple[int, list[int]]:

