@@ -113,9 +113,5 @@ def test_the_manifest_vouches_for_every_file(tmp_path):
     assert sum(bytes for _, _, _, _, bytes, _ in pieces) == len(part)  # no byte without a checksum
     assert all(xxhash.xxh3_128_hexdigest(part[start : start + bytes]) == xxh3 for *_, start, bytes, xxh3 in pieces)
     assert manifest.next_sequence == 16
-    assert manifest.tokens_seen == 16 * 16
-    assert dataclasses.asdict(Run(config, tiny_dataset(storage), storage).at) == {
-        "step": 2,
-        "next_sequence": 16,
-        "tokens_seen": 256,
-    }
+    assert 0 < manifest.tokens_seen < 16 * 16  # labels trained on, of so many slots
+    assert dataclasses.asdict(Run(config, tiny_dataset(storage), storage).at) == {"step": 2, "next_sequence": 16}
