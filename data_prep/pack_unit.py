@@ -19,15 +19,17 @@ import pyarrow.parquet as pq
 
 from data_prep.packing import Packer, Piece, Row
 from data_prep.records import PackManifest, UnitManifest, shard_path
+from data_prep.rejected import write_copies
 from data_prep.resolve import read_duplicates, read_index
 from data_prep.tokenize_unit import token_dtype
 from data_prep.worker import working
-from data_prep.writer import PackedWriter, put_packed, token_buffer
+from data_prep.writer import PackedWriter, put, put_packed, token_buffer
 from pipeline.config.schema import DataConfig, StorageConfig
 from pipeline.integrity import read_record
 from pipeline.manifest import DocumentCounts, TokenizerManifest, digest_of
 from pipeline.storage import Storage, open_storage
 
+PACKING_FORMAT = 2  # raise when the same documents and settings would give other rows
 LAYOUT_KEYS = ("sequence_length", "packing", "max_documents_per_row", "rows_per_group", "groups_per_file", "zstd_level")
 
 
@@ -37,6 +39,7 @@ class PackSettings:
     data: DataConfig
     tokenizer: TokenizerManifest
     heldout_hashes: str  # path: 16-byte hashes, sorted, of all sources
+    keep_rejected: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,18 +49,21 @@ class PackTask:
     units: int
     heldout: tuple[int, ...]  # ordinals chosen for the held-out split
     duplicates: tuple[str, ...]  # paths of the source's partitions; none: duplicates stay
+    place_in_all: int = 0  # of the unit among those of all sources
+    units_in_all: int = 0
+    across: tuple[str, ...] = ()  # paths of the partitions over all sources; none: copies in other sources stay
 
 
 @dataclass(frozen=True)
 class _Excluded:
     ordinals: np.ndarray  # int64, sorted: everything left out
     heldout: int
-    counts: dict[str, int]  # by filter
+    copies: dict[str, np.ndarray]  # by reason: ordinals
 
 
 def layout(data: DataConfig) -> dict[str, Any]:
-    """The settings that decide the bytes of packed rows."""
-    return data.model_dump(mode="json", include=set(LAYOUT_KEYS))
+    """What decides the bytes of packed rows: settings, and the version of the packing."""
+    return {**data.model_dump(mode="json", include=set(LAYOUT_KEYS)), "format": PACKING_FORMAT}
 
 
 @working()
@@ -66,7 +72,7 @@ def pack_unit(settings: PackSettings, task: PackTask) -> PackManifest:
     storage = open_storage(settings.storage)
     unit = UnitManifest.parse(storage.read(task.unit), storage.uri(task.unit))
     excluded = _excluded(storage, settings, task, unit)
-    identity = {
+    identity: dict[str, Any] = {
         "unit": unit.id,
         "documents": unit.documents.sha256 if unit.documents else None,
         "excluded": hashlib.sha256(excluded.ordinals.astype("<i8").tobytes()).hexdigest(),
@@ -74,6 +80,10 @@ def pack_unit(settings: PackSettings, task: PackTask) -> PackManifest:
         "layout": layout(settings.data),
         "eos_id": settings.tokenizer.eos_id,
     }
+    if len(across := excluded.copies["exact_duplicate_across_sources"]):
+        identity["across_sources"] = hashlib.sha256(across.astype("<i8").tobytes()).hexdigest()
+    if settings.keep_rejected:
+        identity["keep_rejected"] = True
     pack_id = digest_of(identity)[:32]
     done = read_record(storage, shard_path("packs", pack_id, ".json"), PackManifest)
     if done is not None:
@@ -91,7 +101,11 @@ def pack_unit(settings: PackSettings, task: PackTask) -> PackManifest:
         writer.close()
         packed = tuple(put_packed(storage, pack_id, file) for file in writer.files)
         rest = put_packed(storage, pack_id, writer.rest) if writer.rest else None
-    filtered = {name: count for name, count in {**unit.counts.filtered, **excluded.counts}.items() if count}
+        rejected = None
+        if settings.keep_rejected and (copies := write_copies(storage, unit, excluded.copies, Path(folder))).count:
+            rejected = put(storage, copies.path, shard_path("rejected", pack_id, ".parquet"))
+    found = {name: len(ordinals) for name, ordinals in excluded.copies.items() if len(ordinals)}
+    filtered = {**unit.counts.filtered, **found}
     counts = DocumentCounts(
         docs_in=unit.counts.docs_in,
         docs_out=unit.counts.docs_out - len(excluded.ordinals),
@@ -109,6 +123,7 @@ def pack_unit(settings: PackSettings, task: PackTask) -> PackManifest:
         counts=counts,
         padding=writer.padding,
         text_bytes=text_bytes,
+        rejected=rejected,
     )
     storage.create(manifest.path, manifest.to_json())
     return manifest
@@ -128,7 +143,7 @@ def packed_writer(folder: Path, name: str, settings: PackSettings) -> PackedWrit
 
 
 def _excluded(storage: Storage, settings: PackSettings, task: PackTask, unit: UnitManifest) -> _Excluded:
-    """Held-out documents, then copies of held-out documents (of any source), then copies within the source."""
+    """Held-out documents, then copies of held-out documents (of any source), then of other sources', then within the source."""
     chosen = np.array(sorted(task.heldout), np.int64)
     copies = np.zeros(0, np.int64)
     if unit.index is not None:
@@ -141,9 +156,13 @@ def _excluded(storage: Storage, settings: PackSettings, task: PackTask, unit: Un
             copies = np.setdiff1d(np.array(same, np.int64), chosen)
     parts = [read_duplicates(storage, path, task.place, task.units) for path in task.duplicates]
     duplicates = np.concatenate([np.zeros(0, np.int64), *parts])
-    duplicates = np.setdiff1d(duplicates, np.concatenate([chosen, copies]))
-    ordinals = np.sort(np.concatenate([chosen, copies, duplicates]))
-    return _Excluded(ordinals, len(chosen), {"heldout_copy": len(copies), "exact_duplicate": len(duplicates)})
+    parts = [read_duplicates(storage, path, task.place_in_all, task.units_in_all) for path in task.across]
+    across = np.concatenate([np.zeros(0, np.int64), *parts])
+    across = np.setdiff1d(across, np.concatenate([chosen, copies]))
+    duplicates = np.setdiff1d(duplicates, np.concatenate([chosen, copies, across]))
+    ordinals = np.sort(np.concatenate([chosen, copies, across, duplicates]))
+    reasons = {"heldout_copy": copies, "exact_duplicate_across_sources": across, "exact_duplicate": duplicates}
+    return _Excluded(ordinals, len(chosen), reasons)
 
 
 def _pack(storage: Storage, unit: UnitManifest, excluded: np.ndarray, packer: Packer, writer: PackedWriter) -> int:

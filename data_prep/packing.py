@@ -6,18 +6,26 @@ document. Every token appears exactly once, and in order within its document.
 best_fit: best-fit decreasing over a window of documents. Pieces are taken longest first (ties: document order) and put
 into the open row with the least space that still fits (ties: the row opened first), or a new row. Rows that are not nearly
 full stay open for the next window, so windows cost no padding. About 1-2 M documents per CPU-second.
+At most one slot in SHARE is padding, one row aside: where whole documents would leave more (all of them three fifths of a
+row, say), the emptiest rows are taken apart again and fill the fullest ones, the last piece cut to fit.
 concat: documents one after another, cut wherever a row ends. pad: one piece a row.
-No row has more than `max_documents` pieces: hundreds of tiny documents would make one row's attention the slowest.
+
+How many pieces a row has is not limited unless `max_documents` says so, because of what document masks cost: nothing where
+there are none; on a CPU S^2 bytes, whatever they show; on CUDA whole tiles of variable-length attention for each document. In
+FlashAttention-2's tiles of 128 x 64 pairs, documents of n tokens cost as much as causal attention over 2 * 128 * 64 / n
+tokens, hence never more than a plain row of 8,192 does. A limit turns rows of short documents into padding.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 OPEN_TOKENS = 4 << 20  # rows that may stay open between windows, in tokens of room: bounds the memory
+SHARE = 128
 
 Method = Literal["best_fit", "concat", "pad"]
 
@@ -39,6 +47,12 @@ class Row:
         self.pieces.append(piece)
         self.used += piece.length
 
+    def take(self) -> Piece:
+        """Take the last piece out again."""
+        piece = self.pieces.pop()
+        self.used -= piece.length
+        return piece
+
 
 class Packer:
     """Feed windows of documents with `add`, then `finish`; each returns the rows that are complete.
@@ -46,11 +60,12 @@ class Packer:
     Document numbers are given by the caller and must increase; `open_documents` are those it has to keep for later rows.
     """
 
-    def __init__(self, length: int, method: Method, max_documents: int) -> None:
+    def __init__(self, length: int, method: Method, max_documents: int | None = None) -> None:
         self.length = length
         self.method = method
-        self.max_documents = max_documents
+        self.max_documents = length if max_documents is None else max_documents
         self._open: list[Row] = []
+        self._slots = self._padding = 0  # of the rows that are done
 
     def add(self, first_document: int, lengths: Sequence[int]) -> list[Row]:
         """Documents first_document, first_document + 1, ... of `lengths` tokens (EOS included, so at least 1)."""
@@ -65,10 +80,12 @@ class Packer:
                 pieces.append(Piece(document, whole * self.length, length % self.length))
         if self.method == "pad":
             return _in_order(full + [Row([piece], piece.length) for piece in pieces])
-        done = self._best_fit(pieces)
-        return _in_order(full + done)
+        self._count(full)
+        return _in_order(full + self._best_fit(pieces))
 
     def finish(self) -> list[Row]:
+        if self.method == "best_fit":
+            return _in_order(self._release(0))
         rows, self._open = self._open, []
         return _in_order(rows)
 
@@ -104,12 +121,41 @@ class Packer:
                     del by_space[space], spaces[at]
             rows[index].add(piece)
             put(index)
-        nearly_full = self.length - self.length // 64
-        roomy = [row for row in rows if row.used < nearly_full and len(row.pieces) < self.max_documents]
-        roomy.sort(key=lambda row: row.used)  # stable; the emptiest stay open
-        self._open = roomy[: max(1, OPEN_TOKENS // self.length)]
-        kept = {id(row) for row in self._open}
-        return [row for row in rows if id(row) not in kept]
+        done = [row for row in rows if not self._is_roomy(row)]
+        self._count(done)
+        self._open = [row for row in rows if self._is_roomy(row)]
+        return done + self._release(max(1, OPEN_TOKENS // self.length))
+
+    def _is_roomy(self, row: Row) -> bool:
+        return row.used < self.length - self.length // SHARE and len(row.pieces) < self.max_documents
+
+    def _count(self, rows: list[Row]) -> None:
+        self._slots += len(rows) * self.length
+        self._padding += sum(self.length - row.used for row in rows)
+
+    def _release(self, keep: int) -> list[Row]:
+        """Rows that cannot stay open, the fullest first; as they are while that leaves little padding in all, then filled."""
+        rows = deque(sorted(self._open, key=lambda row: row.used))  # stable; the emptiest stay open
+        done = []
+        while len(rows) > keep:
+            row = rows.pop()
+            if rows and (self._padding + self.length - row.used) * SHARE > self._slots + self.length:
+                self._fill(row, rows)
+            self._count([row])
+            done.append(row)
+        self._open = list(rows)
+        return done
+
+    def _fill(self, row: Row, donors: deque[Row]) -> None:
+        """Move pieces of the emptiest rows into this one until it is full, the last one cut to fit."""
+        while donors and row.used < self.length and len(row.pieces) < self.max_documents:
+            piece, space = donors[0].take(), self.length - row.used
+            if piece.length > space:
+                donors[0].add(Piece(piece.document, piece.start + space, piece.length - space))
+                piece = piece._replace(length=space)
+            row.add(piece)
+            if not donors[0].pieces:
+                donors.popleft()
 
     def _concat(self, documents: list[tuple[int, int]]) -> list[Row]:
         rows = self._open or [Row()]

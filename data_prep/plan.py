@@ -60,8 +60,8 @@ class Unit:
 
 
 def unit_settings(source: SourceConfig, corpus: CorpusConfig, tokenizer_sha256: str) -> dict[str, Any]:
-    """Everything but the input that decides the bytes of a unit's document shard."""
-    return {
+    """Everything but the input that decides what is written of a unit."""
+    settings = {
         "format_version": FORMAT_VERSION,
         "tokenizer": tokenizer_sha256,
         "source": source.name,
@@ -73,6 +73,7 @@ def unit_settings(source: SourceConfig, corpus: CorpusConfig, tokenizer_sha256: 
         "heldout_max_documents": corpus.heldout_max_documents,
         "max_document_bytes": corpus.max_document_bytes,
     }
+    return settings | {"keep_rejected": True} if corpus.keep_rejected else settings
 
 
 def unit_id(slices: Sequence[Slice], settings: dict[str, Any]) -> str:

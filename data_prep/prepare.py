@@ -35,10 +35,11 @@ from data_prep.records import (
     plan_path,
     shard_path,
 )
-from data_prep.resolve import READ_THREADS, Heldout, choose_heldout, find_duplicates, partitions_of
+from data_prep.resolve import READ_THREADS, Heldout, Partition, choose_heldout, find_duplicates, partitions_of
 from data_prep.tail import TailTask, build_tail, tail_tasks
 from data_prep.tokenize_unit import TokenizeSettings, open_input, token_dtype
 from data_prep.tokenizer_stage import ensure_tokenizer, tokenizer_identity
+from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.file_index import dataset_path, index_path, read_dataset, write_index
 from pipeline.manifest import DatasetManifest, DocumentCounts, FileEntry, SourceManifest, digest_of
@@ -71,7 +72,7 @@ def prepare(
     listings = _list(config)
     dataset_identity = _identity(config, listings)
     if storage.exists(dataset_path(dataset_identity)):
-        return read_dataset(storage, dataset_identity)
+        return _checked(config, read_dataset(storage, dataset_identity))
     plan = _plan(config, storage, listings, dataset_identity, report)
     for note in plan.tokenizer.notes:
         log.warning("tokenizer: %s", note)
@@ -81,10 +82,24 @@ def prepare(
     heldout, packed = _resolve_and_pack(config, storage, plan, units, tokenized, map_units, report)
     tails = _tails(config, plan, units, packed, map_units, report)
     dataset = _dataset(config, storage, plan, units, tokenized, heldout, packed, tails)
+    failed = sum(len(source.failed_units) for source in dataset.sources)
+    documents, text_bytes = sum(pack.counts.docs_out for pack in packed), sum(pack.text_bytes for pack in packed)
+    facts = (len(units), len(units), failed, documents, text_bytes, dataset.tokens, 0.0, len(units))
+    report(PrepareProgress("packed", *facts, padding=dataset.padding))
+    _checked(config, dataset)
     forget_attempts(storage, units)
     storage.create(dataset_path(dataset_identity), dataset.to_json())
     storage.sweep("datasets")
     return read_dataset(storage, dataset_identity)
+
+
+def _checked(config: RunConfig, dataset: DatasetManifest) -> DatasetManifest:
+    """Raises ConfigError for more padding than the configuration allows: the packs stay, so another try is quick."""
+    try:
+        dataset.check_padding(config.data.max_padding)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return dataset
 
 
 def _list(config: RunConfig) -> dict[str, Listing]:
@@ -110,6 +125,8 @@ def _identity(config: RunConfig, listings: dict[str, Listing]) -> str:
         "layout": layout(config.data),
         "versions": _versions(),
     }
+    if config.corpus.drop_duplicates_across_sources:  # then their order decides which of two copies stays
+        parts["order_of_sources"] = [source.name for source in config.corpus.sources]
     return digest_of(parts)[:32]
 
 
@@ -216,6 +233,7 @@ def _tokenize(
             heldout_fraction=config.corpus.heldout_fraction,
             heldout_max_documents=config.corpus.heldout_max_documents,
             max_document_bytes=config.corpus.max_document_bytes,
+            keep_rejected=config.corpus.keep_rejected,
             unit_settings=unit_settings(source, config.corpus, plan.tokenizer.sha256),
             versions=_versions(),
         )
@@ -265,9 +283,13 @@ def _resolve_and_pack(
         )
         dedup = source.filters.drop_exact_duplicates
         partitions[source.name] = partitions_of(source.name, manifests, folder) if dedup else []
+    across: list[Partition] = []
+    if config.corpus.drop_duplicates_across_sources:
+        numbers = {source.name: number for number, source in enumerate(config.corpus.sources)}
+        across = partitions_of("_across", tokenized, folder, [numbers[unit.source] for unit in units])
     hashes = sorted(frozenset().union(*(chosen.hashes for chosen in heldout.values())))
     storage.write(f"{folder}/heldout.hashes", b"".join(hashes))
-    every = [partition for found in partitions.values() for partition in found]
+    every = [partition for found in partitions.values() for partition in found] + across
     _mapped("resolve", partial(find_duplicates, config.storage), every, map_units, report, lambda _: (0, 0, 0, False))
 
     tasks: list[PackTask] = []
@@ -280,6 +302,9 @@ def _resolve_and_pack(
                 units=len(mine),
                 heldout=tuple(heldout[unit.source].chosen.get(unit.id, ())),
                 duplicates=tuple(partition.output for partition in partitions[unit.source]),
+                place_in_all=place,
+                units_in_all=len(units),
+                across=tuple(partition.output for partition in across),
             )
         )
     settings = _pack_settings(config, plan)
@@ -300,7 +325,9 @@ def _resolved(plan: Plan) -> str:
 
 
 def _pack_settings(config: RunConfig, plan: Plan) -> PackSettings:
-    return PackSettings(config.storage, config.data, plan.tokenizer, f"{_resolved(plan)}/heldout.hashes")
+    return PackSettings(
+        config.storage, config.data, plan.tokenizer, f"{_resolved(plan)}/heldout.hashes", config.corpus.keep_rejected
+    )
 
 
 def _tails(

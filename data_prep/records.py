@@ -6,6 +6,8 @@ datasets/documents/ab/<unit>.parquet      a unit's tokenized documents: tokens, 
 datasets/documents/ab/<unit>.index        (hash, ordinal) of each, sorted: what finding duplicates reads
 datasets/documents/ab/<unit>.heldout.parquet   the unit's candidates for the held-out split
 datasets/quarantine/ab/<unit>.jsonl       records that could not be used: location, reason, excerpt
+datasets/rejected/ab/<unit>.parquet       on request: documents that filters rejected, with the reason and the text
+datasets/rejected/ab/<pack>.parquet       on request: documents of the unit that are copies, with the reason
 datasets/units/ab/<unit>.json             commit of the above
 datasets/packed/ab/<pack>-00000.parquet   packed rows of a unit
 datasets/packed/ab/<pack>-rest.parquet    its last rows, short of a whole group
@@ -51,6 +53,7 @@ class UnitManifest(Record):
     index: FileEntry | None
     candidates: FileEntry | None
     quarantine: FileEntry | None
+    rejected: FileEntry | None = None
     cross_checked: int  # documents encoded by the reference too, with equal ids
     engines: tuple[
         str, ...
@@ -74,6 +77,7 @@ class PackManifest(Record):
     counts: DocumentCounts
     padding: int  # tokens
     text_bytes: int
+    rejected: FileEntry | None = None
 
     @property
     def path(self) -> str:
@@ -106,7 +110,7 @@ class Plan(Record):
 class PrepareProgress:
     """Where prepare stands. Documents, bytes, tokens and their rates are those of this run; units also of earlier ones."""
 
-    phase: str  # tokenizer, tokenize, resolve, pack, tail
+    phase: str  # tokenizer, tokenize, resolve, pack, tail, packed
     units_done: int
     units_total: int
     units_failed: int
@@ -115,6 +119,7 @@ class PrepareProgress:
     tokens: int
     seconds: float  # of this phase
     units_before: int = 0  # done when this run began
+    padding: float | None = None  # share of the dataset's slots, once it is packed
 
     @property
     def megabytes_per_second(self) -> float:
@@ -133,6 +138,8 @@ class PrepareProgress:
     def line(self) -> str:
         eta = "" if self.eta_seconds is None else f", {self.eta_seconds:.0f} s left"
         failed = f", {self.units_failed} failed" if self.units_failed else ""
+        if self.padding is not None:
+            return f"{self.phase}: {self.tokens / 1e6:,.2f} M tokens, {self.padding:.2%} padding{failed}"
         return (
             f"{self.phase}: {self.units_done}/{self.units_total} units{failed}, {self.documents:,} documents, "
             f"{self.text_bytes / 1e6:,.1f} MB ({self.megabytes_per_second:.1f} MB/s), {self.tokens / 1e6:,.2f} M tokens "

@@ -10,6 +10,9 @@ source, are never trained on.
 Duplicates: every unit has an index sorted by hash. A partition is a range of leading hash bytes; it reads that range of
 every index of the source (ranged reads), sorts, and writes for every unit the ordinals of its documents that are copies.
 Memory: about 60 bytes a document of the partition; partitions are sized to hold PARTITION_DOCUMENTS.
+
+Across sources (an option) the same is done over the units of all sources: a document is a copy there if the first of its
+equals, in the order in which the configuration names the sources, is in another source than its own.
 """
 
 from __future__ import annotations
@@ -39,13 +42,14 @@ TABLE_BYTES = 257 * 4
 
 @dataclass(frozen=True)
 class Partition:
-    """Leading hash bytes [low, high) of a source."""
+    """Leading hash bytes [low, high) of a source, or of all."""
 
     source: str
     indexes: tuple[str, ...]  # paths, in order of precedence; "" for a unit without documents
     low: int
     high: int
     output: str  # path
+    owners: tuple[int, ...] = ()  # across sources: the number of each index's source
 
 
 @dataclass(frozen=True)
@@ -57,17 +61,24 @@ class Heldout:
     chosen: dict[str, list[int]]  # unit id -> ordinals
 
 
-def partitions_of(source: str, units: Sequence[UnitManifest], folder: str) -> list[Partition]:
-    """A power of two of equal hash ranges. Files are named after what they were made from."""
+def partitions_of(
+    source: str, units: Sequence[UnitManifest], folder: str, owners: Sequence[int] = ()
+) -> list[Partition]:
+    """A power of two of equal hash ranges. Files are named after what they were made from.
+
+    `owners`: the number of each unit's source, to find copies of other sources' documents alone.
+    """
     documents = sum(unit.counts.docs_out for unit in units)
     count = 1
     while count < 256 and documents > count * PARTITION_DOCUMENTS:
         count *= 2
     paths = tuple(unit.index.path if unit.index else "" for unit in units)
-    made_from = digest_of([unit.index.sha256 if unit.index else "" for unit in units])[:16]
+    made_from = digest_of([[unit.index.sha256 if unit.index else "" for unit in units], list(owners)])[:16]
     edges = [256 * part // count for part in range(count + 1)]
     return [
-        Partition(source, paths, low, high, f"{folder}/{source}-{made_from}-{low:02x}-{high:03x}.duplicates")
+        Partition(
+            source, paths, low, high, f"{folder}/{source}-{made_from}-{low:02x}-{high:03x}.duplicates", tuple(owners)
+        )
         for low, high in zip(edges, edges[1:])
     ]
 
@@ -89,6 +100,10 @@ def find_duplicates(storage_config: StorageConfig, partition: Partition) -> str:
     high, low = records["high"][order], records["low"][order]
     copy = np.zeros(len(order), bool)
     copy[1:] = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
+    if partition.owners:
+        owner = np.array(partition.owners, np.int64)[unit_of[order]]
+        first = np.maximum.accumulate(np.where(copy, 0, np.arange(len(order))))  # of the equals
+        copy &= owner[first] != owner
     copies = order[copy]
     units, ordinals = unit_of[copies], records["ordinal"][copies]
     arranged = np.lexsort((ordinals, units))

@@ -25,6 +25,7 @@ from data_prep.filters import rejected_by
 from data_prep.plan import Unit
 from data_prep.readers import ReaderSettings, Record, read_slice
 from data_prep.records import UnitManifest, shard_path
+from data_prep.rejected import RejectedDocuments
 from data_prep.worker import working
 from data_prep.writer import DOCUMENT_SCHEMA, document_table, parquet_writer, put
 from pipeline.config.schema import SourceConfig, StorageConfig
@@ -56,6 +57,7 @@ class TokenizeSettings:
     heldout_fraction: float
     heldout_max_documents: int
     max_document_bytes: int  # effective: see `document_limit`
+    keep_rejected: bool
     unit_settings: dict[str, Any]
     versions: dict[str, str]
 
@@ -126,12 +128,15 @@ def _tokenize(storage: Storage, unit: Unit, settings: TokenizeSettings, engines:
     state = _Unit()
     with tempfile.TemporaryDirectory(prefix="unit-") as folder:
         documents = _Documents(Path(folder) / "documents.parquet", settings.tokenizer.vocab_size)
+        rejected = RejectedDocuments(Path(folder) / "rejected.parquet") if settings.keep_rejected else None
         with (Path(folder) / "quarantine.jsonl").open("wb") as quarantine:
             records = _that_fit(_records(settings, unit), encoder)
-            for batch in _batches(_usable(records, state, settings, quarantine)):
+            for batch in _batches(_usable(records, state, settings, quarantine, rejected)):
                 _encode(batch, encoder, documents, state, settings)
         documents.close()
-        return _commit(storage, unit, settings, state, documents, Path(folder), engines)
+        if rejected is not None:
+            rejected.close()
+        return _commit(storage, unit, settings, state, documents, rejected, Path(folder), engines)
 
 
 def _records(settings: TokenizeSettings, unit: Unit) -> Iterator[Record]:
@@ -174,7 +179,11 @@ def _that_fit(records: Iterator[Record], encoder: Encoder) -> Iterator[Record]:
 
 
 def _usable(
-    records: Iterator[Record], state: _Unit, settings: TokenizeSettings, quarantine: IO[bytes]
+    records: Iterator[Record],
+    state: _Unit,
+    settings: TokenizeSettings,
+    quarantine: IO[bytes],
+    rejected: RejectedDocuments | None,
 ) -> Iterator[Record]:
     """Count every record; pass on those that are fit to tokenize."""
     filters = settings.source.filters
@@ -190,6 +199,8 @@ def _usable(
             quarantine.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
         elif rejection := record.rejected or rejected_by(record.text, filters):
             state.filtered[rejection] += 1
+            if rejected is not None:
+                rejected.add(record.location, record.doc_id, rejection, record.text)
         else:
             yield record
 
@@ -284,10 +295,13 @@ def _commit(
     settings: TokenizeSettings,
     state: _Unit,
     documents: _Documents,
+    rejected: RejectedDocuments | None,
     folder: Path,
     engines: tuple[str, ...],
 ) -> UnitManifest:
     entries: dict[str, Any] = {"documents": None, "index": None, "candidates": None, "quarantine": None}
+    if rejected is not None and rejected.count:
+        entries["rejected"] = put(storage, rejected.path, shard_path("rejected", unit.id, ".parquet"))
     if state.hashes:
         (folder / "index").write_bytes(index_bytes(state.hashes))
         entries["documents"] = put(storage, documents.path, shard_path("documents", unit.id, ".parquet"))

@@ -180,6 +180,23 @@ class DatasetManifest(Record):
     def tokens(self) -> int:
         return sum(source.tokens for source in self.sources)
 
+    @property
+    def padding(self) -> float:
+        """Share of the slots of all packed rows that hold no token."""
+        return 1 - self.tokens / (self.rows * self.sequence_length) if self.rows else 0.0
+
+    def check_padding(self, limit: float) -> None:
+        """Raises ValueError for a source with a larger share of padding than `data.max_padding`."""
+        for source in self.sources:
+            slots = source.rows * self.sequence_length
+            if slots - source.tokens > limit * slots:
+                raise ValueError(
+                    f"source {source.name!r}: {slots - source.tokens:,} of the {slots:,} slots of its packed rows are padding "
+                    f"({1 - source.tokens / slots:.1%}), and data.max_padding is {limit:g}: pack with data.packing=best_fit and without "
+                    "data.max_documents_per_row, add text (each unit of it ends in a row that is not full), shorten "
+                    "data.sequence_length, or raise data.max_padding"
+                )
+
 
 class CheckpointManifest(Record):
     """`<root>/runs/<run_id>/train/step-00000400/manifest.json`: written last; without it the checkpoint does not exist."""
@@ -195,16 +212,19 @@ class CheckpointManifest(Record):
     files: tuple[StoredFile, ...]
     metadata_sha256: str = ""  # of `.metadata`, which has a checksum of every piece of the parts
     metrics: tuple[FileEntry, ...] = ()  # what was logged up to this step, as it was then
-    loss: float
+    loss: float | None  # nats per token, of the last step that had a loss; None: none has
+    skipped_steps: int = 0  # up to here
     world_size: int
+    mesh: dict[str, int] = {}  # replicate, shard, ep of the ranks that wrote it
     fence: int | None = None  # fencing number of the writer; None: written without a lease
     newton_schulz: str = (
         ""  # what its products multiplied up to here: bf16, fp16 or fp32; "": AdamW alone, or not recorded
     )
 
     VOLATILE: ClassVar[frozenset[str]] = frozenset(
-        {"files", "metadata_sha256", "metrics", "world_size", "fence", "newton_schulz"}
+        {"files", "metadata_sha256", "metrics", "world_size", "mesh", "fence", "newton_schulz"}
     )
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"skipped_steps"})
 
 
 class TrainManifest(Record):

@@ -62,6 +62,8 @@ def _progress(at: PrepareProgress) -> StageProgress:
     note = (
         f"{at.phase}  {at.documents:,} documents  {at.text_bytes / 1e6:,.1f} MB ({at.megabytes_per_second:,.1f} MB/s)"
     )
+    if at.padding is not None:
+        note = f"{at.phase}  {at.padding:.2%} padding"
     if at.units_failed:
         note += f"  {at.units_failed} FAILED"
     return StageProgress(
@@ -81,7 +83,8 @@ def check_supply(config: RunConfig, listings: Mapping[str, Sequence[InputFile]])
     """Refuse, before any work, a demand that no tokenizer could meet. Raises ConfigError.
 
     Generous, because only the tokenized corpus knows (`check_demand`, after prepare): a token is at least one byte or ends a
-    document, packing fills rows at least half, and a document is a file or a line of some bytes. Nothing bounds what a
+    document, packing fills rows at least half unless it may not put many documents into one, and a document is a file or a
+    line of some bytes. Nothing bounds what a
     compressed file holds, or how empty the rows of `data.packing=pad` are.
     """
     for index, source in enumerate(config.corpus.sources):
@@ -91,7 +94,8 @@ def check_supply(config: RunConfig, listings: Mapping[str, Sequence[InputFile]])
             continue
         size = sum(file.bytes for file in files)
         documents = len(files) + (size // SHORTEST_LINE if formats & ROWS else 0)
-        padded = documents * config.data.sequence_length // config.data.max_documents_per_row
+        few = config.data.max_documents_per_row
+        padded = documents * config.data.sequence_length // few if few else 0
         most = int(source.max_epochs * (2 * (size + documents) + padded))
         demand = _demand(config, source.name)
         if demand > most:

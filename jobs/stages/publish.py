@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import isfinite
 
 from jobs.commit import git_commit
 from jobs.stages.records import Records
@@ -11,8 +10,9 @@ from jobs.stages.train import chosen_checkpoint
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation.result import manifest_path
 from pipeline.integrity import read_record
-from pipeline.manifest import EvaluationManifest, ModelManifest
+from pipeline.manifest import DamagedRecord, EvaluationManifest, ModelManifest
 from pipeline.publishing import registry
+from pipeline.publishing.gate import refusal
 from pipeline.publishing.version import PublishProgress, version_name
 from pipeline.storage import Storage
 from pipeline.workflow.record import StageProgress
@@ -40,18 +40,18 @@ def gate(config: RunConfig, storage: Storage) -> tuple[str, str]:
     if checkpoint is None:
         return "closed", f"run {config.run_id} has not been trained to its end"
     path = manifest_path(config, checkpoint)
-    evaluation = read_record(storage, path, EvaluationManifest)
+    try:
+        evaluation = read_record(storage, path, EvaluationManifest)
+    except DamagedRecord as error:
+        return "closed", str(error)
     if evaluation is None:
         return "closed", f"no evaluation at {storage.uri(path)}"
     if evaluation.checkpoint_digest != checkpoint.digest:
         return "closed", f"{storage.uri(path)} scored another checkpoint of step {checkpoint.step}; evaluate again"
-    loss, limit = evaluation.overall.loss, config.publishing.max_loss
-    facts = f"step {evaluation.step}: held-out loss {loss:.4f}, {evaluation.overall.bits_per_byte:.4f} bits per byte"
-    if not isfinite(loss):
-        return "closed", f"{facts}; that is no finite number"
-    if limit is not None and loss > limit:
-        return "closed", f"{facts}; publishing.max_loss is {limit:g}"
-    return "open", facts
+    overall = evaluation.overall
+    facts = f"step {evaluation.step}: held-out loss {overall.loss:.4f}, {overall.bits_per_byte:.4f} bits per byte"
+    why = refusal(evaluation, config.publishing.max_loss)
+    return ("open", facts) if why is None else ("closed", f"{facts}; {why}")
 
 
 def do(config: RunConfig, storage: Storage, records: Records, report: Callable[[PublishProgress], None]) -> None:

@@ -15,19 +15,21 @@ def print_summary(config: RunConfig, storage: Storage, records: Records, config_
     from pipeline.evaluation.report import write_report  # counts the network's parameters, hence torch
 
     dataset, train, evaluation, model = records.dataset, records.train, records.evaluation, records.model
+    checkpoint = records.checkpoint
     assert dataset is not None
     assert train is not None
+    assert checkpoint is not None
     assert evaluation is not None
     assert model is not None
     seconds = stage_seconds(read_events(storage, config.run_id))
-    report = write_report(config, dataset, train, evaluation, model, storage, stage_seconds=seconds)
+    report = write_report(config, dataset, train, checkpoint, evaluation, model, storage, stage_seconds=seconds)
     folder = storage.uri(registry.folder(model.name, model.version))
     below = evaluation.unigram_entropy - evaluation.overall.loss
     lines = [
         "",
         f"model      {folder}",
         f"digest     {model.digest}",
-        f"trained    {train.checkpoint.tokens_seen:,} tokens in {train.steps:,} steps; data: {dataset.tokens:,} tokens, "
+        f"trained    {checkpoint.tokens_seen:,} tokens in {checkpoint.step:,} steps; data: {dataset.tokens:,} tokens, "
         f"{sum(source.counts.docs_out for source in dataset.sources):,} documents",
         f"held out   loss {evaluation.overall.loss:.3f} nats per token, {below:.2f} under the unigram entropy "
         f"({evaluation.unigram_entropy:.3f})",

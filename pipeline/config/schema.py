@@ -130,6 +130,8 @@ class CorpusConfig(Section):
     heldout_max_documents: PositiveInt = 1000  # per source
     unit_bytes: Bytes = 2_000_000_000  # target size of a unit of work (2-5 minutes of one core)
     max_document_bytes: Bytes = 32 * 1024 * 1024  # a larger record goes to quarantine
+    drop_duplicates_across_sources: bool = False  # of equal documents that of the source named first stays
+    keep_rejected: bool = False  # write what filters rejected, with the reason, to datasets/rejected/
 
     @model_validator(mode="after")
     def _names_agree(self) -> CorpusConfig:
@@ -154,7 +156,10 @@ class DataConfig(Section):
 
     sequence_length: PositiveInt = 8192  # tokens of a packed row: the longest length training may use
     packing: Literal["best_fit", "concat", "pad"] = "best_fit"
-    max_documents_per_row: Count = 128
+    max_documents_per_row: Count | None = (
+        None  # None: as many as fit; document masks do not mind (data_prep/packing.py)
+    )
+    max_padding: Fraction = 0.02  # share of the slots of a source's packed rows; more is refused
     rows_per_group: Count = 256  # rows of a Parquet row group = one shuffle block = one ranged read
     groups_per_file: Count = 256
     lanes: Count = 1024  # D: independent read streams; a multiple of every rank count expected

@@ -187,11 +187,20 @@ class Order:
 
     # -- supply --------------------------------------------------------------------------------------------------
 
-    def demand(self, sequences: int, max_epochs: Mapping[str, float]) -> dict[str, Demand]:
-        """What the first `sequences` training sequences draw from each source that they use."""
+    def _drawn(self, sequences: int) -> Int64:
+        """[lanes, sources]: rows that the first `sequences` training sequences draw."""
         last = int(self.positions(sequences - 1)) + 1 if sequences else 0
         rounds, rest = divmod(-(-last // self.parts), self.lanes)
-        drawn = self.mixture.used(np.where(np.arange(self.lanes) < rest, rounds + 1, rounds))
+        return self.mixture.used(np.where(np.arange(self.lanes) < rest, rounds + 1, rounds))
+
+    def shares(self, sequences: int) -> dict[str, float]:
+        """Share of each source among the rows that the first `sequences` training sequences draw."""
+        drawn = self._drawn(sequences).sum(0)
+        return {name: float(rows / max(drawn.sum(), 1)) for name, rows in zip(self.source_names, drawn)}
+
+    def demand(self, sequences: int, max_epochs: Mapping[str, float]) -> dict[str, Demand]:
+        """What the first `sequences` training sequences draw from each source that they use."""
+        drawn = self._drawn(sequences)
         demand = {}
         for s, name in enumerate(self.source_names):
             if drawn[:, s].any():
@@ -228,6 +237,7 @@ class Order:
 
 def check_demand(config: RunConfig, dataset: DatasetManifest) -> dict[str, Demand]:
     """Does the dataset fit the run and hold what it asks for? Needs the manifest only. Raises ValueError with the remedy."""
+    dataset.check_padding(config.data.max_padding)
     mixture = config.corpus.mixture
     if mixture and mixture[-1].until_tokens < config.schedule.total_tokens:
         raise ValueError(

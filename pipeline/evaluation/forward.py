@@ -53,20 +53,17 @@ class Forward:
         assert all(0 < scored < len(tokens) for tokens, scored in requests)
         self._send("log_likelihoods", requests, doing)
         found = self._log_likelihoods(requests, doing)
-        bad = sum(not isfinite(log_p) for log_p, _ in found)
-        if bad:
-            raise ValueError(
-                f"{bad:,} of {len(found):,} log-likelihoods are not finite numbers: the checkpoint's weights are damaged or have "
-                "diverged; evaluate an earlier one (evaluation.checkpoint)"
-            )
+        _check_finite(sum(not isfinite(log_p) for log_p, _ in found), len(found), "log-likelihoods")
         return found
 
     def greedy(self, prompts: Sequence[Tokens], until: Sequence[str], max_new_tokens: int, doing: str) -> list[str]:
         """The likeliest text after each prompt, up to an EOS, one of `until` (which may still be in it), or so many tokens.
 
-        Rank 0 only."""
+        Rank 0 only. Raises ValueError where the network gives no finite number: the likeliest token would mean nothing."""
         self._send("greedy", prompts, until, max_new_tokens, doing)
-        return self._greedy(prompts, until, max_new_tokens, doing)
+        texts, bad = self._greedy(prompts, until, max_new_tokens, doing)
+        _check_finite(bad, len(prompts), "prompts' next tokens")
+        return texts
 
     def end(self, result: Any = None, error: BaseException | None = None) -> None:
         """No more questions. Rank 0 only."""
@@ -146,10 +143,14 @@ class Forward:
         sums.index_add_(0, owner_N, scores.log_p_N.double())
         misses.index_add_(0, owner_N, (scores.likeliest_N != self._tensor(labels)).long())
 
-    def _greedy(self, prompts: Sequence[Tokens], until: Sequence[str], max_new_tokens: int, doing: str) -> list[str]:
+    def _greedy(
+        self, prompts: Sequence[Tokens], until: Sequence[str], max_new_tokens: int, doing: str
+    ) -> tuple[list[str], int]:
+        """The texts, and how many of them end where the network gave no finite number."""
         shared, prompts = self._shared_prompt(prompts)
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         texts: dict[int, str] = {}
+        bad = 0
         done, left = 0, max_new_tokens * len(prompts)
         for turn, group, mine in self._deal(order):
             written: list[list[int]] = [[] for _ in group]
@@ -157,10 +158,13 @@ class Forward:
             decoder = Decoder(self._model, [prompts[index] for index in group], room=max_new_tokens, shared=shared)
             logits_BV = decoder.first()
             while True:
-                likeliest = dict(zip(decoder.rows, logits_BV.argmax(-1).tolist()))
+                largest_B, likeliest_B = logits_BV.max(-1)  # NaN is larger than any number
+                likeliest = dict(zip(decoder.rows, likeliest_B.tolist()))
+                finite = dict(zip(decoder.rows, largest_B.isfinite().tolist()))
                 for row in going & likeliest.keys():
                     written[row].append(likeliest[row])
-                    if self._is_done(written[row], until, max_new_tokens):
+                    bad += not finite[row]
+                    if not finite[row] or self._is_done(written[row], until, max_new_tokens):
                         going.remove(row)
                 if not self._any(bool(going)):
                     break
@@ -175,7 +179,7 @@ class Forward:
             gathered: list[Any] = [None] * self.world
             dist.all_gather_object(gathered, texts)
             texts = {index: text for part in gathered for index, text in part.items()}
-        return [texts[index] for index in range(len(prompts))]
+        return [texts[index] for index in range(len(prompts))], self._sum(bad)
 
     def _shared_prompt(self, prompts: Sequence[Tokens]) -> tuple[LatentCache | None, Sequence[Tokens]]:
         """What all prompts begin with, run once (by every rank), and what is left of each."""
@@ -247,3 +251,11 @@ class Forward:
     def _tell(self, new: int, done: int, total: int, doing: str) -> None:
         if self.rank == 0:
             self._report(EvaluationProgress(new, done, total, doing=doing))
+
+
+def _check_finite(bad: int, asked: int, what: str) -> None:
+    if bad:
+        raise ValueError(
+            f"{bad:,} of {asked:,} {what} are not finite numbers: the checkpoint's weights are damaged or have diverged; "
+            "evaluate an earlier one (evaluation.checkpoint)"
+        )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable
 from math import isfinite
+from numbers import Real
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
@@ -88,13 +89,20 @@ class HarnessModel(TemplateLM):
         return ids if add_special_tokens is False else [self._encoder.eos_id, *ids]
 
     def loglikelihood(self, requests: list[Request], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-        return found
+        """Raises ValueError that names the task for an answer that has no token of its own."""
+        pairs = [self._encode(*request.args) for request in requests]
+        _check_answers(requests, pairs)
+        return self._score(pairs, "log-likelihoods")
 
-    def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
-    ) -> list[tuple[float, bool]]:
-        return self._score([(context, continuation) for _, context, continuation in requests], "log-likelihoods")
+    def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
+        raise NotImplementedError("lm-eval asks for text")
+
+    def _encode(self, context: str, answer: str) -> tuple[list[int], list[int]]:
+        """As lm-eval cuts tokens: those of both together, less as many as the context has alone."""
+        if context:
+            pair: tuple[list[int], list[int]] = self._encode_pair(context, answer)
+            return pair
+        return [self.eot_token_id], self.tok_encode(answer, add_special_tokens=False)
 
     def loglikelihood_rolling(self, requests: list[Request], disable_tqdm: bool = True) -> list[float]:
         windows: list[tuple[list[int], list[int]]] = []
@@ -104,21 +112,27 @@ class HarnessModel(TemplateLM):
             cut = get_rolling_token_windows(tokens, self.eot_token_id, self.max_length, context_len=1)
             windows += [make_disjoint_window(window) for window in cut]
             owners += [owner] * (len(windows) - len(owners))
+        _check_texts(requests, set(owners))
         sums = [0.0] * len(requests)
         for owner, (log_p, _) in zip(owners, self._score(windows, "perplexities"), strict=True):
             sums[owner] += log_p
         return sums
 
     def generate_until(self, requests: list[Request], disable_tqdm: bool = True) -> list[str]:
-        kinds: dict[tuple[tuple[str, ...], int], list[int]] = {}  # what stops them -> requests, which share batches
+        # of each task what stops it -> requests: they share batches and few-shot examples
+        kinds: dict[tuple[str, tuple[str, ...], int], list[int]] = {}
         for index, request in enumerate(requests):
             generation = request.args[1]
             until = generation.get("until") or []
             until = (until,) if isinstance(until, str) else tuple(until)
-            kinds.setdefault((until, new_tokens(generation)), []).append(index)
+            kinds.setdefault((request.task_name, until, new_tokens(generation)), []).append(index)
         texts = [""] * len(requests)
-        for (until, count), indices in kinds.items():
+        for (_, until, count), indices in kinds.items():
             room = self.max_length - count
+            if room < 1:
+                raise ValueError(
+                    f"evaluation.sequence_length: {self.max_length} tokens hold no prompt beside {count:,} generated ones; raise it"
+                )
             prompts = [self.tok_encode(requests[index].args[0])[-room:] for index in indices]
             for index, text in zip(indices, self._forward.greedy(prompts, until, count, "generated text"), strict=True):
                 texts[index] = postprocess_generated_text(text, list(until), None)
@@ -132,6 +146,31 @@ class HarnessModel(TemplateLM):
             )
         kept = [((context + answer)[-(self.max_length + 1) :], len(answer)) for context, answer in pairs]
         return self._forward.log_likelihoods(kept, doing)
+
+
+def _check_answers(requests: list[Request], pairs: list[tuple[list[int], list[int]]]) -> None:
+    """The sum over no tokens is 0, which beats every answer. lm-eval's own model ends with an assertion there."""
+    empty: dict[str, list[Request]] = {}
+    for request, (_, answer) in zip(requests, pairs, strict=True):
+        if not answer:
+            empty.setdefault(request.task_name, []).append(request)
+    for name, found in empty.items():
+        context, answer = found[0].args
+        raise ValueError(
+            f"evaluation.tasks: {name} has {len(found):,} answers without a token of their own, such as {answer[:40]!r} after "
+            f"{context[-40:]!r}, which the tokenizer joins with what stands before: there is nothing to score. Give the task another "
+            "target_delimiter or other answers, or leave it out"
+        )
+
+
+def _check_texts(requests: list[Request], scored: set[int]) -> None:
+    """An empty text adds nothing, but a task of nothing else would be predicted perfectly."""
+    names = {request.task_name for request in requests}
+    empty = sorted(names - {requests[owner].task_name for owner in scored})
+    if empty:
+        raise ValueError(
+            f"evaluation.tasks: all texts of {empty[0]} are empty: there is nothing to score. Leave it out"
+        )
 
 
 def task_scores(results: dict[str, Any]) -> dict[str, TaskScore]:
@@ -172,4 +211,4 @@ def _metrics(values: dict[str, Any], higher_is_better: dict[str, bool | None]) -
 
 
 def _number(value: Any) -> float | None:
-    return round(float(value), DECIMALS) if isinstance(value, int | float) and isfinite(value) else None
+    return round(float(value), DECIMALS) if isinstance(value, Real) and isfinite(value) else None

@@ -22,6 +22,7 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import isfinite
 
 import numpy as np
 import numpy.typing as npt
@@ -77,8 +78,8 @@ def evaluate(
     """Score a checkpoint, also on `evaluation.tasks`, and commit the result; one of the same identity is returned as it is.
 
     Runs in one process (the whole network in fp32) or on every rank of an initialised process group, sharded as in
-    training; all ranks return the same, rank 0 reports. Raises ValueError when no held-out document can be scored, and for
-    tasks that cannot be had (`tasks.check`).
+    training; all ranks return the same, rank 0 reports. Raises ValueError when no held-out document can be scored or a
+    score is no finite number, and for tasks that cannot be had (`tasks.check`) or scored.
     """
     found = committed(config, dataset, checkpoint, storage)
     if found is not None:
@@ -96,6 +97,7 @@ def evaluate(
     nats = score(
         model, texts, eos=encoder.eos_id, length=window_length(config), batch=config.evaluation.batch, report=report
     )
+    check_finite(dict(zip((text.source for text in texts), nats)), checkpoint)
     harness, tasks = "", {}
     if config.evaluation.tasks:
         from pipeline.evaluation.harness import harness_version, score_tasks  # lm-eval is an extra
@@ -208,6 +210,16 @@ def _tensors(group: list[Tokens], pad: int, device: torch.device) -> tuple[torch
         inputs_BS[row, : len(window) - 1] = torch.from_numpy(window[:-1])
         labels_BS[row, : len(window) - 1] = torch.from_numpy(window[1:])
     return inputs_BS.to(device), labels_BS.to(device)
+
+
+def check_finite(nats: dict[str, float], checkpoint: CheckpointManifest) -> None:
+    """Raises ValueError for sums that are no numbers: no comparison with another model, or with a limit, would notice."""
+    bad = [source for source, total in nats.items() if not isfinite(total)]
+    if bad:
+        raise ValueError(
+            f"checkpoint of step {checkpoint.step}: the held-out loss of source {bad[0]!r} is {nats[bad[0]]}, so its weights are "
+            "damaged or have diverged; evaluate an earlier one (evaluation.checkpoint)"
+        )
 
 
 def decode(text: HeldoutText, encoder: Encoder) -> bytes:

@@ -15,10 +15,12 @@ from typing import Any
 
 from pipeline.config.load import dump_yaml
 from pipeline.config.schema import RunConfig
+from pipeline.dataset.order import Order
 from pipeline.evaluation.baselines import SHOWN
 from pipeline.evaluation.charts import Mark, Point, Series, compact, line_chart
 from pipeline.evaluation.weights import count_parameters
 from pipeline.manifest import (
+    CheckpointManifest,
     DatasetManifest,
     EvaluationManifest,
     ModelManifest,
@@ -43,15 +45,19 @@ def write_report(
     config: RunConfig,
     dataset: DatasetManifest,
     train: TrainManifest,
+    checkpoint: CheckpointManifest,
     evaluation: EvaluationManifest,
     model: ModelManifest,
     storage: Storage,
     *,
     stage_seconds: Mapping[str, float],
 ) -> str:
-    """Write the report of a finished run; returns its path below the storage root. `stage_seconds` in order of stages."""
+    """Write the report of a finished run; returns its path below the storage root.
+
+    `checkpoint`: the one that was evaluated and published, the last of the run or not. `stage_seconds` in order of stages.
+    """
     records = read_metrics(train, storage)
-    page = render(config, dataset, train, evaluation, model, records, stage_seconds)
+    page = render(config, dataset, train, checkpoint, evaluation, model, records, stage_seconds)
     storage.write(report_path(config.run_id), page.encode())
     return report_path(config.run_id)
 
@@ -75,6 +81,7 @@ def render(
     config: RunConfig,
     dataset: DatasetManifest,
     train: TrainManifest,
+    checkpoint: CheckpointManifest,
     evaluation: EvaluationManifest,
     model: ModelManifest,
     records: list[dict[str, Any]],
@@ -84,13 +91,13 @@ def render(
     style = resources.files("pipeline.evaluation").joinpath("report.css").read_text()
     body = [
         _head(config, model),
-        _tiles(config, train, evaluation, stage_seconds),
-        _section("Training", _charts(records, train, evaluation)),
+        _tiles(config, train, checkpoint, evaluation, stage_seconds),
+        _section("Training", _charts(records, checkpoint, evaluation)),
         _section("Held-out text", _scores(dataset, evaluation)),
         _section("Tasks", _tasks(evaluation)) if evaluation.tasks else "",
-        _section("Data", _data(config, dataset)),
+        _section("Data", _data(config, dataset, checkpoint)),
         _section("Stages", _stages(stage_seconds)) if stage_seconds else "",
-        _section("Artefacts", _artefacts(config, train, evaluation, model, dataset)),
+        _section("Artefacts", _artefacts(checkpoint, evaluation, model, dataset)),
         f"<details><summary>Configuration</summary><pre>{escape(dump_yaml(config))}</pre></details>",
     ]
     title = escape(f"{model.name} {model.version}")
@@ -109,14 +116,18 @@ def _head(config: RunConfig, model: ModelManifest) -> str:
 
 
 def _tiles(
-    config: RunConfig, train: TrainManifest, evaluation: EvaluationManifest, stage_seconds: Mapping[str, float]
+    config: RunConfig,
+    train: TrainManifest,
+    checkpoint: CheckpointManifest,
+    evaluation: EvaluationManifest,
+    stage_seconds: Mapping[str, float],
 ) -> str:
     overall, parameters = evaluation.overall, count_parameters(config.model)
     below = evaluation.unigram_entropy - overall.loss
     tiles = [
         ("held-out loss", f"{overall.loss:.3f}", f"nats per token, {abs(below):.2f} {'below' if below >= 0 else 'ABOVE'} unigram"),
         ("bits per byte", f"{overall.bits_per_byte:.3f}", f"{REFERENCE_COMPRESSOR}: {evaluation.baselines[REFERENCE_COMPRESSOR]:.3f}"),
-        ("trained on", f"{compact(train.checkpoint.tokens_seen)} tokens", f"{train.steps:,} steps, {train.skipped_steps:,} skipped"),
+        ("trained on", f"{compact(checkpoint.tokens_seen)} tokens", f"{_steps(train, checkpoint)}, {checkpoint.skipped_steps:,} skipped"),
         ("parameters", compact(parameters.total), f"{compact(parameters.active)} active per token"),
     ]  # fmt: skip
     if stage_seconds:
@@ -128,11 +139,16 @@ def _tiles(
     return f'<div class="tiles">{"".join(cells)}</div>'
 
 
-def _charts(records: list[dict[str, Any]], train: TrainManifest, evaluation: EvaluationManifest) -> str:
+def _steps(train: TrainManifest, checkpoint: CheckpointManifest) -> str:
+    of_all = "" if checkpoint.step == train.steps else f"of {train.steps:,} "
+    return f"{checkpoint.step:,} {of_all}steps"
+
+
+def _charts(records: list[dict[str, Any]], checkpoint: CheckpointManifest, evaluation: EvaluationManifest) -> str:
     def points(name: str) -> list[Point]:
         return [(record["tokens"], record[name]) for record in records if record.get(name) is not None]
 
-    heldout = Mark("held-out loss", evaluation.overall.loss, train.checkpoint.tokens_seen, HELDOUT)
+    heldout = Mark("held-out loss", evaluation.overall.loss, checkpoint.tokens_seen, HELDOUT)
     unigram = Mark("unigram entropy", evaluation.unigram_entropy)
     layers = max((len(record.get("load_imbalance", ())) for record in records), default=0)
     loads = [
@@ -213,13 +229,12 @@ def scored_how(evaluation: EvaluationManifest) -> str:
     )
 
 
-def _data(config: RunConfig, dataset: DatasetManifest) -> str:
-    weights = {source.name: source.weight for source in config.corpus.sources}
-    total = sum(weights.values())
+def _data(config: RunConfig, dataset: DatasetManifest, checkpoint: CheckpointManifest) -> str:
+    shares = Order.of_run(config, dataset).shares(checkpoint.next_sequence)
     rows = [
         [
             escape(source.name),
-            f"{weights[source.name] / total:.0%}" if source.name in weights else "",
+            f"{shares[source.name]:.0%}",
             f"{source.counts.docs_in:,}",
             f"{source.counts.docs_out:,}",
             f"{source.counts.heldout:,}",
@@ -231,7 +246,7 @@ def _data(config: RunConfig, dataset: DatasetManifest) -> str:
         ]
         for source in dataset.sources
     ]
-    head = ["source", "weight", "documents", "used", "held out", "filtered", "quarantined", "text", "tokens", "rows"]
+    head = ["source", "share", "documents", "used", "held out", "filtered", "quarantined", "text", "tokens", "rows"]
     return _table(head, rows)
 
 
@@ -249,14 +264,10 @@ def _stages(stage_seconds: Mapping[str, float]) -> str:
 
 
 def _artefacts(
-    config: RunConfig,
-    train: TrainManifest,
-    evaluation: EvaluationManifest,
-    model: ModelManifest,
-    dataset: DatasetManifest,
+    checkpoint: CheckpointManifest, evaluation: EvaluationManifest, model: ModelManifest, dataset: DatasetManifest
 ) -> str:
     folder = f"../../models/{model.name}/{model.version}"
-    step, checkpoint = train.checkpoint.step, train.checkpoint
+    step = checkpoint.step
     rows = [
         ("published model", f"{folder}/README.md", model.digest),
         ("files of the model", f"{folder}/manifest.json", model.digest),

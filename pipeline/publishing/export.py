@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from math import isfinite, prod
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from pipeline.model.hf import hf_config, hf_shapes, hf_split
 from pipeline.model.moonlight import Moonlight
 from pipeline.model.safetensors import header_of
 from pipeline.publishing import registry
+from pipeline.publishing.gate import refusal
 from pipeline.publishing.model_card import Sample, model_card
 from pipeline.publishing.plots import loss_plot
 from pipeline.publishing.version import PublishProgress, published_config, version_name
@@ -83,7 +84,9 @@ def publish(
     """
     checkpoint = checkpoint or train.checkpoint
     _check_inputs(checkpoint, evaluation, dataset)
-    _check_gate(config, evaluation)
+    why = refusal(evaluation, config.publishing.max_loss)
+    if why is not None:
+        raise GateError(f"{why}; nothing was published or promoted")
     version = version_name(config, checkpoint, evaluation, dataset)
     manifest = registry.find(storage, config.publishing.name, version)
     if manifest is None:
@@ -105,19 +108,6 @@ def _check_inputs(checkpoint: CheckpointManifest, evaluation: EvaluationManifest
         raise ValueError(
             f"evaluation of step {evaluation.step} used dataset {evaluation.dataset_digest[:8]}, not {dataset.digest[:8]}; "
             "evaluate again with this dataset"
-        )
-
-
-def _check_gate(config: RunConfig, evaluation: EvaluationManifest) -> None:
-    loss, limit = evaluation.overall.loss, config.publishing.max_loss
-    if not isfinite(loss):
-        raise GateError(
-            f"publishing: the held-out loss is {loss}; nothing was published. Train again from an earlier checkpoint"
-        )
-    if limit is not None and loss > limit:
-        raise GateError(
-            f"publishing.max_loss: the held-out loss {loss:.4f} is over {limit:g} nats per token; nothing was published "
-            "or promoted. Train longer, or raise the limit"
         )
 
 

@@ -1,6 +1,7 @@
 """README.md of a published model: what it is, how good, from what, and how to load it.
 
-Everything in it follows from the manifests and the configuration. No date, duration, host or path appears, so the same
+Everything in it follows from the manifests and those settings that the run's identity holds: what may differ from start to
+start (the mesh) is that of the checkpoint's record, not of today's configuration. No date, duration, host or path appears, so the same
 inputs give the same bytes and the card can be hashed like the weights beside it.
 """
 
@@ -13,6 +14,7 @@ from typing import Any
 import yaml
 
 from pipeline.config.schema import RunConfig
+from pipeline.dataset.order import Order
 from pipeline.evaluation.baselines import SHOWN
 from pipeline.evaluation.charts import compact
 from pipeline.evaluation.report import TASK_HEAD, scored_how, scored_sources, task_cells
@@ -64,9 +66,9 @@ def model_card(
         parts += ["## What it writes", *(_sample(sample) for sample in samples)]
     parts += [
         "## Data",
-        _data(config, dataset),
+        _data(config, dataset, checkpoint),
         "## Training",
-        _training(config, train),
+        _training(config, train, checkpoint),
         "## Provenance",
         _provenance(dataset, train, checkpoint, evaluation),
     ]
@@ -179,13 +181,12 @@ def _sample(sample: Sample) -> str:
     )
 
 
-def _data(config: RunConfig, dataset: DatasetManifest) -> str:
-    weights = {source.name: source.weight for source in config.corpus.sources}
-    total = sum(weights.values())
+def _data(config: RunConfig, dataset: DatasetManifest, checkpoint: CheckpointManifest) -> str:
+    shares = Order.of_run(config, dataset).shares(checkpoint.next_sequence)
     rows = [
         [
             source.name,
-            f"{weights[source.name] / total:.1%}" if source.name in weights else "",
+            f"{shares[source.name]:.1%}",
             f"{source.counts.docs_out:,}",
             compact(source.text_bytes),
             compact(source.tokens),
@@ -193,20 +194,20 @@ def _data(config: RunConfig, dataset: DatasetManifest) -> str:
         ]
         for source in dataset.sources
     ]
-    head = ["source", "weight", "documents", "text (bytes)", "tokens", "held out"]
+    head = ["source", "share", "documents", "text (bytes)", "tokens", "held out"]
     stages = [
-        f"Until {compact(stage.until_tokens)} tokens: "
+        f"Until {compact(stage.until_tokens)} slots: "
         + ", ".join(f"{name} {weight:g}" for name, weight in stage.weights.items())
         for stage in config.corpus.mixture
     ]
     mixture = "\n\nMixture stages:\n\n" + "\n".join(f"- {stage}" for stage in stages) if stages else ""
     return (
-        f"{table(head, rows)}\n\nWeight is the share of training sequences. The tokenizer is a byte-level BPE with "
+        f"{table(head, rows)}\n\nShare is that of the rows trained on. The tokenizer is a byte-level BPE with "
         f"{dataset.tokenizer.vocab_size:,} entries and Moonlight's split pattern.{mixture}"
     )
 
 
-def _training(config: RunConfig, train: TrainManifest) -> str:
+def _training(config: RunConfig, train: TrainManifest, checkpoint: CheckpointManifest) -> str:
     schedule, training = config.schedule, config.training
     rates = "; ".join(
         f"{stage.shape} {stage.start:g} to {stage.end:g} until {compact(stage.until_tokens)}"
@@ -214,21 +215,27 @@ def _training(config: RunConfig, train: TrainManifest) -> str:
     )
     batches = "; ".join(f"{stage.sequences:,} until {compact(stage.until_tokens)}" for stage in schedule.global_batch)
     biases = "; ".join(f"{stage.rate:g} until {compact(stage.until_tokens)}" for stage in schedule.bias_rate)
-    parallelism = config.parallelism
+    mesh, ranks = checkpoint.mesh, f"{checkpoint.world_size} rank{'s' if checkpoint.world_size > 1 else ''}"
+    if mesh:
+        ranks += f": replicate {mesh['replicate']}, shard {mesh['shard']}, experts over {mesh['ep']}"
     rows = [
         ["optimizer", _optimizer_name(config)],
         ["weight decay, gradient clipping", f"{config.optimizer.weight_decay:g}, {config.optimizer.gradient_clip:g}"],
-        ["learning rate (by tokens)", rates],
+        ["learning rate (by slots)", rates],
         ["sequence length", f"{training.sequence_length:,} tokens"],
-        ["sequences per step (by tokens)", batches],
-        ["router bias rate (by tokens)", biases],
+        ["sequences per step (by slots)", batches],
+        ["router bias rate (by slots)", biases],
         ["balance loss weight", f"{training.aux_loss_weight:g}"],
         ["attention", "within documents" if training.document_mask else "causal over packed rows"],
-        ["mesh", f"replicate {parallelism.replicate}, shard {parallelism.shard}, experts over {parallelism.ep}"],
-        ["steps, skipped as non-finite", f"{train.steps:,}, {train.skipped_steps:,}"],
+        ["mesh, at the checkpoint", ranks],
+        ["steps, skipped as non-finite", f"{checkpoint.step:,} of {train.steps:,}, {checkpoint.skipped_steps:,}"],
         ["seed", str(config.seed)],
     ]
-    return table(["setting", "value"], rows, right=2)
+    note = (
+        "Tokens, here and above, are labels trained on. Slots are the position of the run, by which schedules go: sequences times "
+        "their length, padding included."
+    )
+    return f"{table(['setting', 'value'], rows, right=2)}\n\n{note}"
 
 
 def _provenance(

@@ -84,15 +84,18 @@ class Checkpointer:
         step: int,
         next_sequence: int,
         tokens_seen: int,
-        loss: float,
+        loss: float | None,
         metrics: tuple[FileEntry, ...] = (),
         newton_schulz: str = "",
+        skipped_steps: int = 0,
+        mesh: dict[str, int] | None = None,
     ) -> None:
         """Begin to save; `settle` says when it is committed. Without `checkpoint.async_save` it is when this returns. The
         tensors of `state` must stay as they are until `wait_staged` returns."""
         assert self._pending is None, "settle the previous save first"
         facts: dict[str, Any] = {"step": step, "next_sequence": next_sequence, "tokens_seen": tokens_seen}
         facts |= {"loss": loss, "metrics": metrics, "newton_schulz": newton_schulz}
+        facts |= {"skipped_steps": skipped_steps, "mesh": mesh or {}}
         self._staged.clear()
         stage = self._config.async_save
         if stage and self._cuda:

@@ -171,7 +171,7 @@ class Pace:
             eta_s=left / slot_rate if slot_rate > 0 else None,
             learning_rate=record.learning_rate,
             gradient_norm=record.gradient_norm,
-            expert_load=max(record.load_imbalance, default=math.nan),
+            expert_load=max(filter(math.isfinite, record.load_imbalance), default=math.nan),
             skipped_steps=record.skipped_steps,
             spikes=record.spikes,
             checkpoint_step=checkpoint_step,

@@ -118,6 +118,7 @@ class Step:
         if self.meshes.world_size > 1:
             dist.all_reduce(packed)
         loss, aux_loss, stopping, squares = packed[:4].unbind()
+        loss = torch.where(labels > 0, loss, torch.nan)  # the mean over nothing is no loss: the guard skips the step
         counts_LE = packed[4:].view(-1, self.model.config.n_routed_experts)
 
         norm = squares.sqrt()

@@ -119,7 +119,7 @@ class Run:
         self.model, self.optimizer = build(config, self.meshes, self.device)
         self.guard = Guard(self.device, config.training.spikes)
         self.at = Position()
-        self.loss = 0.0  # of the last step that counted
+        self.loss: float | None = None  # of the last step that had one
         self.tokens_seen = 0  # labels trained on, up to the last step that was observed
         self.checkpoint: CheckpointManifest | None = resume_from
         if resume_from is not None:
@@ -194,6 +194,8 @@ class Run:
                     next_sequence=at.next_sequence,
                     tokens_seen=self.tokens_seen,
                     loss=self.loss,
+                    skipped_steps=seen.skipped_steps,
+                    mesh=config.parallelism.model_dump(),
                     metrics=files.write(at.step) if files else (),
                     newton_schulz=self.optimizer.muon.multiplied,
                 )

@@ -51,6 +51,7 @@ def run_config(tmp_path: Path) -> Callable[..., RunConfig]:
             ),
             "data.sequence_length": 512,
             "data.rows_per_group": 4,
+            "data.max_padding": 1.0,  # units of a few rows, the last of each half empty
             "data.groups_per_file": 8,
             **{key.replace("__", "."): value for key, value in changes.items()},
         }

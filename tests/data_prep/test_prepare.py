@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -68,7 +69,7 @@ def heldout_documents(storage: Storage, dataset: DatasetManifest) -> list[tuple[
 
 def test_every_document_is_trained_on_or_held_out(jsonl: Path, texts: list[str], run_config: Make) -> None:
     """Tokens are those of Hugging Face's encoder on the committed tokenizer.json; a row longer than all documents holds each whole."""
-    config = run_config(jsonl, data__sequence_length=32768, data__rows_per_group=1)
+    config = run_config(jsonl, data__sequence_length=32768, data__rows_per_group=1, data__packing="pad")
     storage = open_storage(config.storage)
     dataset = prepare(config, storage)
     oracle = Tokenizer.from_str(storage.read(f"{dataset.tokenizer.folder}/tokenizer.json").decode())
@@ -335,11 +336,21 @@ def test_copies_across_units_are_dropped_and_never_leak(
     jsonl: Path, texts: list[str], tmp_path: Path, run_config: Make
 ) -> None:
     clean = run_config(
-        jsonl, storage__root=str(tmp_path / "clean"), data__sequence_length=32768, data__rows_per_group=1
+        jsonl,
+        storage__root=str(tmp_path / "clean"),
+        data__sequence_length=32768,
+        data__rows_per_group=1,
+        data__packing="pad",
     )
     without = prepare(clean, open_storage(clean.storage))
     (jsonl / "part-4.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts) + "\n")
-    config = run_config(jsonl, data__sequence_length=32768, data__rows_per_group=1, tokenizer__training_bytes=200_000)
+    config = run_config(
+        jsonl,
+        data__sequence_length=32768,
+        data__rows_per_group=1,
+        data__packing="pad",
+        tokenizer__training_bytes=200_000,
+    )
     storage = open_storage(config.storage)
     dataset = prepare(config, storage)
     counts = dataset.sources[0].counts
@@ -435,3 +446,36 @@ def test_an_s3_corpus_that_is_not_there(bucket: tuple[str, str], run_config: Mak
     config = run_config(f"s3://{name}/nothing", storage__endpoint_url=endpoint)
     with pytest.raises(ConfigError, match=r"corpus\.sources\[0\]\.path: there is no object"):
         identity(config, open_storage(config.storage))
+
+
+def test_padding_over_the_limit_is_refused_by_name_before_the_commit(tmp_path: Path, run_config: Make) -> None:
+    """Documents of a few tokens, one a row or eight: what is wasted is said, and nothing is called a dataset."""
+    folder = tmp_path / "qa"
+    folder.mkdir()
+    rng = random.Random(0)
+    words = [f"w{number}" for number in range(200)]
+    lines = (json.dumps({"text": " ".join(rng.choices(words, k=4))}) for _ in range(6000))
+    (folder / "a.jsonl").write_text("\n".join(lines))
+    said: list[PrepareProgress] = []
+    for changes, share in ({"data__max_documents_per_row": 8}, "8"), ({"data__packing": "pad"}, "9"):
+        changes |= {"storage__root": str(tmp_path / next(iter(changes)))}
+        config = run_config(folder, data__max_padding=0.02, **changes)
+        storage = open_storage(config.storage)
+        with pytest.raises(
+            ConfigError,
+            match=rf"source 'main': .* slots .* are padding \({share}\d\.\d%\), and data\.max_padding is 0\.02",
+        ):
+            prepare(config, storage, report=said.append)
+        assert said[-1].phase == "packed"
+        assert said[-1].padding > 0.8
+        assert "% padding" in said[-1].line()
+        assert not [entry.path for entry in storage.list("datasets") if entry.path.endswith("/dataset.json")]
+        allowed = run_config(folder, data__max_padding=0.99, **changes)
+        prepare(allowed, storage)
+        with pytest.raises(ConfigError, match="padding"):  # also where it has been made since
+            prepare(config, storage)
+
+    config = run_config(folder, data__max_padding=0.02)  # as many documents a row as fit
+    dataset = prepare(config, open_storage(config.storage), report=said.append)
+    assert said[-1].padding == dataset.padding < 0.02
+    assert len(packed_documents(open_storage(config.storage), dataset)) > 30 * dataset.rows

@@ -29,7 +29,7 @@ def read(storage: Storage, path: str) -> list[dict[str, object]]:
 @pytest.fixture
 def prepared(jsonl: Path, run_config: Make, monkeypatch: pytest.MonkeyPatch) -> tuple[DatasetManifest, Storage]:
     monkeypatch.setattr(tail, "TAIL_UNITS", 4)
-    config = run_config(jsonl, data__rows_per_group=16, data__groups_per_file=1)
+    config = run_config(jsonl, data__rows_per_group=8, data__groups_per_file=1)
     storage = open_storage(config.storage)
     return prepare(config, storage), storage
 
@@ -45,7 +45,7 @@ def test_tails_hold_the_rests_in_order(prepared: tuple[DatasetManifest, Storage]
         rests = [row for path, _ in manifest.rests for row in read(storage, path)]
         rows = [row for file in manifest.packed for row in read(storage, file.path)]
         assert len(rows) == len(rests) - manifest.dropped_rows
-        assert manifest.dropped_rows < 16
+        assert manifest.dropped_rows < 8
         assert rows == rests[: len(rows)]
         assert set(manifest.packed) <= set(open_index(storage, dataset).packed[0])
     assert dataset.sources[0].dropped_rows == sum(manifest.dropped_rows for manifest in found)

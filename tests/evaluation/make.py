@@ -70,7 +70,7 @@ def run_config(root: str, **publishing: object) -> RunConfig:
             "storage": {"root": root},
             "tokenizer": {"vocab_size": VOCABULARY},
             "corpus": {"sources": [{"name": "code", "path": "c", "weight": 3.0}, {"name": "prose", "path": "p"}]},
-            "data": {"sequence_length": SEQUENCE},
+            "data": {"sequence_length": SEQUENCE, "rows_per_group": 1, "lanes": 2, "mixture_block": 4, "window_blocks": 1, "max_padding": 0.1},
             "model": {
                 "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
                 "kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 20,
@@ -98,7 +98,15 @@ def make_run(config: RunConfig) -> MadeRun:
     facts = RunFacts(config.run_id, {"model": "made"}, dataset.digest, "0" * 64)
     checkpoints = Checkpointer(storage, CheckpointConfig(async_save=False), facts, torch.device("cpu"))
     optimizer_state = {"norm.weight.exp_avg": torch.zeros(config.model.hidden_size)}  # present in every checkpoint
-    checkpoints.save(model.state_dict() | optimizer_state, step=50, next_sequence=200, tokens_seen=12800, loss=5.5)
+    checkpoints.save(
+        model.state_dict() | optimizer_state,
+        step=50,
+        next_sequence=200,
+        tokens_seen=12500,
+        loss=5.5,
+        skipped_steps=1,
+        mesh={"replicate": 1, "shard": 2, "ep": 2},
+    )
     checkpoint = checkpoints.settle()
     checkpoints.close()
     assert checkpoint is not None

@@ -31,7 +31,7 @@ from tests.distributed import run_distributed
 from tests.evaluation.make import SEQUENCE
 from tests.evaluation.make_tasks import NEW_TOKENS, TASKS, write_tasks
 from tests.evaluation.test_heldout import ranks_evaluate
-from tests.publishing.conftest import PublishedRun, published
+from tests.publishing.conftest import PublishedRun
 
 SHOTS = 2
 LONG = "The field and the 17 houses behind it. " * 8
@@ -39,11 +39,6 @@ LONG = "The field and the 17 houses behind it. " * 8
 
 def ignore(_: object) -> None:
     pass
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> PublishedRun:
-    return published(str(tmp_path_factory.mktemp("harness")))
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +181,9 @@ def test_results_are_in_the_card_and_the_report(run: PublishedRun, config: RunCo
     made = run.made
     model = publish(config, made.train, evaluation, made.dataset, made.storage, report=ignore)
     card = (Path(made.storage.uri(folder(model.name, model.version))) / "README.md").read_text()
-    path = write_report(config, made.dataset, made.train, evaluation, model, made.storage, stage_seconds={})
+    path = write_report(
+        config, made.dataset, made.train, made.checkpoint, evaluation, model, made.storage, stage_seconds={}
+    )
     assert path == report_path(config.run_id)
     page = made.storage.read(path).decode()
     group, part = evaluation.tasks["night_sums"].metrics[0], evaluation.tasks["sums"].metrics[0]

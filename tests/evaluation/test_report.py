@@ -57,7 +57,14 @@ def page(tmp_path_factory: pytest.TempPathFactory):
     run = published(str(tmp_path_factory.mktemp("report")))
     made = run.made
     path = write_report(
-        made.config, made.dataset, made.train, run.evaluation, run.manifest, made.storage, stage_seconds=STAGES
+        made.config,
+        made.dataset,
+        made.train,
+        made.checkpoint,
+        run.evaluation,
+        run.manifest,
+        made.storage,
+        stage_seconds=STAGES,
     )
     assert path == report_path("made")
     text = made.storage.read(path).decode()
@@ -96,11 +103,29 @@ def test_without_stage_times_and_curves_it_still_renders(tmp_path: Path):
     run = published(str(tmp_path))
     made = run.made
     train = made.train.model_copy(update={"metrics": ()})
-    path = write_report(made.config, made.dataset, train, run.evaluation, run.manifest, made.storage, stage_seconds={})
+    path = write_report(
+        made.config, made.dataset, train, made.checkpoint, run.evaluation, run.manifest, made.storage, stage_seconds={}
+    )
     text = made.storage.read(path).decode()
     Page(text)
     assert "<h2>Stages</h2>" not in text
     assert "Gradient norm" not in text
+
+
+def test_it_is_about_the_checkpoint_that_was_evaluated(tmp_path: Path):
+    """Not the last one of the run: trained on, steps, the mark in the chart and the artefact are the chosen one's."""
+    run = published(str(tmp_path))
+    made = run.made
+    last = made.checkpoint.model_copy(update={"step": 90, "tokens_seen": 99_000_000, "skipped_steps": 7})
+    train = made.train.model_copy(update={"checkpoint": last, "steps": 90, "skipped_steps": 7})
+    path = write_report(
+        made.config, made.dataset, train, made.checkpoint, run.evaluation, run.manifest, made.storage, stage_seconds={}
+    )
+    text = made.storage.read(path).decode()
+    assert "<strong>12.5k tokens</strong><small>50 of 90 steps, 1 skipped</small>" in text
+    assert "train/step-00000050/manifest.json" in text
+    assert "step-00000090" not in text
+    assert "99M" not in text
 
 
 def test_a_step_logged_twice_counts_once(tmp_path: Path):

@@ -69,6 +69,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
         "model.vocab_size=600",
         "corpus=" + json.dumps({"sources": sources, "unit_bytes": 200_000, "heldout_fraction": 0.05}),
         "data.rows_per_group=4",
+        "data.max_padding=1.0",
         "data.groups_per_file=8",
         "data.mixture_block=6",
         "schedule.total_tokens=491520",

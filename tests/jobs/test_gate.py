@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from jobs.stages.publish import gate
 from pipeline.config.load import load_config
 from pipeline.config.schema import StorageConfig
 from pipeline.manifest import CheckpointManifest, EvaluationManifest, SourceScore, TrainManifest
+from pipeline.publishing.gate import refusal
 from pipeline.storage import open_storage
 from pipeline.workflow.rayjobs import Outcome
 
@@ -94,6 +96,43 @@ def test_the_answer_lies_in_files(tmp_path: Path) -> None:
     assert main(["--config", "debug", "--output", str(tmp_path), f"storage.root={tmp_path / 'root'}"]) == 0
     assert (tmp_path / "gate").read_text() == "open"
     assert (tmp_path / "reason").read_text()
+
+
+@pytest.mark.parametrize(
+    ("loss", "tokens", "bits"),
+    [("NaN", 100, 2.0), ("Infinity", 100, 2.0), (2.0, 0, 1.0), (2.0, 100, "NaN"), ("-Infinity", 100, 1.0)],
+)
+@pytest.mark.parametrize("part", ["overall", "a"])
+@pytest.mark.parametrize("limit", ["null", "9"])
+def test_what_is_no_score_opens_nothing(
+    tmp_path: Path, part: str, loss: float | str, tokens: int, bits: float | str, limit: str
+) -> None:
+    """Our own writer refuses to store such a record; another's may not."""
+    train(tmp_path / "root", steps=9)
+    evaluate(tmp_path / "root", 9, 3.0)
+    (path,) = (tmp_path / "root").rglob("evaluate/step-*.json")
+    record = json.loads(path.read_text())
+    del record["record_sha256"]
+    score = record["overall"] if part == "overall" else record["sources"]["a"]
+    score.update(loss=float(loss), tokens=tokens, bits_per_byte=float(bits))
+    path.write_text(json.dumps(record))
+    overrides = [f"storage.root={tmp_path / 'root'}", f"publishing.max_loss={limit}"]
+    assert main(["--config", "debug", "--output", str(tmp_path), *overrides]) == 0
+    assert (tmp_path / "gate").read_text() == "closed"
+    where = "the held-out loss is" if part == "overall" else "the held-out loss of source 'a' is"
+    assert where in (tmp_path / "reason").read_text()
+    evaluation = EvaluationManifest.model_validate_json(path.read_bytes())
+    assert refusal(evaluation, None if limit == "null" else 9.0) is not None
+
+
+def test_a_damaged_evaluation_opens_nothing(tmp_path: Path) -> None:
+    train(tmp_path / "root", steps=9)
+    evaluate(tmp_path / "root", 9, 3.0)
+    (path,) = (tmp_path / "root").rglob("evaluate/step-*.json")
+    path.write_text(path.read_text().replace("3.0", "2.0"))
+    assert main(["--config", "debug", "--output", str(tmp_path), f"storage.root={tmp_path / 'root'}"]) == 0
+    assert (tmp_path / "gate").read_text() == "closed"
+    assert f"{path}: not a sound EvaluationManifest" in (tmp_path / "reason").read_text()
 
 
 def test_storage_that_does_not_answer_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

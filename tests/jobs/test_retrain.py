@@ -54,7 +54,7 @@ def arguments(root: Path, *more: str) -> list[str]:
         f"storage.root={root / 'storage'}",
         'tokenizer={"vocab_size": 600, "training_bytes": 100000}',
         f"corpus={json.dumps(corpus)}",
-        "data={sequence_length: 64, rows_per_group: 1, lanes: 4, mixture_block: 4}",
+        "data={sequence_length: 64, rows_per_group: 1, max_padding: 1.0, lanes: 4, mixture_block: 4}",
         *more,
     ]
 

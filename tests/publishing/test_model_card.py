@@ -7,6 +7,8 @@ import re
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
+from pipeline.config.load import validate
+from pipeline.config.schema import ParallelismConfig
 from pipeline.evaluation.baselines import SHOWN
 from pipeline.evaluation.weights import ParameterCount
 from pipeline.publishing.model_card import Sample, model_card, table
@@ -51,7 +53,7 @@ def test_it_says_where_everything_comes_from(card: str, run: PublishedRun):
         made.dataset.tokenizer.sha256, made.checkpoint.run_identity,
     ):  # fmt: skip
         assert digest in card
-    assert "| code | 75.0% |" in card
+    assert "| code | 75.0% |" in card  # drawn, 3 rows of 4
     assert "![Training and held-out loss over tokens seen](loss.png)" in card
     assert all(prompt in card for prompt in PROMPTS)
 
@@ -70,6 +72,32 @@ def test_fences_survive_text_with_fences(run: PublishedRun):
     )  # fmt: skip
     assert f"`````text\n`p`\nq{text}\n`````" in card
     assert "continuation of `'p'`" in card
+
+
+def test_what_may_change_between_starts_is_the_records_not_the_files(run: PublishedRun):
+    """Another mesh in today's configuration, a run that went on after the checkpoint: the card tells of the checkpoint."""
+    made = run.made
+    later = made.checkpoint.model_copy(update={"step": 90, "tokens_seen": 99_000_000, "skipped_steps": 7})
+    train = made.train.model_copy(update={"checkpoint": later, "steps": 90, "skipped_steps": 7})
+    config = made.config.model_copy(update={"parallelism": ParallelismConfig(replicate=4, shard=8, ep=4)})
+    text = model_card(config, made.dataset, train, made.checkpoint, run.evaluation, ParameterCount(2, 1), [])
+    assert "| mesh, at the checkpoint | 1 rank: replicate 1, shard 2, experts over 2 |" in text
+    assert "| steps, skipped as non-finite | 50 of 90, 1 |" in text
+    assert "Trained from scratch on 12.5k tokens (50 steps)" in text
+    assert "99M" not in text
+
+
+def test_the_share_of_a_source_is_what_was_drawn(run: PublishedRun):
+    """With stages of the mixture the weights of the sources decide nothing."""
+    made = run.made
+    mixture = [{"until_tokens": 6400, "weights": {"code": 1.0}}, {"until_tokens": 12800, "weights": {"prose": 1.0}}]
+    values = made.config.model_dump(mode="json")
+    values["corpus"]["mixture"] = mixture
+    text = model_card(
+        validate(values), made.dataset, made.train, made.checkpoint, run.evaluation, ParameterCount(2, 1), []
+    )
+    assert "| code | 50.0% |" in text
+    assert "| prose | 50.0% |" in text
 
 
 def test_table():

@@ -28,7 +28,7 @@ def tiny(root: str, *, steps: int = 4, **overrides: Any) -> RunConfig:
         "storage": {"root": root},
         "tokenizer": {"path": "none", "vocab_size": VOCABULARY},
         "corpus": {"sources": [{"name": "s0", "path": "none", "max_epochs": 8}, {"name": "s1", "path": "none", "max_epochs": 8}]},
-        "data": {"sequence_length": SEQUENCE, "rows_per_group": 4, "lanes": 4, "mixture_block": 4, "window_blocks": 2},
+        "data": {"sequence_length": SEQUENCE, "rows_per_group": 4, "lanes": 4, "mixture_block": 4, "window_blocks": 2, "max_padding": 1.0},
         "model": {
             "vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "kv_lora_rank": 8,
             "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "intermediate_size": 24, "moe_intermediate_size": 8,

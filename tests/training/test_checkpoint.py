@@ -102,7 +102,8 @@ def test_tensors_that_do_not_match_are_named(tmp_path, change, message):
 
 def test_the_manifest_vouches_for_every_file(tmp_path):
     config = tiny(str(tmp_path), steps=2)
-    manifest = Watched().train(config).checkpoint
+    watched = Watched()
+    manifest = watched.train(config).checkpoint
     storage = Storage(config.storage)
     assert [file.path.rsplit("/", 1)[1] for file in manifest.files] == [".metadata", "__0_0.distcp", "run.json"]
     assert [file.bytes for file in manifest.files] == [len(storage.read(file.path)) for file in manifest.files]
@@ -113,5 +114,8 @@ def test_the_manifest_vouches_for_every_file(tmp_path):
     assert sum(bytes for _, _, _, _, bytes, _ in pieces) == len(part)  # no byte without a checksum
     assert all(xxhash.xxh3_128_hexdigest(part[start : start + bytes]) == xxh3 for *_, start, bytes, xxh3 in pieces)
     assert manifest.next_sequence == 16
-    assert 0 < manifest.tokens_seen < 16 * 16  # labels trained on, of so many slots
-    assert dataclasses.asdict(Run(config, tiny_dataset(storage), storage).at) == {"step": 2, "next_sequence": 16}
+    assert manifest.tokens_seen == watched.progress[-1].tokens < 16 * 16
+    assert manifest.mesh == {"replicate": 1, "shard": 1, "ep": 1}
+    run = Run(config, tiny_dataset(storage), storage)
+    assert dataclasses.asdict(run.at) == {"step": 2, "next_sequence": 16}
+    assert run.tokens_seen == manifest.tokens_seen

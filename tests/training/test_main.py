@@ -60,9 +60,9 @@ def test_wrong_input_is_one_line(run, capsys, change, message):
     assert error.count("\n") == 1
 
 
-def test_too_many_skipped_steps_are_one_line(run, capsys, monkeypatch):
+@pytest.fixture
+def infinite(monkeypatch):
     """Weights that have become infinite: no step can happen any more."""
-    _, arguments = run(training__max_skipped_steps=2)
     build = trainer.build
 
     def damaged(*args):
@@ -71,6 +71,17 @@ def test_too_many_skipped_steps_are_one_line(run, capsys, monkeypatch):
         return model, optimizer
 
     monkeypatch.setattr(trainer, "build", damaged)
+
+
+def test_a_checkpoint_of_skipped_steps_has_no_loss_rather_than_the_best(run, infinite):
+    storage, arguments = run(training__max_skipped_steps=100)
+    assert main(arguments) == 0
+    train = TrainManifest.parse(storage.read("runs/tiny/train/manifest.json"), "train")
+    assert (train.skipped_steps, train.checkpoint.loss) == (train.steps, None)
+
+
+def test_too_many_skipped_steps_are_one_line(run, capsys, infinite):
+    _, arguments = run(training__max_skipped_steps=2)
     assert main(arguments) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: step 2: the last 2 steps had a non-finite loss or gradient and were skipped")

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,3 +81,11 @@ def test_pace_counts_what_is_left():
     assert (progress.learning_rate, progress.gradient_norm, progress.expert_load) == (0.01, 1.5, 2.0)
     assert (progress.skipped_steps, progress.spikes, progress.checkpoint_step) == (3, 2, 8)
     assert progress.eta_s * progress.tokens_per_second == pytest.approx(4000 * 0.9)
+
+
+@pytest.mark.parametrize("loads", [(math.nan, 2.0, 1.0), (2.0, math.nan, 1.0), (1.0, 2.0, math.nan)])
+def test_the_busiest_layer_is_found_beside_one_without_tokens(loads: tuple[float, ...]):
+    progress = Pace(0, 0, 50, 5000).progress(replace(record(10), load_imbalance=loads), time.monotonic(), 8)
+    assert progress.expert_load == 2.0
+    nowhere = Pace(0, 0, 50, 5000).progress(replace(record(10), load_imbalance=(math.nan,)), time.monotonic(), 8)
+    assert math.isnan(nowhere.expert_load)

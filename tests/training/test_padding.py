@@ -1,5 +1,6 @@
 """Padding of packed rows changes nothing: any documents, any padding, any row length, whoever holds which row."""
 
+import json
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,12 +15,14 @@ from pipeline.model.qk_clip import observe_max_logits, take_max_logits
 from pipeline.model.router import update_router_bias
 from pipeline.parallel.local import local_tensor
 from pipeline.parallel.mesh import build_meshes
+from pipeline.storage import Storage
+from pipeline.training import trainer
 from pipeline.training.batches import MicroBatch, StepBatch, labels_of
 from pipeline.training.guard import Guard
 from pipeline.training.step import Step
-from pipeline.training.trainer import build
+from pipeline.training.trainer import TrainingStopped, build
 from tests.distributed import run_distributed
-from tests.training.make import EOS, VOCABULARY, tiny
+from tests.training.make import EOS, VOCABULARY, Watched, tiny
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-6
@@ -191,3 +194,33 @@ def test_a_rank_whose_rows_are_all_padding_takes_part():
         assert found[0] == pytest.approx(figures, rel=1e-5)
         assert found[1] == biases
     assert [*ranks[0][2], *ranks[1][2]] == pytest.approx(head, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_tokens_that_are_reported_are_labels_trained_on(tmp_path, monkeypatch, mask):
+    """Over a restart; the position, by which schedules go, counts slots."""
+    labels = []
+    read = trainer.read_step
+    monkeypatch.setattr(trainer, "read_step", lambda *args: labels.append(read(*args)) or labels[-1])
+    watched = Watched()
+    config = tiny(str(tmp_path), steps=6, training__document_mask=mask)
+    with pytest.raises(TrainingStopped):
+        watched.train(config, should_stop=lambda: len(labels) >= 3)
+    manifest = watched.train(config)
+    counts = [batch.labels for batch in labels]
+    seen = [sum(counts[:step]) for step in range(1, 7)]
+    assert [progress.tokens for progress in watched.progress] == seen
+    assert manifest.checkpoint.tokens_seen == seen[-1] < 6 * 8 * 16
+    storage = Storage(config.storage)
+    lines = [json.loads(line) for entry in manifest.metrics for line in storage.read(entry.path).splitlines()]
+    assert [(line["slots"], line["tokens"]) for line in lines] == [(step * 128, seen[step - 1]) for step in range(1, 7)]
+
+
+def test_a_step_that_is_skipped_trains_on_nothing():
+    config = tiny("none")
+    model, optimizer = build(config, build_meshes(config.parallelism, "cpu"), CPU)
+    step = Step(model, optimizer, Guard(CPU), build_meshes(config.parallelism, "cpu"), config.optimizer, CPU)
+    bad = torch.tensor(torch.nan)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    assert step.update(bad, bad, torch.tensor(50), 0.01, 0.01, False)[3] == 0

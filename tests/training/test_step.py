@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from pipeline.manifest import DatasetManifest
 from pipeline.model.hf import hf_tensors
 from pipeline.parallel.local import local_tensor
 from pipeline.storage import Storage
+from pipeline.training import trainer
 from pipeline.training.batches import read_step
 from pipeline.training.guard import RunDiverged
 from pipeline.training.step import Step
@@ -144,6 +146,27 @@ def test_the_loss_is_the_mean_over_valid_tokens(tmp_path):
     counts = (micro.labels_BS != -100).sum(1)
     assert counts.min() < counts.max()
     assert run.advance(False).fetch().loss == pytest.approx(expected.item(), rel=1e-6)
+    run.close()
+
+
+def test_a_step_without_labels_is_no_perfect_one(tmp_path, monkeypatch):
+    """It is skipped and counted, its loss is unknown and not 0, and neither decay nor momentum moves a weight."""
+    read = trainer.read_step
+
+    def silent(*args):
+        batch = read(*args)
+        for micro in batch.micro_batches:
+            micro.labels_BS.fill_(-100)
+        return replace(batch, labels=0)
+
+    run = build(str(tmp_path), tiny_dataset(Storage(tiny(str(tmp_path)).storage)), 1)
+    run.advance(False).fetch()
+    before = held(run)
+    monkeypatch.setattr(trainer, "read_step", silent)
+    found = run.advance(False).fetch()
+    assert math.isnan(found.loss)
+    assert (found.skipped_steps, found.skipped_in_a_row) == (1, 1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in held(run).items())
     run.close()
 
 

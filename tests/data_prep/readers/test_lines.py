@@ -146,19 +146,22 @@ def test_a_failing_storage_is_not_a_bad_record(name: str, error: OSError) -> Non
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
-def test_a_two_gigabyte_line_needs_little_memory(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.csv"])
+def test_a_two_gigabyte_document_needs_little_memory(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     openers = {
-        "l": lambda: path.open("wb"),
         "z": lambda: gzip.GzipFile(path, "wb", compresslevel=1),
         "t": lambda: zstandard.ZstdCompressor().stream_writer(path.open("wb")),
     }
-    with openers[name[-1]]() as file:
-        file.write(b'{"text": "first"}\n{"text": "')
+    begin, end = {
+        "a.json": (b'[{"text": "first"}, {"text": "', b'"}, {"text": "last"}]'),
+        "a.csv": (b'text\nfirst\n"', b'"\nlast\n'),
+    }.get(name, (b'{"text": "first"}\n{"text": "', b'"}\n{"text": "last"}\n'))
+    with openers.get(name[-1], lambda: path.open("wb"))() as file:
+        file.write(begin)
         for _ in range(2048):
-            file.write(b"x" * (1 << 20))
-        file.write(b'"}\n{"text": "last"}\n')
+            file.write((b"x" * 1023 + b"," if name == "a.csv" else b"x" * 1024) * 1024)
+        file.write(end)
     program = (
         "import sys\nfrom data_prep.plan import Slice\nfrom data_prep.readers import *\n"
         "path = sys.argv[1]\n"
@@ -168,6 +171,6 @@ def test_a_two_gigabyte_line_needs_little_memory(tmp_path: Path, name: str) -> N
         "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(path)], capture_output=True, check=True, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", program, str(path)], capture_output=True, check=True, cwd=Path(__file__).parents[3]
     )
     assert int(done.stdout) * 1024 < 400 << 20

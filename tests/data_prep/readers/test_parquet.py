@@ -117,7 +117,7 @@ def test_a_huge_parquet_value_needs_little_memory(tmp_path: Path) -> None:
         "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(path)], capture_output=True, check=True, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", program, str(path)], capture_output=True, check=True, cwd=Path(__file__).parents[3]
     )
     assert int(done.stdout) * 1024 < 300 << 20
 
