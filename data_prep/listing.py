@@ -22,6 +22,7 @@ from typing import Any, overload
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from botocore.exceptions import BotoCoreError
 
 from data_prep.formats import LeftOut, documents_among, format_of
 from pipeline.config.load import ConfigError, expand_path
@@ -219,7 +220,7 @@ def _list_s3(uri: str, storage: StorageConfig, key: str, folder: bool) -> tuple[
         first = next(pages, []) if itself or (first and first[0].key == name) else first
     except FileNotFoundError:
         itself, first = [], []
-    except OSError as error:
+    except (OSError, BotoCoreError) as error:
         raise ConfigError(f"{key}: cannot list {uri} ({type(error).__name__}: {error})") from error
     if itself and first:
         raise ConfigError(

@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from botocore.exceptions import BotoCoreError
+
 from data_prep.filters import rejected_by
 from data_prep.listing import InputFile, Listing, hash_order
 from data_prep.plan import Slice
@@ -79,6 +81,30 @@ def ensure_tokenizer(config: RunConfig, storage: Storage, listings: dict[str, Li
         return _commit(storage, folder, given.files, agreement, [*given.notes, *_left_beside(config)], None, config)
     files = train_tokenizer(sample(config, listings), config.tokenizer)
     return _commit(storage, folder, files, find_engines(files), (), training, config)
+
+
+def check_given(config: RunConfig) -> None:
+    """Can the tokenizer at `tokenizer.path` be used? Writes nothing. Raises ConfigError."""
+    if config.tokenizer.path is None:
+        return
+    try:
+        given = read_given(_given_files(config), config.tokenizer)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, BotoCoreError) as error:
+        message = " ".join(str(error).split())
+        raise ConfigError(
+            f"tokenizer.path: {config.tokenizer.path} cannot be used ({type(error).__name__}: {message})"
+        ) from None
+    _refuse_small_vocabulary(Encoder(given.files), config)
+
+
+def _refuse_small_vocabulary(encoder: Encoder, config: RunConfig) -> None:
+    if encoder.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: {config.model.vocab_size} is too small for the tokenizer's {encoder.vocab_size} ids; "
+            f"set it to at least {encoder.vocab_size}"
+        )
 
 
 def tokenizer_sources(config: RunConfig) -> dict[str, float]:
@@ -180,11 +206,7 @@ def _commit(
     config: RunConfig,
 ) -> TokenizerManifest:
     encoder = Encoder(files)
-    if encoder.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size: {config.model.vocab_size} is too small for the tokenizer's {encoder.vocab_size} ids; "
-            f"set it to at least {encoder.vocab_size}"
-        )
+    _refuse_small_vocabulary(encoder, config)
     if agreement.engines[0] != FAST[0]:
         notes = [*notes, _cost(agreement)]
     if training is not None:

@@ -13,13 +13,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from jobs.cli import program
 from jobs.views.generate import write
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    made = argparse.ArgumentParser(
-        prog="python -m jobs.generate", description="What a published model says after a prompt."
-    )
+    made = argparse.ArgumentParser(prog=program("generate"), description="What a published model says after a prompt.")
     made.add_argument("folder", help="a published folder: a path or s3:// URI")
     prompt = made.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="the text to go on from")

@@ -12,33 +12,27 @@ step, sequence, source or row.
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 from collections.abc import Sequence
 
-from jobs.cli import locate
+from jobs.cli import locate, parser
 from jobs.stages.records import open_dataset
-from jobs.views.provenance import lines
+from jobs.views.provenance import WHAT, lines, understood
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m jobs.inspect", description="Look at what training sees.")
-    parser.add_argument("--config", required=True, help="preset or path")
-    parser.add_argument("--dataset", help="identity; default: the dataset of this configuration")
-    what = parser.add_subparsers(dest="what", required=True)
-    what.add_parser("step", help="rows and documents of an optimizer step").add_argument("number", type=int)
-    what.add_parser("sequence", help="rows and documents of a training sequence").add_argument("number", type=int)
-    what.add_parser("mixture", help="what the run draws from each source")
-    row = what.add_parser("row", help="a packed row as text")
-    row.add_argument("source")
-    row.add_argument("number", type=int)
-    for command in what.choices.values():
-        command.add_argument("overrides", nargs="*", metavar="section.key=value")
-    given = parser.parse_args(arguments)
+    made = parser("inspect", "Look at what training sees.")
+    made.add_argument("--dataset", help="identity; default: the dataset of this configuration")
+    made.usage = f"{made.prog} --config CONFIG [--dataset ID] [section.key=value ...] {WHAT}"
+    given = made.parse_args(arguments)
+    what = [word for word in given.overrides if "=" not in word]
+    overrides = [word for word in given.overrides if "=" in word]
+    if not understood(what):
+        made.error(f"{' '.join(what) or 'nothing'} is asked for; ask for {WHAT}")
     try:
-        config, storage = locate(given.config, given.overrides)
-        for line in lines(given, config, open_dataset(config, storage, given.dataset), storage):
+        config, storage = locate(given.config, overrides)
+        for line in lines(what, config, open_dataset(config, storage, given.dataset), storage):
             print(line)
     except ValueError as error:
         print(error, file=sys.stderr)

@@ -27,7 +27,9 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> int:
             return 0
         stages.check([stage], config, storage, records)
         from jobs.on_ray.cluster import connect  # here: what is done needs no Ray
+        from jobs.on_ray.demand import check_cluster
 
+        check_cluster(config, [stage])
         with connect(config):
             stages.run(stage, config, storage)
     except ValueError as error:  # ConfigError, StorageError, MissingInput, GateError: the message is the whole story

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from jobs import stages
 from jobs.cli import open_run, parser
-from jobs.views.status import show
+from jobs.views.status import require_run, show
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = made.parse_args(arguments)
     try:
         config, storage = open_run(given.config, given.overrides)
+        require_run(config, storage)
         records = stages.find(config, storage)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -11,6 +11,7 @@ from jobs import stages
 from jobs.cli import open_run
 from jobs.drivers.failures import Interrupted, StageFailure
 from jobs.on_ray.cluster import in_a_ray_job
+from jobs.on_ray.demand import check_cluster
 from jobs.stages.records import Records, hold_dataset
 from jobs.views.summary import print_summary
 from pipeline.config.load import ConfigError, dump_yaml, load_config
@@ -54,12 +55,16 @@ def _open(given: argparse.Namespace) -> tuple[RunConfig, Storage, Records]:
     if in_a_ray_job():
         _refuse_relative_root(given)
     config, storage = open_run(given.config, given.overrides)
+    print(f"looking at what {config.run_id} has and at its data", flush=True)
     storage.check_writable()
     if given.only in (None, "prepare", "train"):
         config = initial.pin(config, storage)
     records = stages.find(config, storage, given.only or "prepare")
     here = given.backend == "ray" and not os.environ.get("RAY_ADDRESS", "").startswith("http")
     stages.check(_wanted(given), config, storage, records, here=here)
+    todo = [stage for stage in _wanted(given) if not records.done(stage)]
+    if todo and given.backend == "ray":
+        check_cluster(config, todo)
     answer = initial.answer_of(config.run_id, storage)
     if answer is not None and answer.initial_weights == config.training.initial_weights:
         weights = answer.initial_weights or "drawn weights: nothing was promoted when it began"

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from jobs.stages.records import Records
+from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation import tasks
 from pipeline.evaluation.result import EvaluationProgress, committed
@@ -25,6 +26,10 @@ def find(config: RunConfig, storage: Storage, records: Records) -> EvaluationMan
 
 
 def check(config: RunConfig, storage: Storage, records: Records, *, here: bool) -> None:
+    if config.corpus.heldout_fraction == 0.0:
+        raise ConfigError(
+            "corpus.heldout_fraction 0 holds nothing out, and evaluate needs documents; set it to 0.01, say"
+        )
     tasks.check(config, data=here)
 
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from data_prep.formats import ROWS, SEEKING, format_of, is_compressed
 from data_prep.listing import InputFile, Listing, list_source
+from data_prep.look import look
 from data_prep.prepare import identity, prepare
 from data_prep.records import PrepareProgress
-from data_prep.tokenizer_stage import find_tokenizer
+from data_prep.tokenizer_stage import check_given, find_tokenizer
 from jobs.on_ray.gauges import PREPARING, PrepareGauges
 from jobs.stages.records import Records, held_dataset, hold_dataset
 from pipeline.config.load import ConfigError
@@ -42,6 +43,9 @@ def check(config: RunConfig, storage: Storage, records: Records, *, here: bool) 
             source.name: list_source(source, index, config.storage)
             for index, source in enumerate(config.corpus.sources)
         }
+        for index, source in enumerate(config.corpus.sources):
+            look(source, index, listings[source.name], config)
+        check_given(config)
         check_supply(config, listings)
         check_tokenizer(config, storage, listings)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from jobs.on_ray.gauges import TRAINING
 from jobs.stages.records import Records
@@ -10,7 +11,8 @@ from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.integrity import read_record
 from pipeline.manifest import CheckpointManifest, TrainManifest
-from pipeline.storage import Storage
+from pipeline.optim.schedule import total_steps
+from pipeline.storage import Storage, filesystem
 from pipeline.training import initial
 from pipeline.training.commits import committed, committed_steps, read_manifest, train_folder
 from pipeline.training.identity import run_identity
@@ -37,6 +39,11 @@ def check(config: RunConfig, storage: Storage, records: Records, *, here: bool) 
     """The checkpoint that will be asked for must be one that the run makes. Training starts from the weights that the run
     has pinned; later the weights are in the checkpoints."""
     check_named(config, storage)
+    if total_steps(config.schedule, config.training.sequence_length) < 1:
+        raise ConfigError(
+            f"schedule.total_tokens {config.schedule.total_tokens:,} is less than one step of global_batch; raise it"
+        )
+    _refuse_missing_weights(config, storage, here)
     if records.dataset is not None and not committed(storage, config.run_id):
         initial.check(config, storage, records.dataset.tokenizer.sha256)
 
@@ -66,6 +73,21 @@ def chosen_checkpoint(config: RunConfig, storage: Storage) -> CheckpointManifest
 
 def _complete(config: RunConfig, storage: Storage) -> TrainManifest | None:
     return read_record(storage, f"{train_folder(config.run_id)}/manifest.json", TrainManifest)
+
+
+def _refuse_missing_weights(config: RunConfig, storage: Storage, here: bool) -> None:
+    """Of a folder elsewhere. What is in it only the loading knows."""
+    weights = config.training.initial_weights
+    if weights is None or weights in initial.QUESTIONS:
+        return
+    path = initial.split(weights)[0]
+    if not (path.startswith("s3://") or Path(path).is_absolute()):
+        if not storage.exists(path):
+            raise ConfigError(
+                f"{initial.KEY} {weights}: nothing is at {storage.uri(path)}; give a folder, s3:// URI or published version"
+            )
+    elif here and not filesystem(path, config.storage).exists(path.removeprefix("s3://")):
+        raise ConfigError(f"{initial.KEY} {weights}: there is no such folder; give one with a Hugging Face model")
 
 
 def _chosen_checkpoint(config: RunConfig, train: TrainManifest, storage: Storage) -> CheckpointManifest:

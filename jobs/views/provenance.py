@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -14,23 +13,32 @@ from pipeline.manifest import DatasetManifest
 from pipeline.storage import Storage
 from pipeline.tokenizer.encoder import Encoder
 
+WHAT = "step N | sequence N | row SOURCE N | mixture"
+SHAPES = {"step": 2, "sequence": 2, "row": 3, "mixture": 1}  # words of each
 
-def lines(given: argparse.Namespace, config: RunConfig, dataset: DatasetManifest, storage: Storage) -> Iterator[str]:
-    """What `given.what` asks for: a step, a sequence, the mixture or a row. Raises ValueError if there is no such thing."""
+
+def understood(what: Sequence[str]) -> bool:
+    """Is it one of `WHAT`?"""
+    return bool(what) and len(what) == SHAPES.get(what[0]) and (len(what) == 1 or what[-1].isdecimal())
+
+
+def lines(what: Sequence[str], config: RunConfig, dataset: DatasetManifest, storage: Storage) -> Iterator[str]:
+    """A step, a sequence, a row or the mixture, as `WHAT` has it. Raises ValueError if there is no such thing."""
     order = Order.of_run(config, dataset)
-    if given.what == "step":
-        first, count = step_sequences(config.schedule, order.sequence_length, given.number)
-        yield f"step {given.number}: sequences {first} to {first + count - 1}"
+    number = int(what[-1]) if what[-1].isdecimal() else 0
+    if what[0] == "step":
+        first, count = step_sequences(config.schedule, order.sequence_length, number)
+        yield f"step {number}: sequences {first} to {first + count - 1}"
         yield from sequence_lines(order, storage, range(first, first + count))
-    elif given.what == "sequence":
+    elif what[0] == "sequence":
         total = total_sequences(config.schedule, order.sequence_length)
-        if not 0 <= given.number < total:
-            raise ValueError(f"sequence {given.number} is not one of the run's sequences 0 to {total - 1}")
-        yield from sequence_lines(order, storage, range(given.number, given.number + 1))
-    elif given.what == "mixture":
+        if not 0 <= number < total:
+            raise ValueError(f"sequence {number} is not one of the run's sequences 0 to {total - 1}")
+        yield from sequence_lines(order, storage, range(number, number + 1))
+    elif what[0] == "mixture":
         yield from mixture_lines(config, order)
     else:
-        yield from row_lines(dataset, order, storage, given.source, given.number)
+        yield from row_lines(dataset, order, storage, what[1], number)
 
 
 def sequence_lines(order: Order, storage: Storage, numbers: range) -> Iterator[str]:

@@ -18,6 +18,15 @@ STALE_S = 120.0
 PATIENCE_S = 20.0  # for a cluster's API: somebody is looking at the screen
 
 
+def require_run(config: RunConfig, storage: Storage) -> None:
+    """Raises ValueError if there is nothing of a run of this name."""
+    if not storage.list(f"runs/{config.run_id}"):
+        others = sorted({entry.path.split("/")[1] for entry in storage.list("runs")})
+        raise ValueError(
+            f"run_id {config.run_id}: there is no such run in {storage.uri()}; there are: {', '.join(others) or 'none'}"
+        )
+
+
 def show(config: RunConfig, storage: Storage, records: Records, *, kubernetes: bool) -> int:
     """Print it; with `kubernetes` ask the cluster, too. Returns the exit code."""
     print(f"run {config.run_id} in {storage.uri()}")

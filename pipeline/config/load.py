@@ -2,7 +2,7 @@
 
 Every mistake is a `ConfigError`: one line with the key's path, what was given and what is allowed.
 
-A relative path in a YAML file is relative to that file; in a preset or an override to the folder one works in.
+A file may start from a preset with `preset: debug`. A relative path in a YAML file is relative to that file; in a preset or an override to the folder one works in.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from pipeline.config.schema import RunConfig, StorageConfig
 from pipeline.config.shares import with_tokens
 from pipeline.config.text import Dumper, TooMuch, parse
+from pipeline.reach import check_s3
 from pipeline.storage import open_storage
 
 PRESETS = Path(__file__).parent / "presets"
@@ -98,7 +99,23 @@ def _read(preset_or_path: str, overrides: list[str] | tuple[str, ...]) -> dict[s
         raise ConfigError(f"--config {path}: expected a mapping of sections, got {type(values).__name__}")
     if folder is not None:
         _beside(values, folder)
-    return values
+    return _over_preset(values, path)
+
+
+def _over_preset(values: dict[str, Any], path: str) -> dict[str, Any]:
+    """A file may start from a preset (`preset: debug`): what it gives counts, section by section, what it does not is the preset's."""
+    if "preset" not in values:
+        return values
+    name = values.pop("preset")
+    if name not in preset_names():
+        raise ConfigError(f"--config {path}: preset {name!r} is none of {', '.join(preset_names())}")
+    return _merged(parse((PRESETS / f"{name}.yaml").read_bytes()), values)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = {key: (below[key], above[key]) for key in below.keys() & above.keys()}
+    inner = {key: _merged(*pair) for key, pair in both.items() if all(isinstance(part, dict) for part in pair)}
+    return {**below, **above, **inner}
 
 
 def _beside(values: dict[str, Any], folder: Path) -> None:
@@ -127,7 +144,9 @@ def _read_s3(uri: str, overrides: list[str] | tuple[str, ...]) -> bytes:
             _apply(given, override)
     folder, _, name = uri.rpartition("/")
     try:
-        return open_storage(StorageConfig(root=folder, **given.get("storage", {}))).read(name)
+        where = StorageConfig(root=folder, **given.get("storage", {}))
+        check_s3(where)
+        return open_storage(where).read(name)
     except (OSError, ValueError, BotoCoreError) as error:
         raise ConfigError(
             f"--config {uri}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())})"

@@ -129,6 +129,7 @@ class CorpusConfig(Section):
     heldout_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01  # of documents, chosen by document hash
     heldout_max_documents: PositiveInt = 1000  # per source
     unit_bytes: Bytes = 2_000_000_000  # target size of a unit of work (2-5 minutes of one core)
+    max_quarantined_fraction: Fraction = 0.5  # of a source's documents: more stop prepare, with the reasons
     max_document_bytes: Bytes = 32 * 1024 * 1024  # a larger record goes to quarantine
     drop_duplicates_across_sources: bool = False  # of equal documents that of the source named first stays
     keep_rejected: bool = False  # write what filters rejected, with the reason, to datasets/rejected/
@@ -409,6 +410,7 @@ class ClusterConfig(Section):
 
     use_gpu: bool = False
     cpus_per_worker: Cpus = 1.0
+    grows: bool = False  # nodes come when they are asked for: what is not there yet is no mistake
     prepare_cpus: Cpus = 1.0  # per unit task
     prepare_memory_bytes: Bytes = 1_000_000_000  # per unit task; 2 GB where Parquet has pages of hundreds of MB
     max_failures: Annotated[int, Field(ge=-1)] = 3  # restarts of the training group
@@ -473,6 +475,12 @@ def _disagreements(run: RunConfig) -> list[str]:
         found.append(f"parallelism.ep {parallelism.ep} must divide model.n_routed_experts {model.n_routed_experts}")
     if run.tokenizer.path is None and run.tokenizer.vocab_size != model.vocab_size:
         found.append(f"tokenizer.vocab_size {run.tokenizer.vocab_size} must equal model.vocab_size {model.vocab_size}")
+    where, used = run.storage, [run.tokenizer.path, run.training.initial_weights, run.evaluation.task_folder]
+    used += [where.root, *(source.path for source in run.corpus.sources)]
+    if where.endpoint_url is not None and not any(place and place.startswith("s3://") for place in used):
+        found.append(
+            f"storage.endpoint_url {where.endpoint_url}: nothing here is on S3; leave it out, or set storage.root to s3://bucket/prefix"
+        )
     per_step = parallelism.world_size * training.micro_batch
     for index, stage in enumerate(run.schedule.global_batch):
         if stage.sequences % per_step:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.config.values import parse_share
+from pipeline.config.values import LARGEST, parse_share
 
 LISTS = (("schedule", "learning_rate"), ("schedule", "global_batch"), ("schedule", "bias_rate"), ("corpus", "mixture"))
+
+
+FEWEST = 100  # tokens that have shares
 
 
 def with_tokens(values: Any) -> Any:
@@ -18,7 +21,7 @@ def with_tokens(values: Any) -> Any:
     if not isinstance(schedule, dict):
         return values
     total: Any = schedule.get("total_tokens")
-    if not isinstance(total, int) or isinstance(total, bool) or total <= 0:
+    if not isinstance(total, int) or isinstance(total, bool) or not 0 < total <= LARGEST:
         total = 10**12  # stands in for what the schema refuses
     for section, name in LISTS:
         stages = values[section].get(name) if isinstance(values.get(section), dict) else None
@@ -34,6 +37,8 @@ def _resolved(stage: Any, total: int, key: str) -> Any:
         return stage
     if "until_tokens" in stage:
         raise ValueError(f"{key}: until and until_tokens are two answers to one question; give one")
+    if total < FEWEST:
+        raise ValueError(f"schedule.total_tokens {total} is less than one step; raise it")
     try:
         return {"until_tokens": parse_share(stage["until"], total), **{k: v for k, v in stage.items() if k != "until"}}
     except ValueError as error:

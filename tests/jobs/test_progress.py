@@ -200,7 +200,7 @@ def test_a_stage_without_progress_is_followed_as_well(
     looks()
     assert driver.ends() == [0]
     shown = capsys.readouterr()
-    assert {line.split(": ")[0] for line in shown.out.splitlines()[:-1]} == {"prepare   debug-prepare-1"}
+    assert {line.split(": ")[0] for line in shown.out.splitlines()[1:-1]} == {"prepare   debug-prepare-1"}
     assert shown.err == ""
 
 

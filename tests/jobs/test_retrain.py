@@ -176,7 +176,7 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_starts(
     assert pipeline.main(["--config", "debug", *given]) == 2
     shown = capsys.readouterr()
     assert message in shown.err
-    assert (shown.err.count("\n"), shown.out) == (1, "")
+    assert (shown.err.count("\n"), shown.out.count("\n")) == (1, 1)
 
 
 def test_the_first_run_of_a_schedule_says_that_it_starts_afresh(
@@ -187,7 +187,7 @@ def test_the_first_run_of_a_schedule_says_that_it_starts_afresh(
     for name, expected in (("new", "drawn weights: nothing was promoted"), ("m", "models/m/step-00000002-")):
         given = [f"run_id=first-{name}", f"publishing.name={name}", "training.initial_weights=promoted-or-fresh"]
         assert pipeline.main(["--config", "debug", *arguments(promoted, *given)]) == 0
-        assert capsys.readouterr().out.startswith(f"first-{name} starts from {expected}")
+        assert capsys.readouterr().out.splitlines()[1].startswith(f"first-{name} starts from {expected}")
 
 
 def test_the_remedy_for_another_tokenizer_works(promoted: Path) -> None:

@@ -1,0 +1,78 @@
+"""The console command `moonlight`: every job as a subcommand, also `python -m jobs`.
+
+    moonlight init my-run          look at your data and write my-run/run.yaml
+    moonlight check --config ...   what can be wrong, before anything is started
+    moonlight run --config ...     the whole pipeline
+
+Each is the module `jobs.<name>` (`python -m jobs.<name>`), loaded when it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from jobs.commit import git_commit
+
+COMMANDS = {
+    "init": "look at a folder of data and write a configuration for it",
+    "check": "what can be wrong, and a look into the data, before anything is started",
+    "run": "all stages, each done once",
+    "status": "where a run stands",
+    "plan": "memory, traffic, time and cost, before a GPU is rented",
+    "verify": "prove a dataset: every checksum, count and invariant",
+    "inspect": "which documents formed a step, a row as text, the mixture",
+    "generate": "what a published model says after a prompt",
+    "gate": "may this run be published?",
+    "logs": "keep a cluster's logs in the run's folder",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if given else 2
+    if given[0] == "--version":
+        print(f"moonlight {importlib.metadata.version('moonlight-pipeline')}, commit {git_commit()}")
+        return 0
+    command = _command(given[0])
+    if command is None:
+        print(f"moonlight: no command {given[0]!r}; commands are {', '.join([*COMMANDS, *_stages()])}", file=sys.stderr)
+        return 2
+    return command(given[1:])
+
+
+def usage() -> str:
+    """All commands, a line each; the stages as `jobs.stages` lists them."""
+    lines = [f"  {name:<10} {text}" for name, text in [*COMMANDS.items(), *_stages().items()]]
+    options = "  --version  version and commit\n  COMMAND --help"
+    return "\n".join(
+        ["usage: moonlight COMMAND [--config PRESET_OR_FILE] [section.key=value ...]", "", *lines, "", options]
+    )
+
+
+def _stages() -> dict[str, str]:
+    from jobs import stages  # here: --version needs none of it
+
+    return {stage.NAME: stage.SUMMARY[0].lower() + stage.SUMMARY[1:].rstrip(".") for stage in stages.STAGES}
+
+
+def _command(name: str) -> Callable[[Sequence[str]], int] | None:
+    if name in COMMANDS:
+        found: Callable[[Sequence[str]], int] = importlib.import_module(
+            f"jobs.{'pipeline' if name == 'run' else name}"
+        ).main
+        return found
+    if name in _stages():
+        from jobs.stage import main as stage_main
+
+        return partial(stage_main, name)
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

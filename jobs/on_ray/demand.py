@@ -1,0 +1,100 @@
+"""What the stages ask of a Ray cluster, and whether it is there: a task that no node can run waits for ever, in silence."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from pipeline.config.load import ConfigError
+from pipeline.config.schema import RunConfig
+from pipeline.reach import PATIENCE_S, answers
+
+
+@dataclass(frozen=True)
+class Node:
+    cpus: float
+    gpus: float
+    memory: float  # bytes
+
+
+def this_machine(config: RunConfig) -> Node:
+    """As the local cluster will be: its CPUs may be more than there are cores, its GPUs and memory may not."""
+    from ray._private.accelerators import NvidiaGPUAcceleratorManager
+
+    workers = config.cluster.cpus_per_worker * config.parallelism.world_size
+    gpus = NvidiaGPUAcceleratorManager.get_current_node_num_accelerators() if config.cluster.use_gpu else 0
+    return Node(max(workers, os.cpu_count() or 1), gpus, float(psutil.virtual_memory().total))
+
+
+def check_nodes(config: RunConfig, nodes: Sequence[Node], where: str, stages: Sequence[str]) -> None:
+    """Raises ConfigError for the first thing that the stages want and the nodes do not have."""
+    cluster, world = config.cluster, config.parallelism.world_size
+    largest = max((node.cpus for node in nodes), default=0)
+    if "prepare" in stages:
+        if cluster.prepare_cpus > largest:
+            raise ConfigError(
+                f"cluster.prepare_cpus {cluster.prepare_cpus:g}: no node of {where} has more than {largest:g} CPUs; lower it"
+            )
+        memory = max((node.memory for node in nodes), default=0)
+        if cluster.prepare_memory_bytes > memory:
+            raise ConfigError(
+                f"cluster.prepare_memory_bytes {cluster.prepare_memory_bytes:,}: no node of {where} has more than {memory:,.0f} bytes; lower it"
+            )
+    if not {"train", "evaluate"} & set(stages):
+        return
+    if cluster.use_gpu:
+        gpus = int(sum(node.gpus for node in nodes))
+        if gpus < world:
+            raise ConfigError(
+                f"cluster.use_gpu: parallelism.replicate * shard = {world} workers want a GPU each, and {where} has {gpus}; "
+                "lower them, set cluster.use_gpu=false, or use a cluster that has them (RAY_ADDRESS)"
+            )
+    room = sum(int(node.cpus // cluster.cpus_per_worker) for node in nodes)
+    if room < world:
+        raise ConfigError(
+            f"cluster.cpus_per_worker {cluster.cpus_per_worker:g}: {where} has room for {room} of {world} workers; "
+            "lower it, or parallelism.replicate or shard, or use a larger cluster"
+        )
+
+
+def check_cluster(config: RunConfig, stages: Sequence[str]) -> None:
+    """Ask the cluster that a driver would use, at RAY_ADDRESS or of this machine. Raises ConfigError within seconds.
+
+    Of a cluster that grows by itself (`cluster.grows`) only an answer is wanted.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not address:
+        check_nodes(config, [this_machine(config)], "this machine", stages)
+    elif address.startswith("http"):
+        nodes = _nodes(address)
+        if not config.cluster.grows:
+            check_nodes(config, nodes, address, stages)
+    elif address not in ("auto", "local"):
+        answers(
+            address if "://" in address else f"ray://{address}",
+            "RAY_ADDRESS",
+            "the address of a running Ray cluster, or unset it",
+        )
+
+
+def _nodes(address: str) -> list[Node]:
+    """The live nodes, by Ray's state API. A job server behind a proxy may not have one: nothing is known then."""
+    answers(address, "RAY_ADDRESS", "the address of a running Ray dashboard (http://head:8265), or unset it")
+    headers = {"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"} if os.environ.get("RAY_AUTH_TOKEN") else {}
+    request = urllib.request.Request(f"{address.rstrip('/')}/api/v0/nodes?limit=10000&detail=1", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
+            found: Any = json.load(answer)
+        rows = found["data"]["result"]["result"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"RAY_ADDRESS {address}: no Ray dashboard answers there ({type(error).__name__}: {error}); correct or unset it"
+        ) from None
+    resources = [row.get("resources_total") or {} for row in rows if row.get("state") == "ALIVE"]
+    return [Node(each.get("CPU", 0), each.get("GPU", 0), each.get("memory", 0)) for each in resources]
