@@ -6,7 +6,7 @@ Rows are dealt by their tokens, batches of prompts round robin; a rank without o
 gather a call brings the answers together. `end` lets the others go, with the result or with what went wrong. One process alone does
 all of it without a message.
 
-Rows are padded on the right: attention is causal, so padding changes nothing. Rows with the same inputs go through the
+Rows are padded on the right: attention is causal and padding is not routed, so it changes nothing. Rows with the same inputs go through the
 network once, whatever is asked about them: the choices of a question often differ in their last token only. What rows
 begin with alike goes through it once, too (shared_prefix.py), and so does every token of a generated text: both by the
 latent cache (pipeline/model/cache.py).
@@ -221,7 +221,13 @@ class Forward:
         for row, tokens in enumerate(rows):
             inputs_BS[row, : len(tokens)] = torch.tensor(tokens)
         with torch.no_grad():
-            return self._model(inputs_BS.to(self._device), self._tensor(labels), at_N=self._tensor(at), cached=cached)
+            return self._model(
+                inputs_BS.to(self._device),
+                self._tensor(labels),
+                at_N=self._tensor(at),
+                cached=cached,
+                lengths=[len(tokens) for tokens in rows] if cached is None else None,
+            )
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)

@@ -81,7 +81,7 @@ class Block(nn.Module):
         h_BSD = self.post_attention_layernorm(x_BSD)
         if isinstance(self.mlp, MLP):
             return BlockOutput(x_BSD + self.mlp(h_BSD), None, None)
-        out = self.mlp(h_BSD)
+        out = self.mlp(h_BSD, layout)
         return BlockOutput(x_BSD + out.x_BSD, out.aux_loss, out.tokens_per_expert_E)
 
     def _dense(self, x_BSD: Tensor, layout: SequenceLayout, selective: bool) -> Tensor:

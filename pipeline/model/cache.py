@@ -13,8 +13,8 @@ the left, padding on the right, and what padding leaves in a cache is never look
     cache = first.result(room=200)                          # a cache of those rows, with room for more tokens
     model(next_B1, at_N=..., cached=CachedPass(cache, [1] * B))      # grows in place
 
-Plain classes, not dataclasses: FSDP's mixed precision rebuilds the dataclasses among a module's arguments, and what a
-layer leaves in a copy is lost.
+Plain classes, not dataclasses: where FSDP casts what a module is given, it makes dataclasses anew
+(findings/fsdp2_casts_dataclass_inputs.sh), and what a layer leaves in a copy is lost.
 
 Legend: L layers, U cached rows, B rows of a pass, S tokens of its longest row, T tokens seen, X = C latent + R rotary key.
 """
@@ -26,6 +26,8 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from pipeline.model.sequences import SequenceLayout, rotary_tables
 
 
 class LatentCache:
@@ -75,10 +77,10 @@ class CachedPass:
         self._layers.append(LayerCache(self, None if self.cache is None else self.cache.layers[index]))
         return self._layers[-1]
 
-    def place(self, S: int, device: torch.device) -> Tensor:
-        """Before the layers: where each token of a row stands, [B, S]; padding goes on counting.
+    def layout(self, S: int, rope_dim: int, rope_theta: float, device: torch.device) -> SequenceLayout:
+        """Before the layers: where each token of a row of S slots stands (padding goes on counting), and which hold text.
 
-        Also kept for the layers: `positions_BS`, `rows_B1` and `hidden_BST`, which is -inf where a token
+        Kept for the layers: `positions_BS`, `rows_B1` and `hidden_BST`, which is -inf where a token
         may not look at one of its row's first T = longest start + S tokens, else 0; None where every token sees all."""
         self.positions_BS = torch.tensor(self.starts, device=device)[:, None] + torch.arange(S, device=device)
         self.rows_B1 = torch.arange(len(self.starts), device=device)[:, None]
@@ -86,7 +88,11 @@ class CachedPass:
         if self.in_place and (S > 1 or len(set(self.starts)) > 1):
             future_BST = torch.arange(max(self.starts) + S, device=device) > self.positions_BS.unsqueeze(-1)
             self.hidden_BST = torch.zeros(future_BST.shape, device=device).masked_fill_(future_BST, -torch.inf)
-        return self.positions_BS
+        text_BS = None
+        if sum(self.lengths) < len(self.lengths) * S:
+            text_BS = torch.arange(S, device=device) < torch.tensor(self.lengths, device=device)[:, None]
+        cos, sin = rotary_tables(self.positions_BS, rope_dim, rope_theta)
+        return SequenceLayout(cos, sin, text_BS=text_BS, tokens=sum(self.lengths))
 
     @cached_property
     def families(self) -> list[tuple[int, slice]]:

@@ -26,7 +26,7 @@ from pipeline.model.init import initialise
 from pipeline.model.loss import IGNORE, Head, LossOutput, TokenScores
 from pipeline.model.norm import RMSNorm
 from pipeline.model.router import Router
-from pipeline.model.sequences import SequenceLayout, rotary_tables, sequence_layout
+from pipeline.model.sequences import sequence_layout
 
 
 class Moonlight(nn.Module):
@@ -71,7 +71,7 @@ class Moonlight(nn.Module):
         else:
             assert doc_lens is None
             assert lengths is None
-            layout = SequenceLayout(*rotary_tables(cached.place(S, input_ids_BS.device), rope_dim, rope_theta))
+            layout = cached.layout(S, rope_dim, rope_theta, input_ids_BS.device)
         x_BSD = self.embed_tokens(input_ids_BS)
         aux_loss = torch.zeros((), dtype=torch.float32, device=x_BSD.device)
         counts = []

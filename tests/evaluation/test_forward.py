@@ -31,11 +31,12 @@ class Counting(torch.nn.Module):
         *,
         at_N: torch.Tensor,
         cached: CachedPass | None = None,
+        lengths: list[int] | None = None,
     ) -> TokenScores | torch.Tensor:
         self.passes += 1
         self.tokens += inputs_BS.numel()
         if cached is not None:
-            cached.place(inputs_BS.shape[1], CPU)
+            cached.layout(inputs_BS.shape[1], 8, 1e4, CPU)
             cached.layer(0).new_BSX = inputs_BS.unsqueeze(-1).float()
             cached.finish()
         next_N = inputs_BS.flatten()[at_N] + 1

@@ -8,9 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
+from pipeline.config.schema import ParallelismConfig, TrainingConfig
 from pipeline.model import cached_attention
 from pipeline.model.cache import CachedPass, LatentCache
 from pipeline.model.moonlight import Moonlight
+from pipeline.parallel.mesh import build_meshes
+from pipeline.parallel.shard import shard_model
+from tests.distributed import run_distributed
 from tests.model.oracle import oracle_of, random_model, small_config
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -73,6 +77,17 @@ def test_tokens_one_by_one_after_prompts_of_different_lengths(model: Moonlight):
         run(model, [[1], [2], [3]], cache)
 
 
+def test_padding_is_not_routed(model: Moonlight):
+    counted: list[int] = []
+    experts = [block.mlp.experts for block in model.layers[1:]]
+    hooks = [each.register_forward_pre_hook(lambda _, inputs: counted.append(inputs[0].shape[0])) for each in experts]
+    cached, _ = run(model, texts(9, 2), None)
+    run(model, texts(5, 1), cached.result(), [0, 1])
+    for hook in hooks:
+        hook.remove()
+    assert counted == [11 * model.config.num_experts_per_tok] * 2 + [6 * model.config.num_experts_per_tok] * 2
+
+
 def test_rows_that_end_are_left_out(model: Moonlight):
     rows = texts(8, 5, 6)
     cached, _ = run(model, [tokens[:4] for tokens in rows], None)
@@ -133,3 +148,40 @@ def test_logits_where_they_are_asked_for(model: Moonlight):
     with torch.no_grad():
         found = model(torch.tensor([tokens]), at_N=torch.tensor([8, 2]))
     torch.testing.assert_close(found, whole(model, tokens)[[8, 2]], **CLOSE)
+
+
+def differences_under_mixed_precision() -> tuple[list[float], set[torch.dtype]]:
+    """On every rank of a model whose weights are gathered in bf16: how far cached passes are from one over everything."""
+    device = torch.device("cpu")
+    with torch.device("meta"):
+        model = Moonlight(small_config(n_routed_experts=2, num_experts_per_tok=2))  # near ties between experts apart
+    settings = TrainingConfig(compute_dtype="bf16")
+    shard_model(model, build_meshes(ParallelismConfig(shard=2, ep=2), "cpu"), settings, device)
+    model.to_empty(device=device)
+    model.reset_parameters(0)
+    model.eval().requires_grad_(False)
+    rows, starts = texts(12, 9), [7, 4]
+    expected = [whole(model, tokens) for tokens in rows]
+    cached, _ = run(model, [tokens[:start] for tokens, start in zip(rows, starts)], None)
+    cache, apart = cached.result(room=5), []
+    for step in range(5):
+        _, logits = run(model, [[tokens[start + step]] for tokens, start in zip(rows, starts)], cache)
+        apart += [
+            float((found[0] - full[start + step]).abs().max()) for found, full, start in zip(logits, expected, starts)
+        ]
+    cached, logits = run(
+        model,
+        [tokens[start:] for tokens, start in zip(rows, starts)],
+        run(model, [rows[0][:7], rows[1][:4]], None)[0].result(),
+        [0, 1],
+    )
+    apart += [float((found - full[start:]).abs().max()) for found, full, start in zip(logits, expected, starts)]
+    return apart, {kv.dtype for kv in cache.layers}
+
+
+def test_sharded_in_bf16_as_on_gpus():
+    """What layers leave in a pass is not lost in copies that FSDP makes of arguments; the cache is as wide as activations."""
+    for apart, dtypes in run_distributed(differences_under_mixed_precision, 2):
+        assert len(apart) == 12
+        assert max(apart) < 0.02
+        assert dtypes == {torch.bfloat16}
