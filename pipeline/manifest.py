@@ -302,7 +302,9 @@ class ModelManifest(Record):
     dataset_digest: str
     tokenizer_sha256: str
     run_identity: str
-    config: dict[str, Any]  # the run's configuration without storage and cluster
+    config: dict[
+        str, Any
+    ]  # the run's configuration without what may change from start to start (publishing/version.py)
     git_commit: str
     step: int
     loss: float

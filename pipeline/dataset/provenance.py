@@ -102,8 +102,8 @@ def mixture_table(order: Order, total: int, max_epochs: Mapping[str, float]) -> 
         if start < total:
             counts = zip(order.source_names, segment.counts)
             shares = ", ".join(f"{name} {count}" for name, count in counts if count)
-            tokens = f"{start * order.sequence_length:,} to {min(stop, total) * order.sequence_length:,}"
-            lines.append(f"tokens {tokens}: of every {segment.block} rows of a lane: {shares}")
+            slots = f"{start * order.sequence_length:,} to {min(stop, total) * order.sequence_length:,}"
+            lines.append(f"slots {slots}: of every {segment.block} rows of a lane: {shares}")
     demand = order.demand(total, max_epochs)
     lines.append(f"{'source':24s} {'rows drawn':>14s} {'share':>7s} {'rows':>14s} {'epochs':>8s} {'allowed':>8s}")
     drawn = sum(need.rows for need in demand.values())

@@ -1,7 +1,8 @@
 """Deterministic initial weights: normal with a given deviation, norm gains one.
 
 The numbers of a parameter depend on the seed and its name alone: not on the order of creation, the device, the number
-of ranks or how it is sharded. A stack of experts draws each expert from a stream of its own, so a rank draws only the
+of ranks or how it is sharded, and between processors of different vector units on these in the last bits only, since
+torch's draw has a kernel of its own for AVX2 (findings/torch_normal_depends_on_vector_unit.sh). A stack of experts draws each expert from a stream of its own, so a rank draws only the
 experts it holds; of any other sharded tensor a rank draws the whole and keeps its part, one tensor at a time. Drawn on
 the CPU in fp32, about 10 ns a number.
 """

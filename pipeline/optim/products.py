@@ -33,12 +33,15 @@ def choose(
     Raises ValueError if a device lacks those that the setting forces.
     """
     dtype = _HALF[backend]
-    lacks = torch.tensor(not has_products(device.type, dtype), dtype=torch.int32, device=device)
-    for group in groups:
-        dist.all_reduce(lacks, dist.ReduceOp.MAX, group=group)
+    lacks = not has_products(device.type, dtype)
+    if groups:
+        any_lacks = torch.tensor(lacks, dtype=torch.int32, device=device)
+        for group in groups:
+            dist.all_reduce(any_lacks, dist.ReduceOp.MAX, group=group)
+        lacks = device.type != "meta" and bool(any_lacks.item())
     if setting == "fp32":
         return "fp32"
-    if device.type == "meta" or not lacks.item():
+    if device.type == "meta" or not lacks:
         return "half"
     if setting == "half":
         whose = describe(device) if not has_products(device.type, dtype) else "the device of another rank"

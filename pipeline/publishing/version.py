@@ -11,7 +11,10 @@ from typing import Any
 from pipeline.config.schema import TASK_SETTINGS, RunConfig
 from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, digest_of
 
-FORMAT = 1  # enters the version's name: raise it when the same inputs would publish other bytes
+FORMAT = 2  # enters the version's name: raise it when the same inputs would publish other bytes
+MECHANICS = {  # of training: how the same steps are computed and watched
+    "micro_batch", "activation_checkpointing", "compile", "reshard_after_forward", "max_skipped_steps", "step_timeout_s", "log_every",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,21 @@ def version_name(
 
 
 def published_config(config: RunConfig) -> dict[str, Any]:
-    """The run's configuration without what only says where and when it runs, and whether it is promoted, and without
-    settings of tasks where there are none."""
+    """The run's configuration without what only says where and how it runs, and whether it is promoted, and without
+    settings of tasks where there are none. Such settings may change at any start of a run, and the file of today may say
+    other things than those that were in force; the same weights are one version whatever it says."""
     unused = {"task_folder"} if config.evaluation.tasks else set(TASK_SETTINGS)
     found = config.model_dump(
         mode="json",
-        exclude={"storage": True, "cluster": True, "publishing": {"promote", "max_loss"}, "evaluation": unused},
+        exclude={
+            "storage": True,
+            "cluster": True,
+            "parallelism": True,
+            "checkpoint": True,
+            "training": MECHANICS,
+            "data": {"cache_bytes", "max_padding"},
+            "publishing": {"promote", "max_loss"},
+            "evaluation": {"batch", *unused},
+        },
     )
     return found

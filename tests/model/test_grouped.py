@@ -61,3 +61,13 @@ def test_operators_pass_torchs_own_checks():
     x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(2, 16, 8, requires_grad=True)
     torch.library.opcheck(torch.ops.moonlight.grouped_rows, (x, weight, offsets([2, 3]), True))
     torch.library.opcheck(torch.ops.moonlight.grouped_outer, (torch.randn(5, 16), x.detach(), offsets([5, 0])))
+
+
+def test_why_the_operator_is_our_own():
+    """torch's shape inference refuses fp32, which its CPU function multiplies: revisit grouped.py once this fails."""
+    shapes = (torch.empty(8, 16), torch.empty(2, 16, 24))
+    offsets = torch.tensor([3, 8], dtype=torch.int32)
+    assert torch.nn.functional.grouped_mm(*shapes, offs=offsets).shape == (8, 24)
+    meta = [tensor.to("meta") for tensor in shapes]
+    with pytest.raises(RuntimeError, match="BF16"):
+        torch.nn.functional.grouped_mm(*meta, offs=offsets.to("meta"))

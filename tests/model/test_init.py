@@ -1,7 +1,14 @@
 """Initial weights depend on seed and name alone."""
 
+import json
+import os
+import subprocess
+import sys
+
+import pytest
 import torch
 
+from pipeline.model import init
 from pipeline.model.moonlight import Moonlight
 from tests.model.oracle import small_config
 
@@ -50,3 +57,17 @@ def test_a_model_from_the_meta_device_is_the_same_model():
     assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
     assert torch.equal(model.layers[1].self_attn.max_logits, torch.full((2,), -torch.inf))
     assert not model.layers[1].mlp.router.tokens_per_expert.any()
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="this processor has the plain kernels only"
+)
+def test_a_processor_without_vector_units_draws_the_same_up_to_rounding():
+    """Initial weights of a run that starts on another kind of machine; the bits are not promised."""
+    program = "import torch; from pipeline.model.init import _normal; print(_normal((40, 30), 0.02, '5/x').flatten().tolist())"
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "default"}
+    plain = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    ours = init._normal((40, 30), 0.02, "5/x").flatten().tolist()
+    assert json.loads(plain) == pytest.approx(ours, rel=1e-5, abs=1e-7)

@@ -13,6 +13,7 @@ from pipeline.evaluation.baselines import SHOWN
 from pipeline.evaluation.weights import ParameterCount
 from pipeline.publishing.model_card import Sample, model_card, table
 from pipeline.publishing.plots import loss_plot
+from pipeline.publishing.version import version_name
 from tests.publishing.conftest import PROMPTS, PublishedRun
 
 
@@ -85,6 +86,21 @@ def test_what_may_change_between_starts_is_the_records_not_the_files(run: Publis
     assert "| steps, skipped as non-finite | 50 of 90, 1 |" in text
     assert "Trained from scratch on 12.5k tokens (50 steps)" in text
     assert "99M" not in text
+
+
+def test_settings_that_may_change_at_any_start_make_no_other_version(run: PublishedRun):
+    made = run.made
+    values = made.config.model_dump(mode="json")
+    values["parallelism"] = {"replicate": 1, "shard": 2, "ep": 2}
+    values["training"] |= {"micro_batch": 2, "log_every": 3, "activation_checkpointing": "full", "compile": True}
+    values["checkpoint"] |= {"every_steps": 7}
+    values["data"] |= {"cache_bytes": 12345}
+    values["evaluation"] |= {"batch": 1}
+    other = validate(values)
+    facts = (made.checkpoint, run.evaluation, made.dataset)
+    assert version_name(other, *facts) == version_name(made.config, *facts) == run.manifest.version
+    values["publishing"] |= {"dtype": "bf16"}
+    assert version_name(validate(values), *facts) != run.manifest.version
 
 
 def test_the_share_of_a_source_is_what_was_drawn(run: PublishedRun):
