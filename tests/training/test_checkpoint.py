@@ -1,8 +1,11 @@
 """Checkpoints as objects: when they exist, whose they are, what is kept, and refusals that say what to do."""
 
 import dataclasses
+import gc
 import hashlib
 import json
+import os
+import threading
 
 import pytest
 import torch
@@ -119,3 +122,25 @@ def test_the_manifest_vouches_for_every_file(tmp_path):
     run = Run(config, tiny_dataset(storage), storage)
     assert dataclasses.asdict(run.at) == {"step": 2, "next_sequence": 16}
     assert run.tokens_seen == manifest.tokens_seen
+
+
+@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.long)])
+def test_many_saves_leak_nothing(tmp_path, count):
+    """No thread, file descriptor, folder, temporary or staged copy more after many saves than after two."""
+    config = tiny(str(tmp_path), steps=2, checkpoint__async_save=True, checkpoint__keep=2)
+    storage = Storage(config.storage)
+    run = Run(config, tiny_dataset(storage), storage)
+    state = run.state()
+    seen = []
+    for step in range(1, count + 1):
+        run.checkpoints.save(state, step=step, next_sequence=step, tokens_seen=step, loss=1.0)
+        run.checkpoints.wait_staged()
+        manifest = run.checkpoints.settle()
+        assert manifest.step == step
+        gc.collect()
+        tensors = sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
+        files = sum(len(names) for _, _, names in os.walk(tmp_path / "runs"))
+        seen.append((threading.active_count(), len(os.listdir("/proc/self/fd")), files, tensors))
+    run.close()
+    assert steps(tmp_path) == [count - 1, count]
+    assert set(seen[3:]) == {seen[3]}
