@@ -3,6 +3,7 @@
     python -m benchmarks.train_step [--rounds 7] [--sizes demo,wide] [--torchtitan FOLDER]
 
 ours             this project's network, loss and optimizer (Muon for matrices, AdamW for the rest)
+ours-bf16        the same with bf16 products in Newton-Schulz whatever the processor has; left out where they are the choice
 transformers     `DeepseekV3ForCausalLM` at its defaults (fused attention, grouped expert matmuls), its own loss
 torchtitan       its DeepSeek-V3 model with the same sizes and its chunked loss (`train_step_torchtitan.py`), experts in
                  fp32; imported from FOLDER where given (`pip install --target`), skipped where it cannot be
@@ -36,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.memory import peak_bytes
+from benchmarks.processor import processor
 from benchmarks.train_step_torchtitan import build, torchtitan_name
 from pipeline.config.load import load_config
 from pipeline.config.schema import ModelConfig, OptimizerConfig
@@ -128,6 +130,7 @@ def compare(name: str, size: Size, rounds: int, folder: str | None) -> list[dict
     )
     gflop = flops_per_token(size.config, size.length) * tokens / 1e9
     print(f"\n{name}: {shape}; {size.batch} x {size.length} tokens, {gflop:.0f} GFLOP forward and backward")
+    print(processor())
     print(f"{'':16}{'tokens/s':>10}{'seconds a step (fastest - slowest)':>38}{'peak memory':>14}{'ours is':>10}")
     for contender, times in seconds.items():
         span = f"{statistics.median(times):.3f} ({min(times):.3f} - {max(times):.3f})"
@@ -180,10 +183,14 @@ def tokens_of(size: Size) -> tuple[Tensor, Tensor]:
     return ids_BS, labels_BS
 
 
-def ours(size: Size) -> tuple[int, Step]:
+def ours(size: Size, bf16: bool = False) -> tuple[int, Step]:
     model = Moonlight(size.config)
     rules = moonlight_rules(size.config, OptimizerConfig())
     optimizer = build_optimizer(model.named_parameters(), OptimizerConfig(), rules)
+    if bf16 and optimizer.muon.products == "half":
+        raise ImportError("the same as ours here")
+    if bf16:
+        optimizer.muon.products = "half"  # past the refusal
     ids_BS, labels_BS = tokens_of(size)
 
     def step() -> float:
@@ -288,6 +295,7 @@ def _for_transformers(state: dict[str, Tensor]) -> Any:
 
 BUILDERS: dict[str, Callable[[Size], tuple[int, Step]]] = {
     "ours": ours,
+    "ours-bf16": partial(ours, bf16=True),
     "transformers": transformers,
     "torchtitan": torchtitan,
     "torchtitan-bf16": partial(torchtitan, experts_dtype=torch.bfloat16),

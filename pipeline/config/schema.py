@@ -234,7 +234,9 @@ class MuonConfig(Section):
     update_rms: PositiveFloat = 0.2  # the 0.2 of 0.2 * sqrt(max(rows, cols))
     wire_dtype: Literal["bf16", "fp32"] = "bf16"
     bucket_bytes: Bytes = 128 * 1024 * 1024  # cap of one exchange buffer
-    hsdp_split: Literal["auto", "on", "off"] = "off"  # replicas share the Newton-Schulz work
+    # Replicas share the Newton-Schulz work. auto: of matrices that travel anyway, which never loses; on: of experts, too, as
+    # far as twice the bytes go that a rank sends while replicas repeat the work
+    hsdp_split: Literal["auto", "on", "off"] = "auto"
 
     @field_validator("hsdp_split", mode="before")
     @classmethod

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.optim.boxes import Box, numel
-from pipeline.optim.layout import Block, BucketView, Share
+from pipeline.optim.plan import Block, BucketView, Share
 
 Handle = dist.Work | None
 
@@ -52,7 +52,7 @@ class Exchange:
         device: where the buffers live.
         group: process group of the bucket's axis; None for LOCAL buckets.
         replica: index of this rank's replica.
-        replica_group: set if replicas share the work (then every bucket ends with `share`).
+        replica_group: set if replicas share work (then the buckets of such work end with `share`).
         replicas: how many there are.
     """
 
@@ -65,13 +65,14 @@ class Exchange:
         replica_group: dist.ProcessGroup | None = None,
         replicas: int = 1,
     ) -> None:
+        replica_group = replica_group if bucket.shared else None
         self.device, self.group, self.replica_group = device, group, replica_group
         me = bucket.me
         members = range(dist.get_world_size(group) if group is not None else 1)
         active = [share for share in bucket.shares if share.block.replica in (None, replica)]
-        outgoing = [[_piece(s, me) for s in active if s.block.owner == k and s.pieces[me]] for k in members]
+        outgoing = [[_piece(s, me) for s in active if s.block.owner == k and s.piece(me)] for k in members]
         self.owned = [share for share in active if share.block.owner == me]
-        incoming = [[(i, s.pieces[k]) for i, s in enumerate(self.owned)] for k in members]
+        incoming = [[(i, s.piece(k)) for i, s in enumerate(self.owned)] for k in members]
         self.arrivals: list[tuple[int, Box]] = [(i, box) for row in incoming for i, box in row if box is not None]
         self.send_splits = [sum(numel(p.region) for p in row) for row in outgoing]
         self.receive_splits = [sum(numel(box) for _, box in row if box is not None) for row in incoming]
@@ -79,9 +80,7 @@ class Exchange:
         self.other_pieces: list[Piece] = []
         self.replica_splits = [0] * replicas
         if replica_group is not None:
-            stored = sorted(
-                (s for s in bucket.shares if s.pieces[me]), key=lambda s: s.block.owner
-            )  # as they pack them
+            stored = sorted((s for s in bucket.shares if s.piece(me)), key=lambda s: s.block.owner)  # as they pack them
             others = [[_piece(s, me) for s in stored if s.block.replica == r != replica] for r in range(replicas)]
             self.replica_splits = [sum(numel(p.region) for p in row) for row in others]
             self.other_pieces = [piece for row in others for piece in row]
@@ -151,7 +150,7 @@ def cut(buffer: Tensor, regions: Sequence[Box]) -> list[Tensor]:
 
 
 def _piece(share: Share, member: int) -> Piece:
-    region = share.pieces[member]
+    region = share.piece(member)
     assert region is not None
     return Piece(share.block, region)
 

@@ -16,100 +16,36 @@ Vocabulary (boxes and layouts: `boxes.py`)
   transient memory does not grow with the model.
 
 Owners are chosen by `owners.py`: level in Newton-Schulz cost, on top of the fixed cost of LOCAL blocks, and in bytes;
-experts and dense weights jointly. Storage never depends on owners, hence neither do checkpoints. With `split_replicas`
-the replicas of HSDP share the blocks, too.
+experts and dense weights jointly. Storage never depends on owners, hence neither do checkpoints.
+
+Replicas of HSDP repeat each other's work or share it (`split_replicas`). An exchanged block that one of R replicas
+works on travels within that replica only, and from each holder there to the R - 1 others: of S = P / W elements a rank
+sends S / R to owners, its share of P / (W R) results back and S (R - 1) / R on, in all S (1 + 1 / R) instead of 2 S, for
+an R-th of the work. So exchanged blocks are shared. LOCAL blocks send nothing while they are repeated; each that is
+shared costs its worker R - 1 times its elements, so they are as far as `REPLICA_BUDGET` times the traffic of repeating
+goes. Where few large matrices for many replicas would exceed it, exchanged blocks are repeated after all.
 
 All layouts of a plan number the same ranks: dense (replicate, shard) and experts (replicate, efsdp, ep) are two views of
 them, with shard = efsdp * ep.
 
-Cost: O(blocks * ranks of an axis); the full model at 512 ranks takes a few seconds.
+Cost: O(blocks * ranks of an axis); the full model at 1,024 ranks takes a second.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import replace
 from functools import cache, lru_cache
 
 from pipeline.config.schema import ParallelismConfig
 from pipeline.optim.boxes import Box, Layout, block_boxes, intersect, numel
-from pipeline.optim.newton_schulz import flops
+from pipeline.optim.newton_schulz import Backend, flops
 from pipeline.optim.owners import Task, assign
+from pipeline.optim.plan import Block, Bucket, MuonParameter, MuonPlan, Plan
 from pipeline.optim.rules import Rule, match_rules
+from pipeline.optim.sent import elements_sent
 
-
-class Plan(Enum):
-    LOCAL = "local"
-    OWNED = "owned"
-    REGROUP = "regroup"
-    ADAMW = "adamw"
-
-
-@dataclass(frozen=True)
-class MuonParameter:
-    """What the planner needs to know of one parameter."""
-
-    fqn: str
-    layout: Layout
-    block_rows: int | None = None
-
-
-@dataclass(frozen=True)
-class Block:
-    """One matrix and who works on it."""
-
-    parameter: int  # index into MuonPlan.parameters
-    box: Box
-    cost: int  # floating-point operations of its Newton-Schulz
-    home: tuple[int, ...]  # mesh coordinates of a holder in replica 0
-    owner: int = 0  # coordinate on the bucket's axis
-    replica: int | None = None  # which replica works on it; None: all of them do
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        (r0, r1), (c0, c1) = self.box[-2:]
-        return r1 - r0, c1 - c0
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Blocks that are exchanged and orthogonalised together, over all groups of the axis."""
-
-    axis: str | None  # mesh axis of the all-to-all; None: LOCAL
-    blocks: tuple[Block, ...]
-
-
-@dataclass(frozen=True)
-class MuonPlan:
-    parameters: tuple[MuonParameter, ...]
-    plans: tuple[Plan, ...]  # of each parameter
-    buckets: tuple[Bucket, ...]  # exchanges first
-    loads: tuple[int, ...]  # Newton-Schulz operations of each rank
-    split_replicas: bool
-
-    @property
-    def imbalance(self) -> float:
-        """Busiest rank over the average one (of ranks that share the work)."""
-        total = sum(self.loads)
-        return max(self.loads) * len(self.loads) / total if total else 1.0
-
-
-@dataclass(frozen=True)
-class Share:
-    """A block as one group of an axis sees it: `pieces[k]` is what member k stores of it."""
-
-    block: Block
-    pieces: tuple[Box | None, ...]
-
-
-@dataclass(frozen=True)
-class BucketView:
-    """A bucket as one rank sees it: the blocks of its own group on the axis, of all replicas."""
-
-    axis: str | None
-    me: int  # coordinate on the axis (0 for LOCAL)
-    shares: tuple[Share, ...]
+REPLICA_BUDGET = 2  # times 2 (P / W) (W - 1) / W elements, what a rank sends on average where replicas repeat the work
 
 
 @lru_cache(maxsize=256)
@@ -135,6 +71,8 @@ def plan_muon(
     bucket_bytes: int = 128 * 2**20,
     local_bytes: int | None = None,
     split_replicas: bool = False,
+    split_local: bool = True,
+    backend: Backend = "plain",
 ) -> MuonPlan:
     """Plans the step.
 
@@ -144,7 +82,9 @@ def plan_muon(
         wire_bytes: bytes of an element on the wire.
         bucket_bytes: cap of what a rank sends or receives in one exchange of a bucket (at least one block, though).
         local_bytes: cap of a bucket of LOCAL blocks, if another one.
-        split_replicas: replicas (HSDP) share the blocks instead of repeating them.
+        split_replicas: replicas (HSDP) share exchanged blocks instead of repeating them,
+        split_local: and LOCAL ones within `REPLICA_BUDGET`.
+        backend: how Newton-Schulz is evaluated, for costs.
 
     Raises:
         ValueError: a layout whose matrices are cut by more than one mesh axis, or meshes of different sizes.
@@ -166,9 +106,17 @@ def plan_muon(
         whole = len(layout.shape) == 2 and parameter.block_rows is None
         plans.append(Plan.LOCAL if not names else Plan.OWNED if whole else Plan.REGROUP)
         for box, home in found:
-            cost = flops(box[-2][1] - box[-2][0], box[-1][1] - box[-1][0], steps)
+            cost = flops(box[-2][1] - box[-2][0], box[-1][1] - box[-1][0], steps, backend)
             work.append((names[0] if names else None, Block(index, box, cost, home)))
-    loads, assigned = _assign(parameters, work, max(sizes, default=1), split_replicas)
+    world = max(sizes, default=1)
+    loads, assigned = _assign(parameters, work, world, split_replicas)
+    if split_replicas:
+        repeated = [(axis, replace(block, replica=None)) for axis, block in assigned]
+        budget = REPLICA_BUDGET * elements_sent(parameters, repeated, world).mean()
+        if elements_sent(parameters, assigned, world).max() > budget:  # few large matrices for many replicas
+            loads, assigned = _assign(parameters, work, world, split_replicas=False)
+        if split_local:
+            assigned = _share_local(parameters, assigned, loads, budget)
     buckets = _buckets(parameters, assigned, wire_bytes, bucket_bytes, local_bytes or bucket_bytes)
     return MuonPlan(tuple(parameters), tuple(plans), buckets, tuple(loads), split_replicas)
 
@@ -176,7 +124,7 @@ def plan_muon(
 def _assign(
     parameters: Sequence[MuonParameter], work: list[tuple[str | None, Block]], world: int, split_replicas: bool
 ) -> tuple[list[int], list[tuple[str | None, Block]]]:
-    """Chooses owner and replica of every block."""
+    """Chooses owner and replica of every exchanged block; the loads of all ranks."""
     loads = [0] * world
     assigned: list[tuple[str | None, Block]] = []
 
@@ -192,24 +140,64 @@ def _assign(
             if position is not None:
                 at[position] = owner
             ranks = layout.replica_ranks(at)
-            if split_replicas and len(ranks) > 1:
+            if split_replicas and axis and len(ranks) > 1:
                 found += [(owner, replica, [rank]) for replica, rank in enumerate(ranks)]
             else:
                 found.append((owner, None, ranks))
         return found
 
-    options = [candidates(parameters[block.parameter].layout, axis, block.home) for axis, block in work]
-    # Replicas that repeat each other's work are alike: the first stands for all.
-    tasks = [
-        Task(block.cost, numel(block.box) if axis else 0, tuple(ranks[0] for _, _, ranks in found))
-        for (axis, block), found in zip(work, options)
-    ]
-    for (axis, block), found, choice in zip(work, options, assign(tasks, world)):
-        owner, replica, ranks = found[choice]
-        for rank in ranks:
-            loads[rank] += block.cost
+    @cache
+    def choices(layout: Layout, axis: str | None, home: tuple[int, ...]) -> tuple[int, ...]:
+        """The ranks that stand for them: of replicas that repeat each other's work the first."""
+        return tuple(ranks[0] for _, _, ranks in candidates(layout, axis, home))
+
+    where = [(parameters[block.parameter].layout, axis, block.home) for axis, block in work]
+    tasks = []
+    for (axis, block), place in zip(work, where):
+        if axis is None:  # where it is: on every replica that is there
+            for rank in candidates(*place)[0][2]:
+                loads[rank] += block.cost
+        else:
+            tasks.append(Task(block.cost, numel(block.box), choices(*place)))
+    # Ranks that repeat what replica 0 does are left out.
+    taking_part = range(world) if split_replicas else sorted(_of_replica_0(parameters, world))
+    number = {rank: index for index, rank in enumerate(taking_part)}
+    renumbered = {choice: tuple(number[rank] for rank in choice) for choice in {task.ranks for task in tasks}}
+    tasks = [replace(task, ranks=renumbered[task.ranks]) for task in tasks]
+    chosen = iter(assign(tasks, len(taking_part), [loads[rank] for rank in taking_part]))
+    for (axis, block), place in zip(work, where):
+        owner, replica, ranks = candidates(*place)[0 if axis is None else next(chosen)]
+        if axis is not None:
+            for rank in ranks:
+                loads[rank] += block.cost
         assigned.append((axis, replace(block, owner=owner, replica=replica)))
     return loads, assigned
+
+
+def _of_replica_0(parameters: Sequence[MuonParameter], world: int) -> set[int]:
+    found = [{layout.rank(c) for c in layout.shard_coordinates()} for layout in {p.layout for p in parameters}]
+    return set().union(*found) if found else set(range(world))
+
+
+def _share_local(
+    parameters: Sequence[MuonParameter], assigned: list[tuple[str | None, Block]], loads: list[int], most: float
+) -> list[tuple[str | None, Block]]:
+    """Gives LOCAL blocks to single replicas, each to the least loaded that then sends no more than `most` elements;
+    updates the loads."""
+    budget = most - elements_sent(parameters, assigned, len(loads))
+    found = []
+    for axis, block in sorted(assigned, key=lambda item: -item[1].cost) if budget.max(initial=0) > 0 else assigned:
+        ranks = parameters[block.parameter].layout.replica_ranks(block.home) if axis is None else []
+        price = numel(block.box) * (len(ranks) - 1)
+        able = [rank for rank in ranks if budget[rank] >= price]
+        if len(ranks) > 1 and able:
+            worker = min(able, key=lambda rank: (loads[rank], -budget[rank]))
+            budget[worker] -= price
+            for rank in ranks:
+                loads[rank] -= block.cost if rank != worker else 0
+            block = replace(block, replica=ranks.index(worker))
+        found.append((axis, block))
+    return found
 
 
 def _buckets(
@@ -223,8 +211,11 @@ def _buckets(
     for its group, so that all ranks enter the same collectives in the same order."""
     buckets: list[Bucket] = []
     axes = list(dict.fromkeys(axis for axis, _ in assigned))
-    for axis in sorted(axes, key=lambda name: (name is None, axes.index(name))):
-        blocks = [block for name, block in assigned if name == axis]
+    sets: dict[tuple[bool, int, bool], list[Block]] = {}
+    for axis, block in assigned:
+        sets.setdefault((axis is None, axes.index(axis), block.replica is None), []).append(block)
+    for (_, index, repeated), blocks in sorted(sets.items(), key=lambda item: item[0]):
+        axis = axes[index]
         cap = max([bucket_bytes if axis else local_bytes, *(numel(block.box) * wire_bytes for block in blocks)])
         # The n-th blocks of all owners stand together, so that a bucket gives every owner its share; costly shapes first.
         queue: dict[tuple[object, ...], int] = {}
@@ -244,51 +235,13 @@ def _buckets(
             sent = size / layout.axes[layout.axis(axis)][1] if axis else size
             sender = ("send", *layout.group(axis, block.home))
             if filled.get(worker, 0.0) + size > cap or filled.get(sender, 0.0) + sent > cap:
-                buckets.append(Bucket(axis, tuple(current)))
+                buckets.append(Bucket(axis, tuple(current), not repeated))
                 current, filled = [], {}
             filled[worker] = filled.get(worker, 0.0) + size
             filled[sender] = filled.get(sender, 0.0) + sent
             current.append(block)
-        buckets.append(Bucket(axis, tuple(current)))
+        buckets.append(Bucket(axis, tuple(current), not repeated))
     return tuple(buckets)
-
-
-def view(plan: MuonPlan, rank: int) -> tuple[BucketView, ...]:
-    """The plan's buckets as `rank` executes them."""
-    members: dict[tuple[Layout, str | None], list[Box]] = {}
-    views = []
-    for bucket in plan.buckets:
-        shares = []
-        me = 0
-        for block in bucket.blocks:
-            layout = plan.parameters[block.parameter].layout
-            mine = layout.coordinates(rank)
-            if bucket.axis:
-                me = mine[layout.axis(bucket.axis)]
-            if layout.group(bucket.axis, mine) != layout.group(bucket.axis, block.home):
-                continue
-            key = (layout, bucket.axis)
-            if key not in members:
-                members[key] = layout.member_boxes(bucket.axis, mine)
-            shares.append(Share(block, tuple(intersect(box, block.box) for box in members[key])))
-        views.append(BucketView(bucket.axis, me, tuple(shares)))
-    return tuple(views)
-
-
-def bytes_sent(plan: MuonPlan, rank: int, wire_bytes: int) -> int:
-    """Bytes that `rank` puts on the wire in a step: pieces to owners, results back, results to other replicas."""
-    elements = 0
-    for bucket in view(plan, rank):
-        for share in bucket.shares:
-            layout = plan.parameters[share.block.parameter].layout
-            stored = [numel(piece) if piece else 0 for piece in share.pieces]
-            ranks = layout.replica_ranks(layout.coordinates(rank))
-            if share.block.replica not in (None, ranks.index(rank)):
-                continue
-            elements += sum(stored) - stored[bucket.me] if share.block.owner == bucket.me else stored[bucket.me]
-            if share.block.replica is not None:
-                elements += stored[bucket.me] * (len(ranks) - 1)
-    return elements * wire_bytes
 
 
 def sharded_parameters(
@@ -314,13 +267,3 @@ def sharded_parameters(
             layout = Layout(shape, axes, (*copied, dim, 0), (*outer, last, last - 1))
         found.append(MuonParameter(fqn, layout, rule.block_rows))
     return found
-
-
-def splitting_pays(repeated: MuonPlan, split: MuonPlan, stored: int) -> bool:
-    """Whether sharing the work between replicas saves more time than the exchange of its results takes.
-
-    An estimate for H100-class nodes: 550 TFLOP/s of Newton-Schulz against 50 GB/s of network per rank, for `stored`
-    Muon elements on a rank, whose bf16 updates each replica receives once.
-    """
-    saved = (max(repeated.loads, default=0) - max(split.loads, default=0)) / 550e12
-    return saved > 2 * stored / 50e9

@@ -46,12 +46,14 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from pipeline.config.schema import MuonConfig, OptimizerConfig
 from pipeline.optim.adamw import AdamW, local
-from pipeline.optim.boxes import Box, Layout, numel
+from pipeline.optim.boxes import Box, Layout
 from pipeline.optim.exchange import Exchange, Handle, Piece, cut
-from pipeline.optim.layout import MuonParameter, MuonPlan, Plan, bytes_sent, plan_muon, splitting_pays, view
 from pipeline.optim.newton_schulz import CPU_TILE, coefficients, orthogonalize
+from pipeline.optim.plan import MuonParameter, Plan, view
 from pipeline.optim.products import choose, dtype_of
+from pipeline.optim.replicas import plan_of
 from pipeline.optim.rules import Rule, match_rules
+from pipeline.optim.sent import bytes_sent
 
 
 def build_optimizer(
@@ -151,7 +153,8 @@ class Muon:
             )
         rank = ranks.pop() if ranks else 0
         self.stored: list[Box] = [item.layout.box(item.layout.coordinates(rank)) for item in planned]
-        self.plan = self._make_plan(planned)
+        on_cpu = self.device.type == "cpu"
+        self.plan = plan_of(planned, config, CPU_TILE * self.wire.itemsize if on_cpu else None)
         self.rank = rank
         mesh_groups = next((mesh.get_all_groups() for mesh in meshes if mesh is not None), [])
         self.products = choose(config.products, config.backend, self.device, mesh_groups)
@@ -172,28 +175,6 @@ class Muon:
         ]
         self.bytes_sent = bytes_sent(self.plan, rank, self.wire.itemsize)
         self.squares: dict[str, tuple[Tensor, int]] = {}
-
-    def _make_plan(self, planned: Sequence[MuonParameter]) -> MuonPlan:
-        """The plan; with `hsdp_split: auto` the better of both."""
-        config = self.config
-
-        def make(split: bool) -> MuonPlan:
-            return plan_muon(
-                planned,
-                steps=config.newton_schulz_steps,
-                wire_bytes=self.wire.itemsize,
-                bucket_bytes=config.bucket_bytes,
-                local_bytes=CPU_TILE * self.wire.itemsize if self.device.type == "cpu" else None,
-                split_replicas=split,
-            )
-
-        if config.hsdp_split != "auto":
-            return make(config.hsdp_split == "on" and any(item.layout.replicas for item in planned))
-        repeated = make(False)
-        if not any(item.layout.replicas for item in planned):
-            return repeated
-        split = make(True)
-        return split if splitting_pays(repeated, split, sum(map(numel, self.stored))) else repeated
 
     def state(self) -> dict[str, Tensor]:
         return {f"{fqn}.momentum_buffer": m for (fqn, _), m in zip(self.parameters, self.momentum)}

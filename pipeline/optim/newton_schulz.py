@@ -67,10 +67,14 @@ def coefficients(name: Literal["moonlight", "polar_express"], steps: int) -> Coe
     return tuple((safe + [_POLAR_EXPRESS_LIMIT] * max(0, steps - len(safe)))[:steps])
 
 
-def flops(rows: int, columns: int, steps: int) -> int:
-    """Floating-point operations of the plain evaluation: the cost by which owners are balanced."""
+def flops(rows: int, columns: int, steps: int, backend: Backend = "plain") -> int:
+    """Floating-point operations of an evaluation: the cost by which owners are balanced."""
     short, long = min(rows, columns), max(rows, columns)
-    return steps * (4 * short * short * long + 2 * short**3)
+    if backend == "plain":
+        return steps * (4 * short * short * long + 2 * short**3)
+    parts = [part for part in (min(steps, _GRAM_RESTART), steps - _GRAM_RESTART) if part > 0]
+    squares = sum(part + (part - 1) + 2 * (part - 1) for part in parts)  # P; P Q; P R P
+    return 4 * len(parts) * short * short * long + 2 * squares * short**3
 
 
 def orthogonalize(

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation.weights import ParameterCount, count_parameters, empty_model
-from pipeline.optim.layout import MuonPlan, plan_muon, sharded_parameters
+from pipeline.optim.layout import sharded_parameters
+from pipeline.optim.plan import MuonPlan
+from pipeline.optim.replicas import plan_of
 from pipeline.optim.rules import moonlight_rules
 from pipeline.optim.schedule import Segment, segments
 from pipeline.planner.memory import FP32, Memory, memory, sizes_of
@@ -123,10 +125,4 @@ def _muon_plan(config: RunConfig, shapes: dict[str, tuple[int, ...]]) -> MuonPla
     parameters = sharded_parameters(
         list(shapes.items()), moonlight_rules(config.model, config.optimizer), config.parallelism
     )
-    return plan_muon(
-        parameters,
-        steps=muon.newton_schulz_steps,
-        wire_bytes=2 if muon.wire_dtype == "bf16" else FP32,
-        bucket_bytes=muon.bucket_bytes,
-        split_replicas=muon.hsdp_split == "on",
-    )
+    return plan_of(parameters, muon)

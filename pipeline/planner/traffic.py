@@ -7,17 +7,18 @@ With A micro-batches a step, n ranks in a group and weights of P elements in it,
     copies       all-reduce of the shard's fp32 gradients over `replicate`: twice it
     tokens       rows to their experts and back, in forward, in backward, and once more with full checkpointing: A times
                  tokens * K * D for each way, of which (ep - 1) / ep leave the rank
-    muon         pieces to owners and results back (pipeline/optim/layout.py, `bytes_sent`), the fullest rank
+    muon         pieces to owners and results back (pipeline/optim/sent.py, `bytes_by_rank`), the fullest rank
 
 Dense weights are gathered over `shard`, experts over `efsdp` (each rank gathers the E / ep that it computes with).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pipeline.config.schema import RunConfig
-from pipeline.optim.layout import MuonPlan, bytes_sent
+from pipeline.optim.plan import MuonPlan
+from pipeline.optim.sent import bytes_by_rank
 from pipeline.planner.memory import FP32, Sizes
 
 
@@ -49,11 +50,7 @@ def traffic(config: RunConfig, sizes: Sizes, plan: MuonPlan | None, sequences: i
     muon = 0
     if plan is not None:
         wire = 2 if config.optimizer.muon.wire_dtype == "bf16" else FP32
-        ranks = parallelism.world_size
-        if not plan.split_replicas:  # copies repeat each other's sends, and LOCAL blocks send nothing
-            ranks = parallelism.shard
-            plan = replace(plan, buckets=tuple(bucket for bucket in plan.buckets if bucket.axis))
-        muon = max(bytes_sent(plan, rank, wire) for rank in range(ranks))
+        muon = max(bytes_by_rank(plan, wire))
     return Traffic(
         weights=micro_batches * passes * itemsize,
         gradients=micro_batches * gathered * FP32,
