@@ -98,7 +98,7 @@ class EnginesDisagree(RuntimeError):
 
 @lru_cache(maxsize=1)
 def load_encoder(storage: StorageConfig, folder: str, sha256: str, engines: tuple[str, ...]) -> Encoder:
-    """One per process: loading takes about a second for 163,840 tokens. `sha256` is that of its tokenizer.json; all files are
+    """One per process: loading takes about two seconds for 163,840 tokens. `sha256` is that of its tokenizer.json; all files are
     checked against the record beside them."""
     place, path = open_storage(storage), f"{folder}/manifest.json"
     encoder = Encoder.stored(TokenizerManifest.parse(place.read(path), place.uri(path)), place, engines)

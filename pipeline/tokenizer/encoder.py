@@ -16,12 +16,13 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import orjson
 import psutil
 
 from pipeline.manifest import TokenizerManifest
 from pipeline.storage import Storage
 from pipeline.tokenizer.engines import REFERENCE, REFERENCE_DOCUMENT_BYTES, Engine, Reference, concatenated, engine
-from pipeline.tokenizer.files import CONFIG_JSON, TOKENIZER_JSON, checked_files, special_tokens_of
+from pipeline.tokenizer.files import CONFIG_JSON, RANK_FILE, TOKENIZER_JSON, checked_files
 from pipeline.tokenizer.given import token_bytes
 from pipeline.tokenizer.newer_letters import holds_newer_letters
 
@@ -40,14 +41,15 @@ class Encoder:
         self._growth_limit_bytes = growth_limit_bytes
         self.engines = tuple(engines)
         self.sha256 = hashlib.sha256(files[TOKENIZER_JSON]).hexdigest()
-        self.special_tokens = special_tokens_of(files[TOKENIZER_JSON])
+        document = orjson.loads(files[TOKENIZER_JSON])
+        self.special_tokens = {token["content"]: token["id"] for token in document["added_tokens"] if token["special"]}
         settings = json.loads(files[CONFIG_JSON]) if CONFIG_JSON in files else {}
         eos = settings.get("eos_token", "[EOS]")
         eos = eos["content"] if isinstance(eos, dict) else eos
         if eos not in self.special_tokens:
             raise ValueError(f"{TOKENIZER_JSON}: its eos_token {eos!r} is not one of its special tokens")
         self.eos_id = self.special_tokens[eos]
-        self._bytes = token_bytes(json.loads(files[TOKENIZER_JSON]))
+        self._bytes = token_bytes(document)
         self.vocab_size = max(self._bytes) + 1
         self._start()
 
@@ -55,7 +57,7 @@ class Encoder:
     def load(cls, folder: str | Path, storage: Storage | None = None, engines: Sequence[str] = (REFERENCE,)) -> Encoder:
         """From a local folder, or from a folder of `storage` (path relative to its root; "": the root)."""
         files = {}
-        for name in (TOKENIZER_JSON, CONFIG_JSON):
+        for name in (TOKENIZER_JSON, CONFIG_JSON, RANK_FILE):
             data = storage.read_or_none(f"{folder}/{name}".lstrip("/")) if storage else _read_local(Path(folder) / name)
             if data is not None:
                 files[name] = data

@@ -18,10 +18,18 @@ from typing import Any, Protocol
 import fastokens
 import gigatoken
 import numpy as np
+import orjson
 from tokenizers import Tokenizer
 
-from pipeline.tokenizer.files import TOKENIZER_JSON, Ranks, ranks_of, split_pattern_of, tokenizer_document
-from pipeline.tokenizer.files import format_ranks as rank_file
+from pipeline.tokenizer.files import (
+    RANK_FILE,
+    TOKENIZER_JSON,
+    Ranks,
+    format_ranks,
+    ranks_of,
+    split_pattern_of,
+    tokenizer_document,
+)
 from pipeline.tokenizer.pattern import SPLIT_PATTERN
 
 REFERENCE = "tokenizers"
@@ -63,15 +71,17 @@ class Gigatoken:
     """It would recognise special tokens in a text, so it is not told of them. Moonlight's pattern it knows for rank files only."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
-        document = json.loads(files[TOKENIZER_JSON])
+        document = orjson.loads(files[TOKENIZER_JSON])
         document["added_tokens"] = [token for token in document["added_tokens"] if not token["special"]]
-        ranks = ranks_behind(document)
+        ranks = files.get(RANK_FILE)  # committed where it says the same: `given.read_given`
+        if ranks is None and (behind := ranks_behind(document)) is not None:
+            ranks = format_ranks(behind)
         if ranks is None:
             self._tokenizer = gigatoken.Tokenizer.from_json(json.dumps(document))
             return
         added = {token["content"]: token["id"] for token in document["added_tokens"]}
         with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
-            file.write(rank_file(ranks))
+            file.write(ranks)
             file.flush()
             self._tokenizer = gigatoken.Tokenizer.from_tiktoken(file.name, "kimi", added)
 

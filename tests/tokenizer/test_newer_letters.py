@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from data_prep.prepare import prepare
 from pipeline.config.load import load_config
 from pipeline.config.schema import TokenizerConfig
+from pipeline.file_index import open_index
 from pipeline.storage import open_storage
 from pipeline.tokenizer import Encoder, find_engines, read_tokenizer
 from pipeline.tokenizer.engines import engine
@@ -176,7 +177,7 @@ def test_twenty_thousand_texts(name: str, tmp_path: Path) -> None:
     published = AutoTokenizer.from_pretrained(tmp_path)
     expected = published(texts, add_special_tokens=False)["input_ids"]
     tokens = {}
-    for entry in source.documents:
+    for entry in open_index(storage, dataset).documents[0]:
         table = pq.read_table(Path(storage.root) / entry.path, columns=["tokens", "doc_id"])
         for doc_id, ids in zip(table["doc_id"].to_pylist(), table["tokens"].to_pylist()):
             tokens[int(doc_id)] = ids
