@@ -20,6 +20,7 @@ from data_prep.attempts import REASON
 from data_prep.prepare import prepare
 from data_prep.records import shard_path
 from pipeline.config.schema import RunConfig
+from pipeline.file_index import open_index
 from pipeline.manifest import DatasetManifest
 from pipeline.storage import Storage, open_storage
 from tests.data_prep.faulty_s3 import FaultyS3
@@ -67,7 +68,7 @@ def quarantined_unit(storage: Storage, dataset: DatasetManifest) -> None:
     source = dataset.sources[0]
     (failed,) = source.failed_units
     assert source.counts.quarantined == {REASON: 1}
-    (entry,) = [entry for entry in source.quarantine if failed in entry.path]
+    (entry,) = [entry for entry in open_index(storage, dataset).quarantine[0] if failed in entry.path]
     line = json.loads(storage.read(entry.path))
     assert line["location"] == f"unit {failed}"
     assert any("part-2.jsonl" in part for part in line["slices"])
