@@ -58,9 +58,9 @@ def tokenize_guarded(settings: TokenizeSettings, unit: Unit) -> UnitManifest:
     return manifest
 
 
-def forget_attempts(storage: Storage, units: Iterable[Unit]) -> None:
+def forget_attempts(storage: Storage, unit_ids: Iterable[str]) -> None:
     """Remove the markers of units that are all committed: of a worker that died after its commit, one is left."""
-    committed = {shard_path("attempts", unit.id, "") for unit in units}
+    committed = {shard_path("attempts", unit_id, "") for unit_id in unit_ids}
     for entry in storage.list("datasets/attempts"):
         folder = entry.path.rpartition("/")[0]
         if folder in committed:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,6 +87,11 @@ def is_compressed(path: str) -> bool:
     return compression_by_name(path) is not None
 
 
+@lru_cache(maxsize=1024)
+def _kind_of_ending(ending: str) -> str | None:
+    return format_of(f".{ending}", "auto")
+
+
 def documents_among(paths: Iterable[str], configured: str) -> tuple[NDArray[np.bool_], LeftOut]:
     """Which files of a source hold documents, and what was left out. A byte a path is kept.
 
@@ -95,11 +101,13 @@ def documents_among(paths: Iterable[str], configured: str) -> tuple[NDArray[np.b
     roles = bytearray()
     first: dict[int, list[str]] = {UNKNOWN: [], TEXT: []}  # the smallest names of each
     for path in paths:
-        kind = format_of(path, configured)
+        kind = _kind_of_ending(
+            path[path.rfind("/") + 1 :].partition(".")[2]
+        )  # of a name, all that follows its first dot
         role = UNKNOWN if kind is None else TEXT if kind == "text" else DATA
         if configured != "auto":
             role = DATA
-        elif role == DATA and any(part.startswith("_") for part in path.split("/")):
+        elif role == DATA and (path.startswith("_") or "/_" in path):
             role = UNKNOWN
         roles.append(role)
         if role != DATA and (len(first[role]) < SHOWN or path < first[role][-1]):

@@ -11,14 +11,21 @@ documents the one in the older generation stays, and a full held-out set is not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any
 
+import numpy as np
+import orjson
+import xxhash
+from numpy.typing import NDArray
+
 from data_prep.formats import format_of, is_compressed
-from data_prep.listing import InputFile
+from data_prep.listing import InputFile, Listing
 from pipeline.config.schema import CorpusConfig, SourceConfig
-from pipeline.manifest import digest_of
+from pipeline.manifest import canonical_json
 
 FORMAT_VERSION = 2  # raise when the same inputs would give other bytes
 
@@ -50,9 +57,6 @@ class Unit:
     def files(self) -> set[tuple[str, str]]:
         return {(part.path, part.identity) for part in self.slices}
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Unit:
         slices = tuple(Slice(**part) for part in value["slices"])
@@ -77,7 +81,7 @@ def unit_settings(source: SourceConfig, corpus: CorpusConfig, tokenizer_sha256: 
 
 
 def unit_id(slices: Sequence[Slice], settings: dict[str, Any]) -> str:
-    return digest_of({"slices": [asdict(part) for part in slices], "settings": settings})[:32]
+    return hashlib.sha256(canonical_json(settings) + orjson.dumps(slices)).hexdigest()[:32]
 
 
 def plan_source(
@@ -88,47 +92,95 @@ def plan_source(
     known: Sequence[Unit] = (),
     row_group_bytes: Callable[[str], list[int] | None] = lambda _path: None,
     is_json_lines: Callable[[str], bool] = lambda _path: True,
-) -> list[Unit]:
+) -> Iterator[Unit]:
     """All units of a source: `known` ones that still hold, in their order, then new ones in path order.
 
     `known`: units of earlier plans of this storage. `row_group_bytes(path)`: compressed sizes of a Parquet file's row
     groups, None if its footer cannot be read (it is then one slice, and the reader quarantines it). `is_json_lines(path)`:
     whether a JSON file holds a document a line, by its first bytes. Both are asked of large files alone.
+
+    Memory beside the listing: 25 bytes a file where units are known, one byte else.
     """
-    listing = {(file.path, file.identity): file for file in files}
-    kept: list[Unit] = []
-    used: set[tuple[str, str]] = set()
-    for group in _whole_files(known):
-        taken = set().union(*(unit.files for unit in group))
-        same = all(unit.source == source.name and unit.id == unit_id(unit.slices, settings) for unit in group)
-        if same and taken <= listing.keys() and not taken & used:
-            kept += group
-            used |= taken
-    generation = 1 + max((unit.generation for unit in kept), default=-1)
-    units, waiting, waiting_size = list(kept), list[Slice](), 0
+    files = files if isinstance(files, Listing) else sorted(files)
+    used = np.zeros(len(files), bool)
+    generation = 0
+    for unit in _still_hold(known, source.name, settings, files, used):
+        generation = max(generation, unit.generation + 1)
+        yield unit
+    waiting, waiting_size = list[Slice](), 0
 
-    def close() -> None:
-        nonlocal waiting, waiting_size
-        if waiting:
-            units.append(Unit(unit_id(waiting, settings), source.name, tuple(waiting), generation))
-        waiting, waiting_size = [], 0
+    def close() -> Unit:
+        return Unit(unit_id(waiting, settings), source.name, tuple(waiting), generation)
 
-    for key in sorted(listing.keys() - used):
-        file = listing[key]
+    for file in compress(files, ~used):
         for part in _cut(file, format_of(file.path, source.format), unit_bytes, row_group_bytes, is_json_lines):
             if waiting_size and waiting_size + part.size > unit_bytes:
-                close()
+                yield close()
+                waiting, waiting_size = [], 0
             waiting.append(part)
             waiting_size += part.size
-    close()
-    return units
+    if waiting:
+        yield close()
 
 
-def _whole_files(known: Sequence[Unit]) -> list[list[Unit]]:
-    """Units that share a file (its slices) are kept or dropped together."""
+def _still_hold(
+    known: Sequence[Unit], source: str, settings: dict[str, Any], files: Sequence[InputFile], used: NDArray[np.bool_]
+) -> Iterator[Unit]:
+    """Known units of these settings whose files are all still there and in no other of them; their files become `used`.
+
+    Units that share a cut file are kept or dropped together.
+    """
+    if not len(known):
+        return
+    places = _Places(files)
+    group_of = {unit.id: group for group in _sharing(unit for unit in known if _is_cut(unit)) for unit in group}
+    decided: dict[str, bool] = {}
+    for unit in known:
+        if unit.id not in decided:
+            group = group_of.get(unit.id, [unit])
+            at = places.of(key for member in group for key in member.files)
+            same = all(member.source == source and member.id == unit_id(member.slices, settings) for member in group)
+            keep = same and at is not None and not used[at].any()
+            if keep:
+                used[at] = True
+            decided.update((member.id, keep) for member in group)
+        if decided[unit.id]:
+            yield unit
+
+
+class _Places:
+    """Where in a listing a file lies, by 128-bit hashes: 20 bytes a file."""
+
+    def __init__(self, files: Sequence[InputFile]) -> None:
+        hashes = bytearray()
+        for file in files:
+            hashes += _hash((file.path, file.identity))
+        high, low = np.frombuffer(hashes, "<u8").reshape(-1, 2).T
+        self._order = np.argsort(high).astype(np.int32)
+        self._high, self._low = high[self._order], low[self._order]
+
+    def of(self, keys: Iterable[tuple[str, str]]) -> NDArray[np.int32] | None:
+        """Of (path, identity) of every file; None if one is not there."""
+        high, low = np.frombuffer(b"".join(map(_hash, dict.fromkeys(keys))), "<u8").reshape(-1, 2).T
+        at = np.searchsorted(self._high, high)
+        if (at == len(self._order)).any() or (self._high[at] != high).any() or (self._low[at] != low).any():
+            return None
+        return self._order[at]
+
+
+def _hash(key: tuple[str, str]) -> bytes:
+    return xxhash.xxh3_128_digest(f"{key[0]}\0{key[1]}".encode())
+
+
+def _is_cut(unit: Unit) -> bool:
+    return any(part.stop is not None for part in unit.slices)
+
+
+def _sharing(units: Iterable[Unit]) -> list[list[Unit]]:
+    """Groups of units that share a file, directly or through others."""
     groups: list[list[Unit]] = []
     owner: dict[tuple[str, str], list[Unit]] = {}
-    for unit in known:
+    for unit in units:
         shared = list({id(owner[key]): owner[key] for key in unit.files if key in owner}.values())
         group = shared[0] if shared else []
         if not shared:

@@ -9,12 +9,12 @@ Raises ConfigError (one line, naming the key) before any work for a corpus, toke
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
-import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -34,15 +34,25 @@ from data_prep.records import (
     UnitManifest,
     plan_path,
     shard_path,
+    units_path,
 )
 from data_prep.resolve import READ_THREADS, Heldout, Partition, choose_heldout, find_duplicates, partitions_of
 from data_prep.tail import TailTask, build_tail, tail_tasks
 from data_prep.tokenize_unit import TokenizeSettings, open_input, token_dtype
 from data_prep.tokenizer_stage import ensure_tokenizer, tokenizer_identity
+from data_prep.units import Units
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.file_index import dataset_path, index_path, read_dataset, write_index
-from pipeline.manifest import DatasetManifest, DocumentCounts, FileEntry, SourceManifest, digest_of
+from pipeline.integrity import read_checked
+from pipeline.manifest import (
+    DatasetManifest,
+    DocumentCounts,
+    FileEntry,
+    SourceManifest,
+    TokenizerManifest,
+    digest_of,
+)
 from pipeline.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -76,7 +86,7 @@ def prepare(
     plan = _plan(config, storage, listings, dataset_identity, report)
     for note in plan.tokenizer.notes:
         log.warning("tokenizer: %s", note)
-    units = [Unit.from_json(value) for value in plan.units]
+    units = _read_units(storage, plan)
     roots = {name: listing.root for name, listing in listings.items()}
     tokenized = _tokenize(config, storage, roots, plan, units, map_units, report)
     heldout, packed = _resolve_and_pack(config, storage, plan, units, tokenized, map_units, report)
@@ -87,7 +97,7 @@ def prepare(
     facts = (len(units), len(units), failed, documents, text_bytes, dataset.tokens, 0.0, len(units))
     report(PrepareProgress("packed", *facts, padding=dataset.padding))
     _checked(config, dataset)
-    forget_attempts(storage, units)
+    forget_attempts(storage, units.ids)
     storage.create(dataset_path(dataset_identity), dataset.to_json())
     storage.sweep("datasets")
     return read_dataset(storage, dataset_identity)
@@ -142,31 +152,47 @@ def _plan(
 ) -> Plan:
     """The plan that was committed for this identity, or a new one. Of concurrent planners the first one's holds."""
     path = plan_path(dataset_identity)
-    done = storage.read_or_none(path)
-    if done is None:
+    if not storage.exists(path):
         report(PrepareProgress("tokenizer", 0, 1, 0, 0, 0, 0, 0.0))
         tokenizer = ensure_tokenizer(config, storage, listings)
-        known = _known_units(storage)
-        units: list[Unit] = []
-        for source in config.corpus.sources:
-            settings = unit_settings(source, config.corpus, tokenizer.sha256)
-            root = listings[source.name].root
-            groups, lines = partial(_row_group_bytes, root, config), partial(_is_json_lines, root, config)
-            units += plan_source(
-                source, listings[source.name], config.corpus.unit_bytes, settings, known, groups, lines
-            )
-        plan = Plan(identity=dataset_identity, tokenizer=tokenizer, units=tuple(unit.to_json() for unit in units))
+        units = Units(_planned(config, listings, tokenizer, _known_units(storage)))
+        data = units.to_bytes()
+        sha256 = hashlib.sha256(data).hexdigest()
+        entry = FileEntry(path=units_path(dataset_identity, sha256), bytes=len(data), sha256=sha256)
+        storage.write(entry.path, data)
+        plan = Plan(identity=dataset_identity, tokenizer=tokenizer, units=entry, count=len(units))
         storage.create(path, plan.to_json())
-        done = storage.read(path)
-    return Plan.model_validate_json(done)
+    return Plan.parse(storage.read(path), path)
 
 
-def _known_units(storage: Storage) -> list[Unit]:
+def _planned(
+    config: RunConfig, listings: dict[str, Listing], tokenizer: TokenizerManifest, known: Units
+) -> Iterator[Unit]:
+    for source in config.corpus.sources:
+        settings = unit_settings(source, config.corpus, tokenizer.sha256)
+        files, unit_bytes = listings[source.name], config.corpus.unit_bytes
+        groups, lines = partial(_row_group_bytes, files.root, config), partial(_is_json_lines, files.root, config)
+        yield from plan_source(source, files, unit_bytes, settings, known, groups, lines)
+
+
+def _known_units(storage: Storage) -> Units:
     """Units of earlier plans here, larger plans first: a later version of a dataset contains the earlier ones."""
-    plans = [json.loads(storage.read(entry.path)) for entry in storage.list("datasets/plans")]
-    plans.sort(key=lambda plan: (-len(plan["units"]), plan["identity"]))
-    units = [Unit.from_json(value) for plan in plans for value in plan["units"]]
-    return list({unit.id: unit for unit in reversed(units)}.values())[::-1]
+    heads = [entry.path for entry in storage.list("datasets/plans") if entry.path.endswith(".json")]
+    plans = [Plan.parse(storage.read(path), path) for path in heads]
+    seen: set[str] = set()
+
+    def new() -> Iterator[Unit]:
+        for plan in sorted(plans, key=lambda plan: (-plan.count, plan.identity)):
+            for unit in _read_units(storage, plan):
+                if unit.id not in seen:
+                    seen.add(unit.id)
+                    yield unit
+
+    return Units(new())
+
+
+def _read_units(storage: Storage, plan: Plan) -> Units:
+    return Units.from_bytes(read_checked(storage, plan.units))
 
 
 def _row_group_bytes(root: str, config: RunConfig, path: str) -> list[int] | None:
@@ -202,7 +228,7 @@ def _mapped(
     failed = sum(measure(result)[3] for result in results if result is not None)
     start = time.monotonic()
     report(PrepareProgress(phase, before, len(items), failed, 0, 0, 0, 0.0, before))
-    mapped = map_units(function, [items[index] for index in pending])
+    mapped = map_units(function, items if len(pending) == len(items) else [items[index] for index in pending])
     for count, (place, result) in enumerate(mapped, start=before + 1):
         results[pending[place]] = result
         more = measure(result)
@@ -219,7 +245,7 @@ def _tokenize(
     storage: Storage,
     roots: dict[str, str],
     plan: Plan,
-    units: list[Unit],
+    units: Units,
     map_units: MapUnits,
     report: Report,
 ) -> list[UnitManifest]:
@@ -246,27 +272,32 @@ def _tokenize(
     return [UnitManifest.model_validate(value) for value in found]
 
 
-def _committed(storage: Storage, units: list[Unit]) -> list[dict[str, Any] | None]:
+def _committed(storage: Storage, units: Units) -> list[dict[str, Any] | None]:
     """The manifests of units that need no task any more: of 45,000 at 5.7 T tokens, hardly one is left after a crash."""
     there = {entry.path for entry in storage.list("datasets/units")}
 
-    def load(unit: Unit) -> dict[str, Any] | None:
-        path = shard_path("units", unit.id, ".json")
-        return json.loads(storage.read(path)) if path in there else None
+    def load(unit_id: str) -> dict[str, Any] | None:
+        path = shard_path("units", unit_id, ".json")
+        return _without_slices(UnitManifest.parse(storage.read(path), path)) if path in there else None
 
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        return list(pool.map(load, units))
+        return list(pool.map(load, units.ids))
 
 
 def _tokenize_unit(settings: dict[str, TokenizeSettings], unit: Unit) -> dict[str, Any]:
-    return tokenize_guarded(settings[unit.source], unit).model_dump(mode="json")
+    return _without_slices(tokenize_guarded(settings[unit.source], unit))
+
+
+def _without_slices(manifest: UnitManifest) -> dict[str, Any]:
+    """What later steps need of a unit: the slices of a million files would be a million dictionaries."""
+    return manifest.model_copy(update={"slices": (), "settings": {}}).model_dump(mode="json")
 
 
 def _resolve_and_pack(
     config: RunConfig,
     storage: Storage,
     plan: Plan,
-    units: list[Unit],
+    units: Units,
     tokenized: list[UnitManifest],
     map_units: MapUnits,
     report: Report,
@@ -276,8 +307,8 @@ def _resolve_and_pack(
     partitions: dict[str, list[Any]] = {}
     places: dict[str, list[int]] = {}  # of a source's units in the plan
     for source in config.corpus.sources:
-        mine = places[source.name] = [place for place, unit in enumerate(units) if unit.source == source.name]
-        manifests, generations = [tokenized[place] for place in mine], [units[place].generation for place in mine]
+        mine = places[source.name] = units.of(source.name)
+        manifests, generations = [tokenized[place] for place in mine], [units.generations[place] for place in mine]
         heldout[source.name] = choose_heldout(
             storage, source.name, manifests, generations, config.corpus.heldout_max_documents, plan.tokenizer
         )
@@ -286,22 +317,22 @@ def _resolve_and_pack(
     across: list[Partition] = []
     if config.corpus.drop_duplicates_across_sources:
         numbers = {source.name: number for number, source in enumerate(config.corpus.sources)}
-        across = partitions_of("_across", tokenized, folder, [numbers[unit.source] for unit in units])
+        across = partitions_of("_across", tokenized, folder, [numbers[name] for name in units.sources])
     hashes = sorted(frozenset().union(*(chosen.hashes for chosen in heldout.values())))
     storage.write(f"{folder}/heldout.hashes", b"".join(hashes))
     every = [partition for found in partitions.values() for partition in found] + across
     _mapped("resolve", partial(find_duplicates, config.storage), every, map_units, report, lambda _: (0, 0, 0, False))
 
     tasks: list[PackTask] = []
-    for place, unit in enumerate(units):
-        mine = places[unit.source]
+    for place, (unit_id, owner) in enumerate(zip(units.ids, units.sources)):
+        mine = places[owner]
         tasks.append(
             PackTask(
-                unit=shard_path("units", unit.id, ".json"),
+                unit=shard_path("units", unit_id, ".json"),
                 place=place - mine[0],
                 units=len(mine),
-                heldout=tuple(heldout[unit.source].chosen.get(unit.id, ())),
-                duplicates=tuple(partition.output for partition in partitions[unit.source]),
+                heldout=tuple(heldout[owner].chosen.get(unit_id, ())),
+                duplicates=tuple(partition.output for partition in partitions[owner]),
                 place_in_all=place,
                 units_in_all=len(units),
                 across=tuple(partition.output for partition in across),
@@ -331,13 +362,13 @@ def _pack_settings(config: RunConfig, plan: Plan) -> PackSettings:
 
 
 def _tails(
-    config: RunConfig, plan: Plan, units: list[Unit], packed: list[PackManifest], map_units: MapUnits, report: Report
+    config: RunConfig, plan: Plan, units: Units, packed: list[PackManifest], map_units: MapUnits, report: Report
 ) -> dict[str, list[TailManifest]]:
     tasks: list[TailTask] = []
     owners: list[str] = []
     for source in config.corpus.sources:
-        mine = [place for place, unit in enumerate(units) if unit.source == source.name]
-        found = tail_tasks([packed[place] for place in mine], [units[place].generation for place in mine])
+        mine = units.of(source.name)
+        found = tail_tasks([packed[place] for place in mine], [units.generations[place] for place in mine])
         tasks += found
         owners += [source.name] * len(found)
 
@@ -366,7 +397,7 @@ def _dataset(
     config: RunConfig,
     storage: Storage,
     plan: Plan,
-    units: list[Unit],
+    units: Units,
     tokenized: list[UnitManifest],
     heldout: dict[str, Heldout],
     packed: list[PackManifest],
@@ -375,7 +406,7 @@ def _dataset(
     sources = []
     indexed: list[dict[str, Sequence[FileEntry]]] = []
     for source in config.corpus.sources:
-        mine = [(tokenized[place], packed[place]) for place, unit in enumerate(units) if unit.source == source.name]
+        mine = [(tokenized[place], packed[place]) for place in units.of(source.name)]
         chosen = heldout[source.name].file
         counts = total_counts([pack.counts for _, pack in mine])
         assert counts.balanced(), f"{source.name}: documents were lost: {counts}"

@@ -1,7 +1,8 @@
 """What the steps of prepare hand to each other, and where it lies in storage.
 
 ```
-datasets/plans/<identity>.json            units of a dataset version, and its tokenizer
+datasets/plans/<identity>-<digest>.units  units of a dataset version
+datasets/plans/<identity>.json            commit of the former, and the version's tokenizer
 datasets/documents/ab/<unit>.parquet      a unit's tokenized documents: tokens, doc_hash, n_bytes, doc_id
 datasets/documents/ab/<unit>.index        (hash, ordinal) of each, sorted: what finding duplicates reads
 datasets/documents/ab/<unit>.heldout.parquet   the unit's candidates for the held-out split
@@ -33,6 +34,10 @@ from pipeline.manifest import DocumentCounts, FileEntry, PackedFile, Record, Tok
 
 def shard_path(kind: str, name: str, suffix: str) -> str:
     return f"datasets/{kind}/{name[:2]}/{name}{suffix}"
+
+
+def units_path(identity: str, sha256: str) -> str:
+    return f"datasets/plans/{identity}-{sha256[:16]}.units"
 
 
 def plan_path(identity: str) -> str:
@@ -103,7 +108,8 @@ class Plan(Record):
 
     identity: str
     tokenizer: TokenizerManifest
-    units: tuple[dict[str, Any], ...]  # Unit.to_json(), in order of precedence within a source
+    units: FileEntry  # units.py
+    count: int  # of units
 
 
 @dataclass(frozen=True)

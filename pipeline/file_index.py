@@ -18,6 +18,7 @@ from typing import Generic, TypeVar, overload
 import numpy as np
 import pyarrow as pa
 
+from pipeline.integrity import read_checked
 from pipeline.manifest import DamagedRecord, DatasetManifest, FileEntry, PackedFile
 from pipeline.storage import Storage
 
@@ -117,14 +118,8 @@ def write_index(
 
 
 def open_index(storage: Storage, dataset: DatasetManifest) -> FileIndex:
-    """Checked before a byte of it is interpreted. Raises DamagedRecord with the path, FileNotFoundError."""
-    entry = dataset.files
-    data = storage.read(entry.path)
-    if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
-        raise DamagedRecord(
-            f"{entry.path}: not the index of files that the dataset was committed with (its sha256 differs); restore it from a "
-            f"copy, or delete datasets/{dataset.identity} and run prepare again: units that are done stay"
-        )
+    """Checked before a byte of it is interpreted. Raises DamagedFile with the path."""
+    data = read_checked(storage, dataset.files)
     return FileIndex(pa.ipc.open_file(pa.BufferReader(data)).read_all(), len(dataset.sources))
 
 

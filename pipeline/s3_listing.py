@@ -41,7 +41,7 @@ def pages(fs: AbstractFileSystem, bucket: str, prefix: str, **more: int) -> Iter
     """Up to 1,000 objects at a time whose keys begin with `prefix`. Raises FileNotFoundError for a bucket that is not there."""
     sync(fs.loop, fs.set_session)
     events = fs.s3.meta.events
-    events.register("before-parse.s3.ListObjectsV2", _parse, unique_id="moonlight-listing")
+    events.register_first("before-parse.s3.ListObjectsV2", _parse, unique_id="moonlight-listing")
     token: dict[str, str] = {}
     while True:
         answer = sync(fs.loop, _page, fs, {"Bucket": bucket, "Prefix": prefix, **more, **token})
@@ -58,33 +58,22 @@ async def _page(fs: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parse(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: object) -> None:
-    """botocore's hook: take the objects out of the body, and leave the rest to its parser."""
+    """botocore's hook, before its own, which would parse the whole body twice: take the objects out, and leave the rest."""
     if not _ours.get() or response_dict["status_code"] >= 300:
         return
     try:
         root = ElementTree.fromstring(response_dict["body"])
     except ElementTree.ParseError as error:
         raise ResponseParserError(f"S3 answered with a listing that is no XML: {error}") from error
-    encoded = next((child.text for child in root if _name(child) == "EncodingType"), None) == "url"
-    entries = [child for child in root if _name(child) == "Contents"]
-    customized_response_dict[_FOUND] = [_object(entry, encoded) for entry in entries]
-    for entry in entries:
-        root.remove(entry)
+    space = root.tag.rpartition("}")[0]
+    space += "}" if space else ""
+    encoded = root.findtext(f"{space}EncodingType") == "url"
+    key, size, etag = f"{space}Key", f"{space}Size", f"{space}ETag"
+    found = []
+    for entry in root.findall(f"{space}Contents"):
+        name = entry.findtext(key) or ""
+        name = unquote_plus(name) if encoded and ("%" in name or "+" in name) else name
+        found.append(S3Object(name, int(entry.findtext(size) or 0), (entry.findtext(etag) or "").strip('"')))
+    customized_response_dict[_FOUND] = found
+    root[:] = [child for child in root if child.tag != f"{space}Contents"]
     response_dict["body"] = ElementTree.tostring(root)
-
-
-def _object(entry: ElementTree.Element, encoded: bool) -> S3Object:
-    key, size, etag = "", 0, ""
-    for field in entry:
-        name = _name(field)
-        if name == "Key":
-            key = field.text or ""
-        elif name == "Size":
-            size = int(field.text or 0)
-        elif name == "ETag":
-            etag = (field.text or "").strip('"')
-    return S3Object(unquote_plus(key) if encoded else key, size, etag)
-
-
-def _name(element: ElementTree.Element) -> str:
-    return element.tag.rpartition("}")[2]

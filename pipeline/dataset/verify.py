@@ -14,7 +14,8 @@ from typing import Any, Literal
 from pipeline.dataset.checks import PACKS, FileReport, Finding, Task, check
 from pipeline.dataset.leakage import HeldoutIndex, heldout_index
 from pipeline.file_index import FileIndex, open_index
-from pipeline.manifest import DamagedRecord, DatasetManifest, FileEntry
+from pipeline.integrity import DamagedFile
+from pipeline.manifest import DatasetManifest, FileEntry
 from pipeline.storage import Storage
 
 FILE_KINDS: tuple[Literal["packed", "heldout", "documents", "quarantine"], ...] = (
@@ -72,8 +73,8 @@ def verify(
     """Check everything. `map_tasks` runs the checks, in any order; `report(done, total, file)` is called as they end."""
     try:
         index = open_index(storage, dataset)
-    except (DamagedRecord, FileNotFoundError) as error:
-        what = "the file is missing" if isinstance(error, FileNotFoundError) else str(error).partition(": ")[2]
+    except DamagedFile as error:
+        what = str(error).removeprefix(f"{storage.uri(dataset.files.path)}: ")
         return VerifyReport(1, 0, 0, 0, (Finding(dataset.files.path, None, what),))
     tasks, reports = tasks_of(dataset, index), []
     for file in map_tasks(dataset, index, heldout_index(dataset, storage), storage, tasks):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from data_prep.listing import InputFile
 from data_prep.plan import Unit, plan_source, unit_id
+from data_prep.units import Units
 from pipeline.config.schema import SourceConfig
 
 SOURCE = SourceConfig(name="main", path="/corpus")
@@ -30,7 +31,7 @@ def row_groups(path: str) -> list[int]:
 
 
 def plan(files: list[InputFile], known: list[Unit] | None = None) -> list[Unit]:
-    return plan_source(SOURCE, files, UNIT, SETTINGS, known or [], row_groups)
+    return list(plan_source(SOURCE, files, UNIT, SETTINGS, known or [], row_groups))
 
 
 @settings(derandomize=True, max_examples=100, deadline=None)
@@ -105,3 +106,37 @@ def test_slices_of_a_file_stay_together() -> None:
 def test_identity_covers_settings() -> None:
     unit = plan([InputFile("001.txt", 5, "sha256:x")])[0]
     assert unit.id == unit_id(unit.slices, SETTINGS) != unit_id(unit.slices, {"tokenizer": "xyz"})
+
+
+@settings(derandomize=True, max_examples=50, deadline=None)
+@given(FILES, FILES)
+def test_units_are_stored_as_they_are(first: dict[tuple[int, str], int], second: dict[tuple[int, str], int]) -> None:
+    planned = plan(listing(first)) + plan_of_another(second)
+    units = Units(planned)
+    assert list(units) == planned
+    assert [units[place] for place in range(len(planned))] == planned == units[:]
+    assert (units.ids, units.generations) == ([unit.id for unit in planned], [unit.generation for unit in planned])
+    assert sorted(units.of("main") + units.of("other")) == list(range(len(planned)))
+    again = Units.from_bytes(units.to_bytes())
+    assert (list(again), again.ids, again.sources, again.generations) == (
+        planned,
+        units.ids,
+        units.sources,
+        units.generations,
+    )
+
+
+def plan_of_another(sizes: dict[tuple[int, str], int]) -> list[Unit]:
+    return list(
+        plan_source(SOURCE.model_copy(update={"name": "other"}), listing(sizes), UNIT, SETTINGS, (), row_groups)
+    )
+
+
+def test_a_file_in_two_known_units_is_planned_once() -> None:
+    """Of earlier plans that overlap, the first unit that still holds has the file."""
+    files = [InputFile(f"{name:03d}.txt", 400, f"sha256:{name}") for name in range(4)]
+    first = plan(files)
+    other = plan(files[1:])
+    known = first + [unit for unit in other if unit not in first]
+    assert plan(files, known=known) == first
+    assert plan(files[1:], known=known)[0] == first[1]
