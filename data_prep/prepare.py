@@ -418,6 +418,7 @@ def _dataset(
                 "packed": files,
                 "documents": [unit.documents for unit, _ in mine if unit.documents],
                 "quarantine": [unit.quarantine for unit, _ in mine if unit.quarantine],
+                "rejected": [record.rejected for pair in mine for record in pair if record.rejected],
             }
         )
         sources.append(

@@ -4,7 +4,7 @@ A dataset of 5.7 T tokens has 45,000 units, each with a packed file, a document 
 process would parse. Here a row is a file; the columns are read as they lie (an uncompressed Arrow IPC file), and an
 entry becomes an object when it is asked for. dataset.json stays a few kilobytes.
 
-Columns: kind (packed, documents, quarantine, record), source (place in dataset.sources, -1 for records), path, bytes, sha256
+Columns: kind (packed, documents, quarantine, rejected, record), source (place in dataset.sources, -1 for records), path, bytes, sha256
 (32 bytes; of a record its digest), rows, tokens, parts_crc32 (4 bytes each: what `PackedFile.group_crc32` has in hex).
 Rows lie by source, then by kind, in the order of the plan; records last, sorted by digest.
 """
@@ -22,7 +22,7 @@ from pipeline.integrity import read_checked
 from pipeline.manifest import DamagedRecord, DatasetManifest, FileEntry, PackedFile
 from pipeline.storage import Storage
 
-KINDS = ("packed", "documents", "quarantine", "record")
+KINDS = ("packed", "documents", "quarantine", "rejected", "record")
 SCHEMA = pa.schema(
     [
         ("kind", pa.int8()),
@@ -79,6 +79,7 @@ class FileIndex:
         self.packed = [Files(of("packed", s), PackedFile) for s in range(sources)]
         self.documents = [Files(of("documents", s), FileEntry) for s in range(sources)]
         self.quarantine = [Files(of("quarantine", s), FileEntry) for s in range(sources)]
+        self.rejected = [Files(of("rejected", s), FileEntry) for s in range(sources)]
         self.records = [digest.hex() for digest in of("record", -1)["sha256"].to_pylist()]
 
 

@@ -4,9 +4,10 @@ packed     rows and row groups as announced; tokens below the vocabulary's size;
            row; EOS at the ends of documents only; a piece without EOS (a long document goes on elsewhere) fills its row to
            the end; padding is EOS; token count as announced; no held-out document (leakage.py)
 held-out   no EOS, tokens below the vocabulary's size, positive byte counts, totals as announced
-others     size and SHA-256 (tokenizer, document shards, quarantine)
+others     size and SHA-256 (tokenizer, document shards, quarantine, rejected documents)
 records    of the packs and tails that the dataset names by digest: document counts balanced, the unit's record as it was,
-           packed files those of the dataset, no row lost in a tail, one quarantine line per quarantined record
+           packed files those of the dataset, no row lost in a tail, one quarantine line per quarantined record,
+           of rejected documents that are kept one row for each that was counted
 
 A packed file is read once, row group by row group: SHA-256 of the whole, CRC-32 of each part, decoding, invariants. A
 finding names the row group where there is one. Memory: one row group.
@@ -52,7 +53,7 @@ class Task:
     """One file to check: `source` and `index` find it in the manifest (source -1: the tokenizer's, or all records whose
     name begins with the hexadecimal digit `index`)."""
 
-    kind: Literal["packed", "heldout", "documents", "quarantine", "tokenizer", "records"]
+    kind: Literal["packed", "heldout", "documents", "quarantine", "rejected", "tokenizer", "records"]
     source: int
     index: int
 
@@ -269,6 +270,7 @@ def _check_pack(storage: Storage, pack: dict[str, Any]) -> Iterator[str]:
     except ValueError as error:
         yield f"{path}: {error}"
         return
+    yield from _check_rejected(storage, pack, unit)
     if digest_of(unit) != pack["unit_digest"]:
         yield f"{path} has digest {digest_of(unit)}, expected {pack['unit_digest']}"
     elif unit["quarantine"] and not unit["failed"]:
@@ -276,6 +278,22 @@ def _check_pack(storage: Storage, pack: dict[str, Any]) -> Iterator[str]:
         records = sum(unit["counts"]["quarantined"].values())
         if lines != records:
             yield f"{unit['quarantine']['path']} has {lines} lines for {records} quarantined records"
+
+
+def _check_rejected(storage: Storage, pack: dict[str, Any], unit: dict[str, Any]) -> Iterator[str]:
+    """Of a unit what filters rejected, of its pack the copies besides."""
+    by_filters = sum(unit["counts"]["filtered"].values())
+    copies = sum(pack["counts"]["filtered"].values()) - by_filters
+    for record, counted in ((unit, by_filters), (pack, copies)):
+        if record["rejected"] is not None:
+            path = record["rejected"]["path"]
+            try:
+                with storage.open(path) as file:
+                    rows = pq.ParquetFile(file).metadata.num_rows
+            except (FileNotFoundError, pa.ArrowInvalid):
+                continue  # found by the check of the file itself
+            if rows != counted:
+                yield f"{path} has {rows} rows for {counted} rejected documents"
 
 
 def _chunks(storage: Storage, path: str, size: int = 8 << 20) -> Iterator[bytes]:

@@ -18,11 +18,12 @@ from pipeline.integrity import DamagedFile
 from pipeline.manifest import DatasetManifest, FileEntry
 from pipeline.storage import Storage
 
-FILE_KINDS: tuple[Literal["packed", "heldout", "documents", "quarantine"], ...] = (
+FILE_KINDS: tuple[Literal["packed", "heldout", "documents", "quarantine", "rejected"], ...] = (
     "packed",
     "heldout",
     "documents",
     "quarantine",
+    "rejected",
 )
 
 

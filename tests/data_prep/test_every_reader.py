@@ -21,6 +21,8 @@ import zstandard
 
 from data_prep.prepare import prepare
 from pipeline.config.schema import RunConfig
+from pipeline.dataset.verify import verify
+from pipeline.file_index import open_index
 from pipeline.storage import Storage, open_storage
 
 Make = Callable[..., RunConfig]
@@ -169,7 +171,14 @@ def test_counts_are_exact(corpus: Path, texts: list[str], run_config: Make, acro
     )
     assert main.balanced()
     assert other.balanced()
+    assert verify(dataset, storage).findings == ()
     rejected = _rejected(storage)
+    index = open_index(storage, dataset)
+    kept = {file.path for files in index.rejected for file in files}
+    assert kept == {entry.path for entry in storage.list("datasets/rejected")}
+    victim = min(kept)
+    storage.delete(victim)
+    assert {finding.path for finding in verify(dataset, storage).findings} == {victim}
     assert Counter(row["reason"] for row in rejected) == Counter(main.filtered) + found
     for row in rejected:
         if row["text"] is None:
