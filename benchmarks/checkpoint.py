@@ -129,7 +129,7 @@ def measure(layers: int, rounds: int, folder: str | None) -> None:
 
 
 def load_unverified(state: dict[str, Tensor], storage: Storage, manifest: CheckpointManifest) -> None:
-    reader = CheckpointReader(storage, step_folder(manifest.run_id, manifest.step), manifest, check=False)
+    reader = CheckpointReader(storage, manifest, check=False)
     checkpoints.load_tensors(state, reader, None, lambda stored: None)
 
 

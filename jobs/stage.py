@@ -7,8 +7,12 @@ from collections.abc import Sequence
 
 from jobs import stages
 from jobs.cli import open_run, parser
+from jobs.drivers.failures import HELD
+from jobs.on_ray.signals import Interrupted, raise_on_signals
 from jobs.stages.records import hold_dataset
+from pipeline.lease import Held, LeaseLost
 from pipeline.training import initial
+from pipeline.training.commits import refuse_held
 
 
 def main(stage: str, arguments: Sequence[str] | None = None) -> int:
@@ -30,8 +34,17 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> int:
         from jobs.on_ray.demand import check_cluster
 
         check_cluster(config, [stage])
+        if stage == "train":
+            refuse_held(storage, config.run_id)
         with connect(config):
+            raise_on_signals()
             stages.run(stage, config, storage)
+    except (Held, LeaseLost) as error:
+        print(f"{stage}: {error}", file=sys.stderr)
+        return HELD
+    except Interrupted as error:
+        print(f"{stage}: {error}", file=sys.stderr)
+        return error.exit_code
     except ValueError as error:  # ConfigError, StorageError, MissingInput, GateError: the message is the whole story
         print(f"{stage}: {error}", file=sys.stderr)
         return 2

@@ -52,12 +52,16 @@ class Held(RuntimeError):
     """Somebody else holds the lease and lives."""
 
     def __init__(self, record: LeaseRecord, what: str) -> None:
-        wait = record.beat_s * BEATS_UNTIL_DEAD
-        super().__init__(
-            f"{what} is being written by {record.who}, since {record.since} (holder {record.number}); wait for it or stop it: "
+        super().__init__(record, what)  # as given, so that it can be pickled
+        self.record = record
+        self.what = what
+
+    def __str__(self) -> str:
+        record, wait = self.record, self.record.beat_s * BEATS_UNTIL_DEAD
+        return (
+            f"{self.what} is being written by {record.who}, since {record.since} (holder {record.number}); wait for it or stop it: "
             f"{wait:.0f} s after its last sign of life the same command takes over"
         )
-        self.record = record
 
 
 class LeaseLost(RuntimeError):

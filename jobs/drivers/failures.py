@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM; carries the signal's number."""
+HELD = 3  # exit code: the run is somebody else's just now
 
 
 class StageFailure(Exception):

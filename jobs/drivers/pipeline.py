@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 
 from jobs import stages
 from jobs.cli import open_run
-from jobs.drivers.failures import Interrupted, StageFailure
+from jobs.drivers.failures import HELD, StageFailure
 from jobs.on_ray.cluster import in_a_ray_job
 from jobs.on_ray.demand import check_cluster
+from jobs.on_ray.signals import Interrupted
 from jobs.stages.records import Records, hold_dataset
 from jobs.views.summary import print_summary
 from pipeline.config.load import ConfigError, dump_yaml, load_config
 from pipeline.config.schema import RunConfig
+from pipeline.lease import Held
 from pipeline.storage import Storage
 from pipeline.training import initial
 
@@ -43,10 +44,12 @@ def run(given: argparse.Namespace) -> int:
     except StageFailure as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except Held as error:
+        print(f"error: {error}", file=sys.stderr)
+        return HELD
     except Interrupted as error:
-        number = int(error.args[0])
-        print(f"stopped by {signal.Signals(number).name}; run the same command to go on", file=sys.stderr)
-        return 128 + number
+        print(error, file=sys.stderr)
+        return error.exit_code
     return 0
 
 

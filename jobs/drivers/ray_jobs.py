@@ -6,32 +6,37 @@ import contextlib
 import hashlib
 import os
 import shlex
-import signal
 import time
-from types import FrameType
 
 from ray.job_submission import JobSubmissionClient
 
 from jobs import stages
 from jobs.commit import git_commit
-from jobs.drivers.failures import Interrupted, StageFailure
+from jobs.drivers.failures import HELD, StageFailure
 from jobs.on_ray.cluster import code_environment, connect, python
 from jobs.on_ray.progress import ProgressLines, Work
+from jobs.on_ray.signals import Interrupted, raise_on_signals
 from pipeline.config.schema import RunConfig
 from pipeline.manifest import digest_of
 from pipeline.storage import Storage
-from pipeline.workflow.ray_jobs import StageJob, StageJobFailed, follow, submit_or_attach
+from pipeline.training.commits import refuse_held
+from pipeline.workflow.ray_jobs import StageJob, StageJobFailed, follow, stop, submit_or_attach
 from pipeline.workflow.record import duration
+
+STOP_S = 300  # for a stage that was asked to stop: the rest of a step and a checkpoint
 
 
 def run_on_ray(todo: list[str], config: RunConfig, storage: Storage) -> None:
     """Raises StageFailure, and Interrupted on a signal."""
-    _raise_on_signals()
     address = os.environ.get("RAY_ADDRESS", "")
     elsewhere = address.startswith("http")  # a job server is all we need
     own = connect(config, dashboard=True, job_name=f"{config.run_id} pipeline")
+    if not address and "train" in todo:  # on one cluster two drivers follow the same job; here is another one
+        refuse_held(storage, config.run_id)
     with contextlib.nullcontext(address) if elsewhere else own as dashboard:
-        print(f"Ray dashboard: {dashboard}", flush=True)
+        raise_on_signals()
+        token = os.environ.get("RAY_AUTH_TOKEN_PATH")
+        print(f"Ray dashboard: {dashboard}" + (f" (asks for the token in {token})" if token else ""), flush=True)
         client = JobSubmissionClient(dashboard or None)
         for stage in todo:
             _run_stage_job(client, stage, config, storage)
@@ -53,7 +58,7 @@ def _run_stage_job(client: JobSubmissionClient, stage: str, config: RunConfig, s
             "config_digest": settings[:16],
             "git_commit": git_commit(),
         },
-        runtime_env=code_environment(),
+        runtime_env=code_environment(stop_wait_s=STOP_S),
     )
     start = time.monotonic()
     submission_id = submit_or_attach(client, job)
@@ -63,9 +68,10 @@ def _run_stage_job(client: JobSubmissionClient, stage: str, config: RunConfig, s
             lines.work = Work(stage, since=time.time())
             follow(client, submission_id)
     except StageJobFailed as error:
-        raise StageFailure(str(error), 2 if error.exit_code == 2 else 1) from error
+        raise StageFailure(str(error), error.exit_code if error.exit_code in (2, HELD) else 1) from error
     except Interrupted:
-        client.stop_job(submission_id)
+        print(f"{stage:<9} is asked to stop, and training to commit a checkpoint; once more leaves at once", flush=True)
+        stop(client, submission_id, patience_s=STOP_S)
         raise
     if not stages.finished(stage, config, storage):
         raise StageFailure(f"{submission_id} SUCCEEDED, but the stage's record is not in {storage.uri()}", 1)
@@ -81,11 +87,3 @@ def _overrides(config: RunConfig) -> str:
     where = config.storage
     pairs = [("endpoint_url", where.endpoint_url), ("region", where.region)] if where.is_s3 else []
     return " ".join(shlex.quote(f"storage.{name}={value}") for name, value in pairs if value)
-
-
-def _raise_on_signals() -> None:
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)

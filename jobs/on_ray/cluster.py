@@ -1,8 +1,8 @@
 """The Ray cluster a command uses: the one at RAY_ADDRESS, or a local one that lives as long as the command.
 
-Environment variables are read and set here and nowhere below: RAY_AUTH_MODE is always explicit (a local cluster without a
-token would otherwise ask for one), usage statistics are off, and a lasting cluster keeps the state of training runs for its
-API. The processes of a local cluster inherit what is set here.
+Environment variables are read and set here and in local.py and nowhere below: RAY_AUTH_MODE is always explicit (Ray's default moves),
+usage statistics are off, and a lasting cluster keeps the state of training runs for its API. The processes of a local cluster inherit
+what is set here.
 """
 
 from __future__ import annotations
@@ -11,15 +11,12 @@ import contextlib
 import json
 import math
 import os
-import shutil
-import socket
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.load import ConfigError
+from jobs.on_ray.local import local_cluster
 from pipeline.config.schema import RunConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -38,7 +35,6 @@ OWN = {  # for a cluster of this machine alone, which has to leave its memory to
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # its only node cannot be drained: a process less (110 MB)
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",  # read by an API, no page of the dashboard: a process less (250 MB)
 }
-AGENT_PORT = 52365  # ray/_private/ray_constants.py; `ray.init` cannot choose another
 OBJECT_STORE_BYTES = 200_000_000  # rows are descriptions of work and records: kilobytes
 
 
@@ -51,60 +47,35 @@ def connect(config: RunConfig, *, dashboard: bool = False, job_name: str = "") -
     import ray
     from ray.job_config import JobConfig
 
-    options: dict[str, Any] = {"log_to_driver": True, "configure_logging": True, "logging_level": "WARNING"}
-    folder = None
-    if not own:
+    with contextlib.ExitStack() as stack:
+        options: dict[str, Any] = {"log_to_driver": True, "configure_logging": True, "logging_level": "WARNING"}
+        if own:
+            wanted = config.cluster.cpus_per_worker * config.parallelism.world_size
+            cpus = max(math.ceil(wanted), os.cpu_count() or 1)
+            options |= {
+                "address": stack.enter_context(local_cluster(cpus, OBJECT_STORE_BYTES, dashboard=dashboard)),
+                "job_config": JobConfig(metadata={"job_name": job_name} if job_name else None),
+                "runtime_env": code_environment(),
+            }
         context = ray.init(**options)
-    else:
-        _check_agent_port()
-        # A folder of its own, and the address in it as `ray start` writes it: a job's driver looks up its cluster there, and
-        # would otherwise join any other one that runs on this machine (ray/_private/services.py).
-        folder = tempfile.mkdtemp(prefix="moonlight-ray-")
-        wanted = config.cluster.cpus_per_worker * config.parallelism.world_size
-        context = ray.init(
-            address="local",
-            num_cpus=max(math.ceil(wanted), os.cpu_count() or 1),
-            include_dashboard=dashboard,
-            object_store_memory=OBJECT_STORE_BYTES,
-            job_config=JobConfig(metadata={"job_name": job_name} if job_name else None),
-            runtime_env=code_environment(),
-            _temp_dir=folder,
-            **options,
-        )
-        Path(folder, "ray_current_cluster").write_text(ray.get_runtime_context().gcs_address)
-    try:
+        stack.callback(ray.shutdown)
         url = getattr(context, "dashboard_url", "") or ""
         yield url if not url or "://" in url else f"http://{url}"
-    finally:
-        ray.shutdown()
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _check_agent_port() -> None:
-    """Ray's job agents share one fixed port: a second cluster on this machine would take no jobs."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("0.0.0.0", AGENT_PORT))
-        except OSError:
-            raise ConfigError(
-                f"port {AGENT_PORT} is taken, most likely by another Ray cluster on this machine; "
-                "use that one (RAY_ADDRESS=auto) or stop it (ray stop)"
-            ) from None
 
 
 def in_a_ray_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def code_environment() -> dict[str, Any]:
-    """The runtime environment that brings this code to a job or worker.
+def code_environment(*, stop_wait_s: int = 0) -> dict[str, Any]:
+    """The runtime environment that brings this code to a job or worker, and gives a job that is stopped these seconds to end.
 
     Inside a Ray job: the same uploaded folder as this job's. With a cluster elsewhere: this checkout, uploaded. On a cluster of this
     machine or in the image: the folder as it is.
     """
     env_vars = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    if stop_wait_s:
+        env_vars["RAY_JOB_STOP_WAIT_TIME_S"] = str(stop_wait_s)  # Ray's 3 s are too few for a checkpoint
     if in_a_ray_job():
         own = json.loads(os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"]).get("runtime_env", {})
         if own.get("working_dir"):

@@ -5,14 +5,20 @@ calls `train` again, which continues from the newest one. `ray.train.report` is 
 all ranks, for the dashboard; it carries no files, hence Ray's snapshot and our retention cannot disagree.
 
 What a restart cannot cure is found before the start (wrong data, a foreign checkpoint) or returned by the worker rather
-than raised (a run that diverges): raising would restart the group `cluster.max_failures` times. Whether the run is complete is read from storage by the driver.
+than raised (a run that diverges, is somebody else's or was asked to stop): raising would restart the group `cluster.max_failures` times. Whether the run is complete is read from storage by the driver.
 """
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import threading
 import time
+import uuid
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray.train
@@ -20,11 +26,14 @@ from ray.train.torch import get_device
 
 from jobs.on_ray.gauges import TrainingGauges
 from jobs.on_ray.group import run_in_group
+from jobs.on_ray.signals import Interrupted
+from jobs.on_ray.stop import StopFlag, listening, run_until_signal
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.dataset.order import Order, check_demand
 from pipeline.file_index import read_dataset
 from pipeline.integrity import read_record
+from pipeline.lease import Held, LeaseLost
 from pipeline.manifest import CheckpointManifest, DatasetManifest, TrainManifest
 from pipeline.storage import Storage, open_storage
 from pipeline.training.commits import RunFacts, continue_from, train_folder
@@ -40,14 +49,17 @@ class TrainingFailed(RuntimeError):
 def train_with_ray(config: RunConfig, dataset: DatasetManifest, storage: Storage, report: Report) -> TrainManifest:
     """Train the run to its end on the connected Ray cluster. `report` is called in the worker of rank 0.
 
-    Raises ValueError for wrong input, TrainingFailed (or Ray's own error, after `cluster.max_failures` restarts).
+    Raises ValueError for wrong input; Held and LeaseLost if the run is somebody else's; Interrupted on SIGINT and SIGTERM, after
+    a checkpoint; TrainingFailed, or Ray's own error, after `cluster.max_failures` restarts.
     """
     check_demand(config, dataset)
     order = Order.of_run(config, dataset)
     continue_from(storage, RunFacts.of(config, dataset, order), order)  # refuses a foreign run before anything starts
     config = config.model_copy(update={"storage": storage.config.model_copy(update={"root": storage.root})})  # absolute
     folder = train_folder(config.run_id)
-    refusal = run_in_group(
+    flag = StopFlag()
+    group = partial(
+        run_in_group,
         config,
         storage,
         _worker,
@@ -56,7 +68,15 @@ def train_with_ray(config: RunConfig, dataset: DatasetManifest, storage: Storage
         config_values=config.model_dump(mode="json"),
         dataset={"identity": dataset.identity, "digest": dataset.digest},
         report=report,
+        flag=flag,
+        owner=uuid.uuid4().hex,
     )
+    refusal, number = run_until_signal(group, flag)
+    if isinstance(refusal, Held | LeaseLost):
+        raise refusal
+    if isinstance(refusal, Stopped):
+        print(refusal.message, flush=True)
+        raise Interrupted(number or signal.SIGTERM)
     if isinstance(refusal, str):
         raise TrainingFailed(refusal)
     found = read_record(storage, f"{folder}/manifest.json", TrainManifest)
@@ -65,7 +85,14 @@ def train_with_ray(config: RunConfig, dataset: DatasetManifest, storage: Storage
     return found
 
 
-def _worker(arguments: dict[str, Any]) -> str | None:
+@dataclass(frozen=True)
+class Stopped:
+    """Workers committed a checkpoint and left, as they were asked to."""
+
+    message: str
+
+
+def _worker(arguments: dict[str, Any]) -> str | Stopped | Held | LeaseLost | None:
     """One rank. Returns why the run cannot go on, or None."""
     import torch
 
@@ -79,21 +106,29 @@ def _worker(arguments: dict[str, Any]) -> str | None:
     else:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     notice = PreemptionNotice(every=config.training.log_every)
-    report = arguments["report"]
+    report, flag = arguments["report"], arguments["flag"]
+    asked: AbstractContextManager[threading.Event] = contextlib.nullcontext(threading.Event())
     if ray.train.get_context().get_world_rank() == 0:
         report = TrainingGauges(config.run_id, then=report)
+        asked = listening(flag)
     try:
-        train(
-            config,
-            read_dataset(storage, **arguments["dataset"]),
-            storage,
-            report=report,
-            on_checkpoint=_report_checkpoint,
-            should_stop=notice,
-        )
+        with asked as stop:
+            train(
+                config,
+                read_dataset(storage, **arguments["dataset"]),
+                storage,
+                report=report,
+                on_checkpoint=_report_checkpoint,
+                should_stop=lambda: notice() or stop.is_set(),
+                owner=arguments["owner"],
+            )
     except RunDiverged as error:
         return str(error)
-    except TrainingStopped:
+    except (Held, LeaseLost) as error:
+        return error
+    except TrainingStopped as stopped:
+        if flag.asked():
+            return Stopped(str(stopped))
         notice.wait_for_the_end()
         raise
     return None

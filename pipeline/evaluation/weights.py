@@ -95,4 +95,4 @@ def read_tensors(tensors: dict[str, Any], checkpoint: CheckpointManifest, storag
                 )
 
     group = dist.group.WORLD if dist.is_initialized() else None
-    load_tensors(tensors, CheckpointReader(storage, folder, checkpoint), group, check)
+    load_tensors(tensors, CheckpointReader(storage, checkpoint), group, check)

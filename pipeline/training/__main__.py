@@ -8,7 +8,7 @@ whatever its ranks' were):
   0  the run is complete
   1  the run cannot go on by itself, one line says why
   2  the configuration or the data is wrong, one line says how
-  3  stopped by SIGTERM or SIGINT after committing a checkpoint
+  3  stopped by SIGTERM or SIGINT after committing a checkpoint, or the run is somebody else's just now
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
+from pipeline.lease import Held, LeaseLost
 from pipeline.manifest import DatasetManifest
 from pipeline.storage import Storage, open_storage
 from pipeline.training import initial
@@ -65,6 +66,9 @@ def main(arguments: list[str] | None = None) -> int:
         manifest = train(config, dataset, storage, report=show, should_stop=stop.is_set)
     except TrainingStopped as stopped:
         print(stopped, file=sys.stderr)
+        return STOPPED
+    except (Held, LeaseLost) as error:
+        print(error, file=sys.stderr)
         return STOPPED
     except (ValueError, RunDiverged) as error:
         print(f"error: {error}", file=sys.stderr)

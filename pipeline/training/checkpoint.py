@@ -1,7 +1,8 @@
 """Checkpoints: written by every rank straight to storage, committed by one manifest, read back at any world size.
 
     <root>/runs/<run_id>/train/step-00000400/
-        __<rank>_0.distcp, .metadata    pieces of tensors and where each lies (files.py)
+        writer-<number>/                of the lease under which they were written (writer.py)
+            __<rank>_0.distcp, .metadata    pieces of tensors and where each lies (files.py)
         run.json                        what decides the losses (identity.py), to explain a refusal
         manifest.json                   last; without it the checkpoint does not exist
 
@@ -40,7 +41,7 @@ from pipeline.config.schema import CheckpointConfig
 from pipeline.dataset.order import Order
 from pipeline.manifest import CheckpointManifest, FileEntry, StoredFile, canonical_json
 from pipeline.storage import Storage
-from pipeline.training.commits import RUN, RunFacts, commit, continue_from, step_folder
+from pipeline.training.commits import MANIFEST, RUN, RunFacts, commit, continue_from, parts_folder, step_folder
 from pipeline.training.files import CheckpointReader, CheckpointWriter, DamagedCheckpoint
 from pipeline.training.identity import identity_digest
 from pipeline.training.retention import Retention
@@ -56,11 +57,14 @@ class Checkpointer:
         facts: RunFacts,
         device: torch.device,
         named: frozenset[int] = frozenset(),
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        """`named`: steps whose checkpoints are kept (retention.py)."""
+        """`named`: steps whose checkpoints are kept (retention.py). `check`: asked on rank 0 before anything is deleted or
+        committed; raises if this process may not."""
         self._storage = storage
         self._config = config
         self._facts = facts
+        self._check = check
         self._rank = dist.get_rank() if dist.is_initialized() else 0
         self._world = dist.get_world_size() if dist.is_initialized() else 1
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
@@ -133,48 +137,52 @@ class Checkpointer:
     def _write(self, state: dict[str, Tensor], facts: dict[str, Any]) -> CheckpointManifest:
         folder = step_folder(self._facts.run_id, facts["step"])
         run = canonical_json(self._facts.identity)
-        if self._rank == 0:
-            self._storage.delete(folder)  # what a killed attempt left there
-            self._storage.write(f"{folder}/{RUN}", run)
-        self._barrier()
-        writer = CheckpointWriter(self._storage, folder)
+        self.on_rank_0(lambda: self._begin(folder, run))
+        writer = CheckpointWriter(self._storage, parts_folder(self._facts.run_id, facts["step"], self._facts.fence))
         try:
             save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
         except CheckpointException as error:
             raise _cause(error) from error
-        manifest = None
-        if self._rank == 0:
-            files = [*writer.files, StoredFile(path=f"{folder}/{RUN}", bytes=len(run))]
-            manifest = CheckpointManifest(
-                run_id=self._facts.run_id,
-                run_identity=identity_digest(self._facts.identity),
-                dataset_digest=self._facts.dataset_digest,
-                order_digest=self._facts.order_digest,
-                content_sha256=writer.content_sha256,
-                files=tuple(sorted(files, key=lambda file: file.path)),
-                metadata_sha256=writer.metadata_sha256,
-                world_size=self._world,
-                fence=self._facts.fence,
-                **facts,
-            )
-            commit(self._storage, manifest)
-            self.committed_step = manifest.step
-            self._retention.collect(manifest.step)
-        return self._from_rank_0(manifest)
+        manifest: CheckpointManifest = self.on_rank_0(lambda: self._commit(writer, folder, run, facts))
+        return manifest
+
+    def _begin(self, folder: str, run: bytes) -> None:
+        """What killed attempts left there goes, but nothing of a later writer's."""
+        self._check()
+        names = self._storage.names(folder)
+        for name in sorted(names, key=lambda name: name != MANIFEST):  # it goes first: half a checkpoint does not exist
+            number = name.removeprefix("writer-")
+            if number == name or int(number) <= (self._facts.fence or 0):
+                self._storage.delete(f"{folder}/{name}")
+        self._storage.write(f"{folder}/{RUN}", run)
+
+    def _commit(self, writer: CheckpointWriter, folder: str, run: bytes, facts: dict[str, Any]) -> CheckpointManifest:
+        files = [*writer.files, StoredFile(path=f"{folder}/{RUN}", bytes=len(run))]
+        manifest = CheckpointManifest(
+            run_id=self._facts.run_id,
+            run_identity=identity_digest(self._facts.identity),
+            dataset_digest=self._facts.dataset_digest,
+            order_digest=self._facts.order_digest,
+            content_sha256=writer.content_sha256,
+            files=tuple(sorted(files, key=lambda file: file.path)),
+            metadata_sha256=writer.metadata_sha256,
+            world_size=self._world,
+            fence=self._facts.fence,
+            **facts,
+        )
+        self._check()
+        commit(self._storage, manifest)
+        self.committed_step = manifest.step
+        self._retention.collect(manifest.step)
+        return manifest
 
     # -- restore -------------------------------------------------------------------------------------------------
 
     def newest(self, order: Order, *, below: int | None = None) -> CheckpointManifest | None:
         """`continue_from`, the same on all ranks; rank 0 says which checkpoints it passes over."""
-        found: CheckpointManifest | Exception | None = None
-        if self._rank == 0:
-            try:
-                found = continue_from(self._storage, self._facts, order, below=below, passed_over=_say)
-            except Exception as refusal:  # of rank 0 alone: the others wait for its answer
-                found = refusal
-        found = self._from_rank_0(found)
-        if isinstance(found, Exception):
-            raise found
+        found: CheckpointManifest | None = self.on_rank_0(
+            lambda: continue_from(self._storage, self._facts, order, below=below, passed_over=_say)
+        )
         self.committed_step = 0 if found is None else found.step
         return found
 
@@ -202,23 +210,30 @@ class Checkpointer:
     def collect_leftovers(self, resumed: int) -> None:
         """When the run begins after step `resumed`: later checkpoints are damaged and count no more, and what crashes left
         goes."""
-        if self._rank == 0:
+
+        def collect() -> None:
             self._retention.withdraw(resumed)
             self._retention.sweep(resumed)
-        self._barrier()
+
+        self.on_rank_0(collect)
 
     # -- between ranks -------------------------------------------------------------------------------------------
 
-    def _barrier(self) -> None:
+    def on_rank_0(self, do: Callable[[], Any]) -> Any:
+        """What rank 0 does, the others wait for and get; an error, too."""
+        answer: Any = None
+        if self._rank == 0:
+            try:
+                answer = do()
+            except Exception as error:
+                answer = error
         if self._group is not None:
-            dist.barrier(group=self._group)
-
-    def _from_rank_0(self, value: Any) -> Any:
-        if self._group is None:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._group)
-        return box[0]
+            box = [answer]
+            dist.broadcast_object_list(box, src=0, group=self._group)
+            answer = box[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
 
 def load_state(
@@ -229,7 +244,7 @@ def load_state(
     Collective over `group`; None: this process alone. Raises ValueError if the checkpoint's tensors are not those of
     `state`, and DamagedCheckpoint, on all ranks alike, if a byte that any of them reads is not as it was written.
     """
-    reader = CheckpointReader(storage, step_folder(manifest.run_id, manifest.step), manifest)
+    reader = CheckpointReader(storage, manifest)
     load_tensors(state, reader, group, lambda stored: _check_names(state, stored, storage, manifest))
 
 

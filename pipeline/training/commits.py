@@ -16,6 +16,7 @@ from typing import Any, overload
 from pipeline.config.schema import RunConfig
 from pipeline.dataset.order import Order
 from pipeline.integrity import read_record
+from pipeline.lease import Held, living
 from pipeline.manifest import CheckpointManifest, DamagedRecord, DatasetManifest
 from pipeline.storage import Storage
 from pipeline.training.identity import differences, identity_digest, identity_of
@@ -37,12 +38,29 @@ def train_folder(run_id: str) -> str:
     return f"runs/{run_id}/train"
 
 
+def lease_path(run_id: str) -> str:
+    """Of the record that says who trains the run (writer.py)."""
+    return f"{train_folder(run_id)}/writer.json"
+
+
+def refuse_held(storage: Storage, run_id: str) -> None:
+    """Raises Held if somebody trains the run just now: before any hardware is asked for. Waits for at most three beats."""
+    holder = living(storage, lease_path(run_id))
+    if holder is not None:
+        raise Held(holder, f"run {run_id}")
+
+
 def step_folder(run_id: str, step: int) -> str:
     return f"{train_folder(run_id)}/step-{step:08d}"
 
 
 def manifest_path(run_id: str, step: int) -> str:
     return f"{step_folder(run_id, step)}/{MANIFEST}"
+
+
+def parts_folder(run_id: str, step: int, fence: int | None) -> str:
+    """Where the writer with this fencing number puts a checkpoint's parts: no two writers share one."""
+    return f"{step_folder(run_id, step)}/writer-{fence or 0}"
 
 
 def step_folders(storage: Storage, run_id: str) -> list[int]:
@@ -57,13 +75,21 @@ def read_manifest(storage: Storage, run_id: str, step: int) -> CheckpointManifes
 
 
 def commit(storage: Storage, manifest: CheckpointManifest) -> None:
-    """Make the checkpoint exist, once all of its files do. Raises ValueError if another writer has committed another one."""
+    """Make the checkpoint exist, once all of its files do. One of an earlier writer gives way. Raises ValueError if a writer
+    with this fencing number or a later one has committed another checkpoint."""
     path = manifest_path(manifest.run_id, manifest.step)
-    if storage.create(path, manifest.to_json()):
-        return
-    other = CheckpointManifest.parse(storage.read(path), storage.uri(path))
-    if other != manifest:  # it is our own where the storage's answer was lost
-        raise ValueError(f"{storage.uri(path)}: another writer has committed this step; is the run trained twice?")
+    while not storage.create(path, manifest.to_json()):
+        etag = storage.etag(path)
+        data = storage.read_or_none(path)
+        if data is None:
+            continue
+        other = CheckpointManifest.parse(data, storage.uri(path))
+        if other == manifest:  # the storage's answer was lost
+            return
+        if (other.fence or 0) >= (manifest.fence or 0):
+            raise ValueError(f"{storage.uri(path)}: another writer has committed this step; is the run trained twice?")
+        if storage.swap(path, manifest.to_json(), etag):
+            return
 
 
 class Committed(Sequence[CheckpointManifest]):

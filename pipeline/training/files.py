@@ -47,6 +47,7 @@ from torch.futures import Future as TorchFuture
 
 from pipeline.manifest import CheckpointManifest, StoredFile
 from pipeline.storage import Storage
+from pipeline.training.commits import parts_folder
 from pipeline.training.content import BLOCK, RowSum, as_bytes, blocks_of, content_digest, row_bytes
 
 METADATA = ".metadata"
@@ -152,9 +153,9 @@ class CheckpointReader(StorageReader):
     `check=False` is for benchmarks: it reads without hashing.
     """
 
-    def __init__(self, storage: Storage, folder: str, manifest: CheckpointManifest, *, check: bool = True) -> None:
+    def __init__(self, storage: Storage, manifest: CheckpointManifest, *, check: bool = True) -> None:
         self._storage = storage
-        self._folder = folder
+        self._folder = parts_folder(manifest.run_id, manifest.step, manifest.fence)
         self._expected = manifest.metadata_sha256
         self._check = check
         self._metadata: Metadata | None = None

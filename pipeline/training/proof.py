@@ -31,7 +31,7 @@ def check_checkpoint(storage: Storage, run_id: str, step: int) -> CheckpointRepo
     why = incomplete(storage, manifest)
     size, damage = 0, [why] if why else []
     try:
-        for path, count, what in CheckpointReader(storage, folder, manifest).verify():
+        for path, count, what in CheckpointReader(storage, manifest).verify():
             size += count
             if what and not (why and path in why):  # a file that is missing is named once
                 damage.append(what)

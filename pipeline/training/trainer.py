@@ -18,7 +18,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor
 from pipeline.config.schema import RunConfig
 from pipeline.dataset.loader import Loader
 from pipeline.dataset.order import Order, check_demand
-from pipeline.manifest import CheckpointManifest, DatasetManifest, TrainManifest
+from pipeline.manifest import CheckpointManifest, DatasetManifest, FileEntry, TrainManifest
 from pipeline.model.hf import load_hf
 from pipeline.model.moonlight import Moonlight
 from pipeline.optim.muon import MoonlightOptimizer, build_optimizer
@@ -48,6 +48,7 @@ from pipeline.training.metrics import MetricsFiles, Pace, StepRecord, TrainProgr
 from pipeline.training.retention import check_named, named_steps
 from pipeline.training.step import Step
 from pipeline.training.watchdog import Watchdog
+from pipeline.training.writer import Writer, sole_writer
 
 log = logging.getLogger(__name__)
 
@@ -76,21 +77,28 @@ def train(
     report: Callable[[TrainProgress], None],
     on_checkpoint: Callable[[CheckpointManifest], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    owner: str | None = None,
 ) -> TrainManifest:
     """Train the run to its end and return its manifest; every rank calls this and gets the same.
 
     `report` is called on rank 0 at logged steps; `on_checkpoint` on every rank, in the same order, once a checkpoint is
     known to be committed; `should_stop` is asked every step on every rank, and one yes stops all (TrainingStopped).
+    `owner`: a group that is started again under the same word need not wait for its dead self (lease.hold).
 
-    Raises ValueError for what the configuration cannot do here (mesh, data, foreign checkpoint), RunDiverged.
+    Raises ValueError for what the configuration cannot do here (mesh, data, foreign checkpoint), RunDiverged, Held if somebody
+    else trains this run, and LeaseLost if somebody has taken it over.
     """
     check_demand(config, dataset)
     check_named(config, storage)
     ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    with Watchdog(
-        config.training.step_timeout_s, storage, f"{train_folder(config.run_id)}/hangs", *ranks
-    ) as watchdog:  # over closing, too: a save may wait for a dead rank
-        run = Run(config, dataset, storage)
+    hangs = f"{train_folder(config.run_id)}/hangs"
+    with (
+        Watchdog(
+            config.training.step_timeout_s, storage, hangs, *ranks
+        ) as watchdog,  # over closing, too: a save may wait for a dead rank
+        sole_writer(storage, config.run_id, owner) as writer,
+    ):
+        run = Run(config, dataset, storage, writer)
         try:
             return run.train(watchdog, report, on_checkpoint or _ignore, should_stop or _never)
         finally:
@@ -100,8 +108,12 @@ def train(
 class Run:
     """A run built on this rank, restored from its newest checkpoint."""
 
-    def __init__(self, config: RunConfig, dataset: DatasetManifest, storage: Storage) -> None:
+    def __init__(
+        self, config: RunConfig, dataset: DatasetManifest, storage: Storage, writer: Writer | None = None
+    ) -> None:
+        """writer: None for a run that nobody else could write, as in a benchmark."""
         self.config = config
+        self.writer = writer or Writer(0, None)
         self.storage = storage
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if config.cluster.use_gpu else torch.device("cpu")
@@ -109,9 +121,11 @@ class Run:
         self.meshes = build_meshes(config.parallelism, self.device.type)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.order = Order.of_run(config, dataset)
-        self.facts = RunFacts.of(config, dataset, self.order)
+        self.facts = replace(RunFacts.of(config, dataset, self.order), fence=self.writer.number)
         self.named = named_steps(config)
-        self.checkpoints = Checkpointer(storage, config.checkpoint, self.facts, self.device, self.named)
+        self.checkpoints = Checkpointer(
+            storage, config.checkpoint, self.facts, self.device, self.named, self.writer.check
+        )
         self.loader = Loader(self.order, storage, self.rank, self.meshes.world_size)
         self.steps = total_steps(config.schedule, config.training.sequence_length)
 
@@ -176,10 +190,15 @@ class Run:
                 self.checkpoint = manifest
                 on_checkpoint(manifest)
 
+        def write_metrics() -> tuple[FileEntry, ...]:
+            self.writer.check()
+            assert files is not None
+            return files.write(at.step)
+
         stop = False
         while at.step < self.steps and not stop:
             watchdog.enter("step", at.step + 1)
-            record = self.advance(should_stop())
+            record = self.advance(should_stop() or self.writer.lost)
             if pending is not None:
                 stop = observe(pending).stop
             pending = record
@@ -196,7 +215,7 @@ class Run:
                     loss=self.loss,
                     skipped_steps=seen.skipped_steps,
                     mesh=config.parallelism.model_dump(),
-                    metrics=files.write(at.step) if files else (),
+                    metrics=self.checkpoints.on_rank_0(write_metrics),
                     newton_schulz=self.optimizer.muon.multiplied,
                 )
         watchdog.enter("save", at.step)
@@ -227,9 +246,9 @@ class Run:
 
     def finish(self) -> TrainManifest:
         """Commit the run: its manifest names the last checkpoint."""
-        assert self.checkpoint is not None
-        path = f"{train_folder(self.config.run_id)}/manifest.json"
-        if self.rank == 0:
+
+        def commit() -> TrainManifest:
+            assert self.checkpoint is not None
             manifest = TrainManifest(
                 identity=identity_digest(self.facts.identity),
                 checkpoint=self.checkpoint,
@@ -237,10 +256,12 @@ class Run:
                 metrics=sound_files(self.storage, self.checkpoint.metrics),
                 skipped_steps=int(self.guard.skipped),
             )
-            self.storage.write(path, manifest.to_json())
-        if dist.is_initialized():
-            dist.barrier()
-        return TrainManifest.parse(self.storage.read(path), self.storage.uri(path))
+            self.writer.check()
+            self.storage.write(f"{train_folder(self.config.run_id)}/manifest.json", manifest.to_json())
+            return manifest
+
+        manifest: TrainManifest = self.checkpoints.on_rank_0(commit)
+        return manifest
 
 
 def build(config: RunConfig, meshes: Meshes, device: torch.device) -> tuple[Moonlight, MoonlightOptimizer]:

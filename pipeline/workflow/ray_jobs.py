@@ -8,6 +8,7 @@ follows. A job's status is asked of the job server again and again; its log stre
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,6 +70,19 @@ def _newest_attempt(name: str, attempts: Mapping[str, JobStatus]) -> tuple[str, 
         if status is None or not status.is_terminal():
             return submission_id, status
     raise AssertionError
+
+
+def stop(client: JobSubmissionClient, submission_id: str, patience_s: float) -> None:
+    """Ask the job to stop and wait for its end, but not for ever: a job server that is going down answers nobody."""
+
+    def ask() -> None:
+        client.stop_job(submission_id)
+        while not client.get_job_status(submission_id).is_terminal():
+            time.sleep(POLL_S)
+
+    asking = threading.Thread(target=ask, name="stop-job", daemon=True)
+    asking.start()
+    asking.join(patience_s)
 
 
 def follow(client: JobSubmissionClient, submission_id: str) -> None:

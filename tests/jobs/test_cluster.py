@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import ray
@@ -14,7 +14,7 @@ from pipeline.config.load import load_config
 
 
 @pytest.fixture
-def inherited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[dict[str, str]], dict[str, str]]:
+def inherited(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], dict[str, str]]:
     """Start from these variables; what is set when Ray would start."""
 
     class Started(Exception):
@@ -24,8 +24,7 @@ def inherited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[dict
         raise Started
 
     monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setattr("jobs.on_ray.cluster._check_agent_port", lambda: None)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("jobs.on_ray.cluster.local_cluster", lambda *_, **__: contextlib.nullcontext("127.0.0.1:1"))
 
     def start(environment: dict[str, str]) -> dict[str, str]:
         monkeypatch.setattr(os, "environ", environment)

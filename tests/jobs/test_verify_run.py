@@ -39,7 +39,7 @@ def test_on_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str], ray_running:
     assert verify.main([*arguments, "--models"]) == 0
     assert capsys.readouterr().out.splitlines() == [f"verify: {name} is sound"]
 
-    part = Path(run.made.storage.uri(step_folder("made", 50))) / "__0_0.distcp"
+    [part] = Path(run.made.storage.uri(step_folder("made", 50))).rglob("__0_0.distcp")
     flip(part)
     assert verify.main([*arguments, "--checkpoints"]) == 1
     damaged, result = capsys.readouterr().out.splitlines()

@@ -13,7 +13,7 @@ import xxhash
 
 from pipeline.storage import Storage
 from pipeline.training.checkpoint import load_state
-from pipeline.training.commits import ForeignCheckpoint, committed, step_folder
+from pipeline.training.commits import ForeignCheckpoint, committed, parts_folder, step_folder
 from pipeline.training.trainer import Run
 from tests.training.make import Watched, tiny, tiny_dataset
 
@@ -43,12 +43,13 @@ def test_without_a_manifest_it_does_not_exist(tmp_path):
     reference = Watched().train(config)
     storage = Storage(config.storage)
     storage.delete(f"{step_folder('tiny', 4)}/manifest.json")
-    storage.write(f"{step_folder('tiny', 4)}/__7_0.distcp", b"left by a larger world")
+    left = f"{parts_folder('tiny', 4, reference.checkpoint.fence)}/__7_0.distcp"
+    storage.write(left, b"by a larger world")
     watched = Watched()
     again = watched.train(config)
     assert [progress.step for progress in watched.progress] == [3, 4]
-    assert again == reference
-    assert not storage.exists(f"{step_folder('tiny', 4)}/__7_0.distcp")
+    assert again.digest == reference.digest
+    assert not storage.exists(left)
 
 
 def test_asynchronous_saves_are_the_same_bytes(tmp_path):
@@ -108,12 +109,12 @@ def test_the_manifest_vouches_for_every_file(tmp_path):
     watched = Watched()
     manifest = watched.train(config).checkpoint
     storage = Storage(config.storage)
-    assert [file.path.rsplit("/", 1)[1] for file in manifest.files] == [".metadata", "__0_0.distcp", "run.json"]
+    assert [file.path.rsplit("/", 1)[1] for file in manifest.files] == ["run.json", ".metadata", "__0_0.distcp"]
     assert [file.bytes for file in manifest.files] == [len(storage.read(file.path)) for file in manifest.files]
-    metadata = storage.read(manifest.files[0].path)
+    metadata = storage.read(manifest.files[1].path)
     assert manifest.metadata_sha256 == hashlib.sha256(metadata).hexdigest()
     pieces = [piece for tensor in json.loads(metadata)["tensors"].values() for piece in tensor["pieces"]]
-    part = storage.read(manifest.files[1].path)
+    part = storage.read(manifest.files[2].path)
     assert sum(bytes for _, _, _, _, bytes, _ in pieces) == len(part)  # no byte without a checksum
     assert all(xxhash.xxh3_128_hexdigest(part[start : start + bytes]) == xxh3 for *_, start, bytes, xxh3 in pieces)
     assert manifest.next_sequence == 16

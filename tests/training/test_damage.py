@@ -25,7 +25,8 @@ def flip(path: Path, bit: int) -> None:
 
 
 def file(root: Path, step: int, name: str) -> Path:
-    return root / step_folder("tiny", step) / name
+    [found] = (root / step_folder("tiny", step)).rglob(name)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_evaluation_and_export_refuse_it_by_name(tmp_path):
         lambda: list(stream_tensors(config.model, manifest, storage)),
     ):
         with pytest.raises(
-            DamagedCheckpoint, match=r"step-00000002/__0_0.distcp: lm_head.weight: bytes \d+ to \d+ have"
+            DamagedCheckpoint, match=r"step-00000002/writer-1/__0_0.distcp: lm_head.weight: bytes \d+ to \d+ have"
         ):
             load()
 
@@ -99,16 +100,17 @@ def test_the_newest_sound_checkpoint_is_used(tmp_path, trained, capsys, name, ha
     reference = trained[1]
     again(tmp_path)
     (tmp_path / train_folder("tiny") / "manifest.json").unlink()
-    harm(file(tmp_path, 6, name))
+    harmed = file(tmp_path, 6, name)
+    harm(harmed)
     watched, manifest = again(tmp_path)
     said = capsys.readouterr().err
     if why is None:  # the last byte of a manifest is a line feed: nothing is lost
         assert (watched.progress, said) == ([], "")
     else:
         assert [progress.step for progress in watched.progress] == [5, 6]
-        assert f"checkpoint of step 6 passed over: {file(tmp_path, 6, name)}: " in said
+        assert f"checkpoint of step 6 passed over: {harmed}: " in said
         assert why in said
-    assert manifest == reference
+    assert manifest.digest == reference.digest
 
 
 def test_an_old_one_harms_nobody(tmp_path, trained):
@@ -118,7 +120,7 @@ def test_an_old_one_harms_nobody(tmp_path, trained):
     (tmp_path / train_folder("tiny") / "manifest.json").unlink()
     watched, manifest = again(tmp_path)
     assert watched.progress == []
-    assert manifest == trained[1]
+    assert manifest.digest == trained[1].digest
     with pytest.raises(DamagedRecord, match=f"{file(tmp_path, 2, 'manifest.json')}: not a sound CheckpointManifest"):
         list(committed(Storage(tiny(str(tmp_path)).storage), "tiny"))
 
@@ -155,7 +157,7 @@ def test_a_withdrawn_checkpoint_does_not_count(tmp_path, trained):
     assert file(tmp_path, 6, WITHDRAWN).exists()
     _, manifest = again(tmp_path, checkpoint__every_steps=5)
     assert manifest.checkpoint.content_sha256 == trained[1].checkpoint.content_sha256
-    assert not file(tmp_path, 6, WITHDRAWN).exists()
+    assert not list(tmp_path.rglob(WITHDRAWN))
 
 
 def test_a_checkpoint_is_proven_without_a_network(tmp_path):

@@ -1,0 +1,82 @@
+"""The right to write a run: rank 0 holds the lease of the run's training, and all ranks live by it.
+
+    <root>/runs/<run_id>/train/writer.json      who trains this run, see pipeline/lease.py
+
+The lease's number is in every checkpoint's manifest, and in the name of the folder that its parts are written to: a process that
+was suspended, taken for dead and wakes can neither commit nor touch what its successor writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+import torch.distributed as dist
+
+from pipeline.lease import Lease, LeaseRecord, hold
+from pipeline.storage import Storage
+from pipeline.training.commits import committed, lease_path
+
+
+class Writer:
+    """What every rank knows of the lease; only rank 0 has it."""
+
+    def __init__(self, number: int, lease: Lease | None) -> None:
+        self.number = number
+        self._lease = lease
+
+    @property
+    def lost(self) -> bool:
+        """As far as rank 0 knows; costs nothing."""
+        return self._lease is not None and self._lease.lost
+
+    def check(self) -> None:
+        """On rank 0: raises LeaseLost if somebody has taken over. Costs a read."""
+        if self._lease is not None:
+            self._lease.check()
+
+
+@contextlib.contextmanager
+def sole_writer(storage: Storage, run_id: str, owner: str | None = None) -> Iterator[Writer]:
+    """Collective over the default process group. `owner`: as of `lease.hold`. Raises Held on every rank if somebody else trains."""
+    if not dist.is_initialized():
+        with _held(storage, run_id, owner) as own:
+            yield Writer(own.number, own)
+        return
+    group = dist.new_group(backend="gloo")  # not the training's, whose backend may have no place for Python objects
+    with contextlib.ExitStack() as stack:
+        lease: Lease | None = None
+        answer: int | Exception | None = None
+        if dist.get_rank() == 0:
+            try:
+                lease = stack.enter_context(_held(storage, run_id, owner))
+                answer = lease.number
+            except Exception as error:  # of rank 0 alone: the others wait for its answer
+                answer = error
+        box = [answer]
+        dist.broadcast_object_list(box, src=0, group=group)
+        if isinstance(box[0], Exception):
+            raise box[0]
+        assert isinstance(box[0], int)
+        yield Writer(box[0], lease)
+
+
+def _held(storage: Storage, run_id: str, owner: str | None) -> contextlib.AbstractContextManager[Lease]:
+    newest = next(reversed(committed(storage, run_id)), None) if not storage.exists(lease_path(run_id)) else None
+    return hold(
+        storage,
+        lease_path(run_id),
+        what=f"run {run_id}",
+        owner=owner,
+        after=0 if newest is None else newest.fence or 0,
+        waiting=_say,
+    )
+
+
+def _say(holder: LeaseRecord, seconds: float) -> None:
+    print(
+        f"waiting up to {seconds:.0f} s for a sign of life of {holder.who}, who trained this run",
+        file=sys.stderr,
+        flush=True,
+    )

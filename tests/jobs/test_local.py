@@ -1,0 +1,111 @@
+"""A local Ray: closed to the network and to other users, and gone with its command however that ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from jobs.on_ray import keeper
+from jobs.on_ray.local import OWNER, PREFIX, TOKEN, end_abandoned
+
+COMMAND = """
+import os, signal
+import ray
+from jobs.on_ray.cluster import connect
+from pipeline.config.load import load_config
+
+with connect(load_config("debug", []), dashboard=True) as dashboard:
+    worker = ray.get(ray.remote(lambda: os.getpid()).remote())
+    print(dashboard, os.path.dirname(os.environ["RAY_AUTH_TOKEN_PATH"]), worker, flush=True)
+    signal.pause()
+"""
+
+
+@pytest.fixture
+def temporary(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A short path: Ray's sockets are below it."""
+    folder = Path("/tmp") / f"ml-{os.getpid()}"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    yield folder
+    for each in folder.iterdir():
+        keeper.end(str(each))
+    folder.rmdir()
+
+
+def test_a_local_cluster(temporary: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"TMPDIR": str(temporary), "RAY_USAGE_STATS_ENABLED": "0"}
+    command = subprocess.Popen([sys.executable, "-c", COMMAND], stdout=subprocess.PIPE, text=True, env=environment)
+    assert command.stdout is not None
+    dashboard, folder, worker = command.stdout.readline().split()
+    members = {process.pid for process in keeper.members(folder)}
+    assert int(worker) in members
+
+    # No listener of ours beyond loopback, and a request without the token is refused.
+    listening = [
+        each
+        for each in psutil.net_connections("inet")
+        if each.status == psutil.CONN_LISTEN and each.pid in members | {command.pid}
+    ]
+    assert len(listening) > 5
+    assert {each.laddr.ip.removeprefix("::ffff:") for each in listening} == {"127.0.0.1"}
+    assert (Path(folder, TOKEN).stat().st_mode & 0o777) == 0o600
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{dashboard}/api/jobs/", timeout=60)
+    token = {"Authorization": f"Bearer {Path(folder, TOKEN).read_text()}"}
+    with urllib.request.urlopen(urllib.request.Request(f"{dashboard}/api/jobs/", headers=token), timeout=60) as answer:
+        assert answer.status == 200
+
+    command.send_signal(signal.SIGKILL)
+    command.wait()
+    wait_until_gone(folder)
+
+
+def wait_until_gone(folder: str) -> None:
+    for _ in range(600):
+        if not keeper.members(folder) and not Path(folder).exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"left: {keeper.members(folder)}, {list(Path(folder).rglob('*'))[:5]}")
+
+
+def test_what_a_killed_keeper_left_is_ended_by_the_next_command(temporary: Path) -> None:
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    folders = {}
+    for name, owner in (
+        ("abandoned", f"{dead.stdout.strip()} 1.0"),
+        ("reused", f"{os.getpid()} 1.0"),
+        ("alive", f"{os.getpid()} {psutil.Process().create_time()}"),
+    ):
+        folders[name] = temporary / f"{PREFIX}{name}"
+        folders[name].mkdir()
+        (folders[name] / OWNER).write_text(owner)
+    environment = {**os.environ, keeper.MARK: str(folders["abandoned"])}
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+    left = subprocess.Popen([sys.executable, "-c", stubborn], env=environment, stdout=subprocess.PIPE)
+    assert left.stdout is not None
+    left.stdout.readline()
+    end_abandoned()
+    assert left.poll() is not None  # it would have slept on
+    assert [name for name, folder in folders.items() if folder.exists()] == ["alive"]
+
+
+def test_a_cluster_that_does_not_start_says_why(temporary: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", keeper.__name__, str(temporary / "x"), "--num-cpus=-1"],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "num_cpus" in done.stderr or "num-cpus" in done.stderr or "CPU" in done.stderr
