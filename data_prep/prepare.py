@@ -24,6 +24,7 @@ from data_prep.listing import Listing, list_source
 from data_prep.mapping import MapUnits, map_in_process
 from data_prep.pack_unit import PackSettings, PackTask, layout, pack_unit
 from data_prep.plan import FORMAT_VERSION, Unit, plan_source, unit_settings
+from data_prep.quarantine_share import QuarantineShare
 from data_prep.readers import is_json_lines, row_group_bytes
 from data_prep.records import (
     PackManifest,
@@ -264,11 +265,15 @@ def _tokenize(
             versions=_versions(),
         )
 
+    quarantined = QuarantineShare(config.corpus.sources, config.corpus.max_quarantined_fraction)
+
     def measure(value: dict[str, Any]) -> tuple[int, int, int, bool]:
+        quarantined.add(value)
         return value["counts"]["docs_in"], value["text_bytes"], value["tokens"], bool(value["failed"])
 
     done = _committed(storage, units)
     found = _mapped("tokenize", partial(_tokenize_unit, settings), units, map_units, report, measure, done)
+    quarantined.end()
     return [UnitManifest.model_validate(value) for value in found]
 
 
