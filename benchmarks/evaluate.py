@@ -1,6 +1,6 @@
 """Generation and log-likelihoods on a CPU, side by side with lm-eval's own `hf` model and with transformers.
 
-    python -m benchmarks.evaluate [--rounds 7]
+    python -m benchmarks.evaluate [--rounds 7] [--only five-shot,endings]
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 python -m benchmarks.evaluate    # as on AVX2
 
 generate_until  8 prompts of 100 to 350 tokens, 48 tokens each, greedy, one batch
@@ -59,7 +59,8 @@ Side = Callable[[], Answers]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--only", default=",".join(TARGETS), help="comparisons, with commas between")
+    given = parser.parse_args()
     torch.set_num_threads(1)
     library = Path(os.__file__).parent
     text = (library / "argparse.py").read_text() + (library / "subprocess.py").read_text()
@@ -69,9 +70,8 @@ def main() -> None:
     print(
         f"{torch.cpu.get_capabilities().get('cpu_name', 'unknown processor')}, torch runs as {torch.backends.cpu.get_cpu_capability()}"
     )
-    results = []
-    for name, (ours, theirs) in pairs(files, text).items():
-        results.append(compare(name, ours, theirs, rounds))
+    found = pairs(files, text)
+    results = [compare(name, *found[name], given.rounds) for name in given.only.split(",")]
     print(json.dumps(results))
 
 
