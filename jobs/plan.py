@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         peak_tflops=given.peak_tflops, memory_gb=given.gpu_memory, network_gb_s=given.network, mfu=given.mfu
     )
     wrong = [f"{name} {value:g} must be above 0" for name, value in asdict(hardware).items() if value <= 0]
+    if given.price is not None and not given.price >= 0:
+        wrong.append(f"--price {given.price:g} must be 0 or more")
     if wrong or given.mfu > 1:
         made.error("; ".join(wrong) or f"--mfu {given.mfu:g} is a share of the peak: at most 1")
     try:

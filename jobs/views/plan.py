@@ -34,6 +34,11 @@ def lines(config: RunConfig, found: Estimate, hardware: Hardware, price: float |
         f"network    {found.parameters.total:,} parameters, {found.parameters.active:,} used by a token; "
         f"{found.flops_per_token / 1e9:.2f} GFLOP a token"
     )
+    yield (
+        f"assumed    GPUs of {hardware.peak_tflops:,.0f} TFLOP/s and {hardware.memory_gb:,.0f} GB at {hardware.mfu:.0%} MFU, "
+        f"{hardware.network_gb_s:,.0f} GB/s between nodes"
+        + ("" if config.cluster.use_gpu else "; this configuration runs on CPUs, for which time and cost say nothing")
+    )
     batches = ", ".join(f"{part.steps:,} of {part.sequences:,} sequences" for part in found.segments)
     yield f"steps      {found.steps:,}: {batches}, of {config.training.sequence_length:,} tokens each"
     yield (

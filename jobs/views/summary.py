@@ -49,7 +49,8 @@ def print_summary(config: RunConfig, storage: Storage, records: Records, config_
         "",
         "next       read the model card:   " + f"{folder}/README.md",
         '           load it:               transformers.AutoModelForCausalLM.from_pretrained("' + folder + '")',
-        f"           train longer:          python -m jobs.pipeline --config {config_name} run_id=longer ... (docs: README.md)",
+        f"           train longer:          moonlight run --config {config_name} run_id=longer "
+        f"schedule.total_tokens={2 * config.schedule.total_tokens}",
     ]
     print("\n".join(lines), flush=True)
 

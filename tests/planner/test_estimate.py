@@ -37,6 +37,13 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "256 GPUs, replicate 32 x shard 8 (experts: efsdp 1 x ep 8)" in shown
     assert "15,960,108,544 parameters" in shown
     assert "dollars" in shown
+    assert "assumed    GPUs of 989 TFLOP/s and 80 GB at 39% MFU" in shown
+    assert "CPUs" not in shown
+    assert plan.main(["--config", "debug"]) == 0
+    assert "runs on CPUs, for which time and cost say nothing" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        plan.main(["--config", "debug", "--price", "-1"])
+    assert "--price -1 must be 0 or more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
