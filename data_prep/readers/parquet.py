@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 from data_prep.plan import Slice
 from data_prep.readers import compression
 from data_prep.readers.columns import records, wanted_columns
-from data_prep.readers.pages import page_sizes
 from data_prep.readers.record import ReaderSettings, Record, corrupt, is_in_the_data
+from pipeline.parquet_pages import page_sizes
 
 BATCH_ROWS = 512
 CHUNK_BYTES = 128 * 1024 * 1024  # larger column chunks are not read as a whole

@@ -3,7 +3,7 @@
 Reading takes a `fetch(start, stop) -> bytes`, so that the caller decides where bytes come from and counts them. The footer
 is one fetch of the file's last bytes, as many as our writer needs for the row groups announced; a row group is one fetch
 of its adjacent column chunks.
-Bytes are checked against the manifest's CRC-32 before anything interprets them, pages against their own while decoding.
+Bytes are checked against the manifest's CRC-32 before anything interprets them.
 
 Errors: `CorruptBlock` (a ValueError) names the file, the row group or "footer", and what was found.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from pipeline.manifest import DatasetManifest, PackedFile
 from pipeline.packed import HEX_DIGITS, crc32_hex, group_bounds
+from pipeline.parquet_pages import page_header
 from pipeline.storage import Storage
 
 Fetch = Callable[[int, int], bytes]
@@ -133,11 +134,45 @@ def _decode_group(entry: PackedFile, layout: Layout, footer: Footer, group: int,
         raise CorruptBlock(entry.path, group, f"{len(data)} bytes at offset {start}, expected {stop - start}")
     _check_crc32(entry, group, data)
     try:
+        tokens = _tokens(data, footer.metadata, group, start, layout)
         window = pa.PythonFile(_Window(data, start, entry.bytes), mode="r")
-        file = pq.ParquetFile(window, metadata=footer.metadata, pre_buffer=True)
-        return _block(file.read_row_group(group, columns=["tokens", "doc_lens"], use_threads=False), layout)
+        file = pq.ParquetFile(window, metadata=footer.metadata)
+        table = file.read_row_group(group, columns=["doc_lens"], use_threads=False)
+        return Block(tokens, *_lengths(table, layout))
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise CorruptBlock(entry.path, group, str(error)) from error
+
+
+def _tokens(
+    data: bytes, metadata: pq.FileMetaData, group: int, start: int, layout: Layout
+) -> NDArray[np.unsignedinteger]:
+    """[R, L] of a row group whose bytes begin at `start` of the file: each page is decompressed to where it stays.
+
+    Arrow would check each page's own CRC-32, decompress it, and copy it into an array; the row group's was checked already.
+    Raises ValueError for another layout than our writer's: no nulls, plain values, zstd.
+    """
+    column, schema = metadata.row_group(group).column(0), metadata.schema.column(0)
+    width = layout.row_tokens * layout.dtype.itemsize
+    found = (schema.name, schema.physical_type, schema.length, schema.max_definition_level, column.compression)
+    if found != ("tokens", "FIXED_LEN_BYTE_ARRAY", width, 0, "ZSTD") or column.has_dictionary_page:
+        raise ValueError(f"column 0 is {found}, expected tokens of {width} bytes a row without nulls, plain, in zstd")
+    view, source, codec = memoryview(data), pa.BufferReader(data), _zstd()
+    position, pages = column.data_page_offset - start, []
+    end = position + column.total_compressed_size
+    while position < end:
+        header, uncompressed, compressed = page_header(source, position)
+        body = view[position + header : position + header + compressed]
+        pages.append(np.frombuffer(codec.decompress(body, uncompressed), layout.dtype))
+        position += header + compressed
+    tokens = pages[0] if len(pages) == 1 else np.concatenate(pages)
+    if tokens.size != layout.group_rows * layout.row_tokens:
+        raise ValueError(f"{tokens.size} tokens, expected {layout.group_rows} rows of {layout.row_tokens}")
+    return tokens.reshape(-1, layout.row_tokens)
+
+
+@cache
+def _zstd() -> pa.Codec:
+    return pa.Codec("zstd")
 
 
 def _check_crc32(entry: PackedFile, part: int, data: bytes) -> None:
@@ -149,24 +184,17 @@ def _check_crc32(entry: PackedFile, part: int, data: bytes) -> None:
         raise CorruptBlock(entry.path, None if is_footer else part, f"CRC-32 is {found}, expected {expected}")
 
 
-def _block(table: pa.Table, layout: Layout) -> Block:
-    """Arrow columns to arrays; the tokens stay in Arrow's buffer. Raises ValueError on another shape than ours."""
+def _lengths(table: pa.Table, layout: Layout) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Document lengths of all rows, and where each row's begin. Raises ValueError on another shape than ours."""
     if len(table) != layout.group_rows:
         raise ValueError(f"{len(table)} rows, expected {layout.group_rows}")
-    wide = pa.binary(layout.row_tokens * layout.dtype.itemsize)
-    if table.schema.field("tokens").type != wide:
-        raise ValueError(f"column tokens is {table.schema.field('tokens').type}, expected {wide}")
-    tokens, lengths = table.column("tokens").combine_chunks(), table.column("doc_lens").combine_chunks()
-    if isinstance(tokens, pa.ChunkedArray):
-        tokens = tokens.chunk(0)
+    lengths = table.column("doc_lens").combine_chunks()
     if isinstance(lengths, pa.ChunkedArray):
         lengths = lengths.chunk(0)
-    if tokens.null_count or lengths.null_count or lengths.type.value_type != pa.int32():
-        raise ValueError(f"column tokens or doc_lens has nulls, or doc_lens is {lengths.type} and not list<int32>")
-    flat = np.frombuffer(tokens.buffers()[1], dtype=layout.dtype)[tokens.offset * layout.row_tokens :]
+    if lengths.null_count or lengths.type.value_type != pa.int32():
+        raise ValueError(f"column doc_lens has nulls, or is {lengths.type} and not list<int32>")
     offsets = lengths.offsets.to_numpy()
-    values = lengths.values.to_numpy()[offsets[0] : offsets[-1]]
-    return Block(flat[: len(tokens) * layout.row_tokens].reshape(-1, layout.row_tokens), values, offsets - offsets[0])
+    return lengths.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0]
 
 
 class _Window:

@@ -116,12 +116,12 @@ def packed_bytes(tokens: np.ndarray, doc_lens: list[list[int]], group: int) -> b
     """A packed Parquet file: tokens [rows, L] as fixed-size binary, checksummed pages, no statistics."""
     width = tokens.shape[1] * tokens.dtype.itemsize
     flat = pa.py_buffer(np.ascontiguousarray(tokens).tobytes())
-    table = pa.table(
-        {
-            "tokens": pa.Array.from_buffers(pa.binary(width), len(tokens), [None, flat]),
-            "doc_lens": pa.array(doc_lens, pa.list_(pa.int32())),
-        }
-    )
+    columns = [
+        pa.Array.from_buffers(pa.binary(width), len(tokens), [None, flat]),
+        pa.array(doc_lens, pa.list_(pa.int32())),
+    ]
+    fields = [pa.field("tokens", pa.binary(width), nullable=False), pa.field("doc_lens", pa.list_(pa.int32()))]
+    table = pa.Table.from_arrays(columns, schema=pa.schema(fields))
     out = io.BytesIO()
     pq.write_table(
         table,

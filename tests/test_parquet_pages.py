@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.readers.pages import page_header, page_sizes
+from pipeline.parquet_pages import page_header, page_sizes
 
 TEXTS = [("word " * (1 + number % 700)) + str(number) for number in range(3000)]
 
