@@ -42,6 +42,7 @@ class Piece(NamedTuple):
 class Row:
     pieces: list[Piece] = field(default_factory=list)
     used: int = 0
+    goes_on: bool = False  # the last piece's document does, in another row: that piece stays last, where the row ends
 
     def add(self, piece: Piece) -> None:
         self.pieces.append(piece)
@@ -153,6 +154,7 @@ class Packer:
             if piece.length > space:
                 donors[0].add(Piece(piece.document, piece.start + space, piece.length - space))
                 piece = piece._replace(length=space)
+                row.goes_on = True
             row.add(piece)
             if not donors[0].pieces:
                 donors.popleft()
@@ -172,7 +174,9 @@ class Packer:
 
 
 def _in_order(rows: list[Row]) -> list[Row]:
-    """Rows by their first token in the corpus, pieces of a row in document order: neither depends on lengths then."""
+    """Rows by their first token in the corpus, pieces of a row in document order: neither depends on lengths then. A piece that
+    was cut stays at the end of its row, or the next document would follow it without an EOS."""
     for row in rows:
-        row.pieces.sort()
+        whole = len(row.pieces) - row.goes_on
+        row.pieces[:whole] = sorted(row.pieces[:whole])
     return sorted(rows, key=lambda row: row.pieces[0])

@@ -41,6 +41,21 @@ def test_every_token_once(windows: list[list[int]], length: int, method: str, ma
     assert tokens == Counter((document, token) for document, size in documents for token in range(size))
 
 
+@settings(derandomize=True, max_examples=200, deadline=None)
+@given(LENGTHS, st.integers(1, 40), st.sampled_from(["best_fit", "concat"]), st.sampled_from([1, 3, 1 << 20]))
+def test_a_document_that_goes_on_ends_its_row(
+    windows: list[list[int]], length: int, method: str, rows_open: int
+) -> None:
+    """Or another document would follow its last token there without an EOS between them."""
+    sizes = [size for window in windows for size in window]
+    with mock.patch.object(packing, "OPEN_TOKENS", rows_open * length):
+        rows = pack(windows, length, method)
+    for row in rows:
+        goes_on = [piece.start + piece.length < sizes[piece.document] for piece in row.pieces]
+        assert not any(goes_on[:-1])
+        assert row.used == length or not goes_on[-1]
+
+
 def padding(rows: list[Row], length: int) -> int:
     return sum(length - row.used for row in rows)
 
