@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def check_cluster(config: RunConfig, stages: Sequence[str]) -> None:
         check_nodes(config, [this_machine(config)], "this machine", stages)
     elif address.startswith("http"):
         nodes = _nodes(address)
-        if not config.cluster.grows:
+        if nodes is not None and not config.cluster.grows:
             check_nodes(config, nodes, address, stages)
     elif address not in ("auto", "local"):
         answers(
@@ -83,8 +84,8 @@ def check_cluster(config: RunConfig, stages: Sequence[str]) -> None:
         )
 
 
-def _nodes(address: str) -> list[Node]:
-    """The live nodes, by Ray's state API. A job server behind a proxy may not have one: nothing is known then."""
+def _nodes(address: str) -> list[Node] | None:
+    """The live nodes, by Ray's state API; None where it answers but does not say: behind a proxy, or with a token that only Ray's client reads."""
     answers(address, "RAY_ADDRESS", "the address of a running Ray dashboard (http://head:8265), or unset it")
     headers = {"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"} if os.environ.get("RAY_AUTH_TOKEN") else {}
     request = urllib.request.Request(f"{address.rstrip('/')}/api/v0/nodes?limit=10000&detail=1", headers=headers)
@@ -92,6 +93,8 @@ def _nodes(address: str) -> list[Node]:
         with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
             found: Any = json.load(answer)
         rows = found["data"]["result"]["result"]
+    except urllib.error.HTTPError:
+        return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"RAY_ADDRESS {address}: no Ray dashboard answers there ({type(error).__name__}: {error}); correct or unset it"

@@ -1,0 +1,68 @@
+"""What the stages ask of a cluster that answers, by Ray's state API."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from jobs.on_ray.demand import Node, check_cluster, check_nodes
+from pipeline.config.load import ConfigError, load_config
+
+STAGES = ("prepare", "train")
+NODE = {"state": "ALIVE", "resources_total": {"CPU": 1.0, "memory": 8e9}}
+DEAD = {"state": "DEAD", "resources_total": {"CPU": 64.0, "GPU": 8.0, "memory": 8e9}}
+
+
+@pytest.fixture
+def answer(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
+    """A dashboard with one small node; `code` and `rows` are what it answers."""
+    said: dict[str, object] = {"code": 200, "rows": [NODE, DEAD]}
+
+    class Dashboard(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            assert self.path.startswith("/api/v0/nodes?")
+            self.send_response(int(str(said["code"])))
+            self.end_headers()
+            self.wfile.write(json.dumps({"data": {"result": {"result": said["rows"]}}}).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Dashboard)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("RAY_ADDRESS", f"http://127.0.0.1:{server.server_port}")
+    yield said
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_cluster_that_is_too_small(answer: dict[str, object]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"cluster.cpus_per_worker 1: http://127.0.0.1:\d+ has room for 1 of 2 workers"
+    ):
+        check_cluster(load_config("debug"), STAGES)
+    with pytest.raises(ConfigError, match=r"cluster.use_gpu: .* 2 workers want a GPU each, and .* has 0"):
+        check_cluster(load_config("debug", ["cluster.use_gpu=true"]), STAGES)
+    check_cluster(load_config("debug"), ["prepare"])
+    check_cluster(load_config("debug", ["cluster.grows=true"]), STAGES)
+    answer["rows"] = [NODE, NODE]
+    check_cluster(load_config("debug"), STAGES)
+
+
+def test_a_cluster_that_does_not_say(answer: dict[str, object]) -> None:
+    answer["code"] = 401
+    check_cluster(load_config("debug"), STAGES)
+
+
+def test_a_node_must_hold_a_whole_task() -> None:
+    config = load_config("debug", ["cluster.prepare_cpus=3", "cluster.prepare_memory_bytes=2GB"])
+    with pytest.raises(ConfigError, match="cluster.prepare_cpus 3: no node of here has more than 2 CPUs"):
+        check_nodes(config, [Node(2, 0, 4e9), Node(2, 0, 4e9)], "here", ["prepare"])
+    with pytest.raises(
+        ConfigError, match="cluster.prepare_memory_bytes 2,000,000,000: no node of here has more than 1,0"
+    ):
+        check_nodes(config, [Node(4, 0, 1e9)], "here", ["prepare"])
