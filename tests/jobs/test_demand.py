@@ -60,9 +60,9 @@ def test_a_cluster_that_does_not_say(answer: dict[str, object]) -> None:
 
 def test_a_node_must_hold_a_whole_task() -> None:
     config = load_config("debug", ["cluster.prepare_cpus=3", "cluster.prepare_memory_bytes=2GB"])
-    with pytest.raises(ConfigError, match="cluster.prepare_cpus 3: no node of here has more than 2 CPUs"):
+    with pytest.raises(ConfigError, match=r"cluster.prepare_cpus 3: no node of here has more than 2 CPUs"):
         check_nodes(config, [Node(2, 0, 4e9), Node(2, 0, 4e9)], "here", ["prepare"])
     with pytest.raises(
-        ConfigError, match="cluster.prepare_memory_bytes 2,000,000,000: no node of here has more than 1,0"
+        ConfigError, match=r"cluster.prepare_memory_bytes 2,000,000,000: no node of here has more than 1,0"
     ):
         check_nodes(config, [Node(4, 0, 1e9)], "here", ["prepare"])
