@@ -152,7 +152,7 @@ def _damaged_group(storage: Storage, file: HeldoutFile) -> str:
             parquet = pq.ParquetFile(handle, page_checksum_verification=True)
             for group in range(parquet.num_row_groups):
                 parquet.read_row_group(group, use_threads=False)
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, OSError, ValueError, KeyError):  # a damaged footer may name columns in no encoding
         return "" if group < 0 else f": row group {group}"
     return ""
 
