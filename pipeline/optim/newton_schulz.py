@@ -24,7 +24,7 @@ Products (`products.py` says which of them a processor has)
   slowly as fp32. `plain` multiplies in fp32 and rounds every result to bf16, as a bf16 product does, except within the
   last step, whose roundings have no later step to be torch's for. So for gradients of full rank no element is further
   than 2^-7 from `torch.optim.Muon`'s, and the result is nearer to that of exact arithmetic than torch's is. (Where
-  singular values span more than the 8 bits of bf16 neither holds for any two kernels, torch's own included.) `gram` runs
+  singular values span more than the 8 bits of bf16, torch's own kernels, with and without oneDNN, differ by more, too.) `gram` runs
   in fp32 throughout. Matrices are taken one by one, each on one thread: the bits are a function of the matrix alone.
 
 Legend: B matrices in a batch, M rows, N columns; S the short and L the long side.
