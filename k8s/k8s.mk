@@ -17,8 +17,14 @@ CHECKOV := $(VENV)/checkov/bin/checkov
 $(CHECKOV):
 	-$(PYTHON) -m venv $(VENV)/checkov && $(VENV)/checkov/bin/pip install --quiet --disable-pip-version-check checkov==3.3.30
 
-k8s-check: $(STAMP) $(CHECKOV) ## Everything about k8s/ and infra/ that can be checked without a cluster
-	PATH="$(abspath $(VENV))/bin:$(abspath $(VENV))/checkov/bin:$$PATH" \
+# Debian's, unpacked without being installed; where it cannot be had, the tests of alerts skip and say so.
+PROMTOOL := $(VENV)/promtool/usr/bin/promtool
+$(PROMTOOL):
+	-command -v promtool >/dev/null || { mkdir -p $(VENV)/promtool && cd $(VENV)/promtool && \
+	  apt-get --quiet download prometheus && dpkg --extract prometheus_*.deb . && rm prometheus_*.deb; }
+
+k8s-check: $(STAMP) $(CHECKOV) $(PROMTOOL) ## Everything about k8s/ and infra/ that can be checked without a cluster
+	PATH="$(abspath $(VENV))/bin:$(abspath $(VENV))/checkov/bin:$(abspath $(VENV))/promtool/usr/bin:$$PATH" \
 	  $(VENV)/bin/python -m pytest -m "long or not long" --override-ini addopts= -q -rs \
 	  tests/k8s tests/infra tests/workflow/test_rayjobs_template.py
 

@@ -18,13 +18,18 @@ METRICS = {
     "jobs/on_ray/gauges.py": {f"ray_{PREFIX}{name}" for stage in STAGES for name in stage.GAUGES},
     "Ray 2.60 dashboard/modules/reporter": {"ray_node_gpus_utilization"},
     "Ray 2.60 train/v2/_internal/metrics": {"ray_train_worker_group_start_total_time_s"},
-    "KubeRay 1.7.0 ray-operator/controllers/ray/metrics": {"kuberay_job_deployment_status", "kuberay_cluster_info"},
+    "KubeRay 1.7.0 ray-operator/controllers/ray/metrics": {
+        "kuberay_job_deployment_status",
+        "kuberay_job_execution_duration_seconds",
+        "kuberay_cluster_info",
+    },
     "Kueue 0.19.2 pkg/metrics": {
         "kueue_pending_workloads",
+        "kueue_admitted_active_workloads",
         "kueue_evicted_workloads_total",
         "kueue_cluster_queue_status",
     },
-    "kube-state-metrics": {"kube_pod_container_status_restarts_total"},
+    "kube-state-metrics": {"kube_pod_container_status_restarts_total", "kube_pod_info"},
     "Argo Workflows 4": {"argo_workflows_total_count"},
 }
 KNOWN = set().union(*METRICS.values())
