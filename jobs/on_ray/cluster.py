@@ -27,6 +27,7 @@ DEFAULTS = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints each line to the worker's log and once more through a logger
     "RAY_DEDUP_LOGS": "0",
 }
 OWN = {  # for a cluster of this machine alone, which has to leave its memory to training

@@ -136,7 +136,7 @@ def _write(
     tokenizer = tokenizer_files(checked_files(dataset.tokenizer, storage), config)
     ids = _role_ids(dataset.tokenizer, tokenizer)
     put("config.json", registry.pretty_json(_config_json(config, ids)))
-    put("generation_config.json", registry.pretty_json({**ids, "max_length": config.model.max_position_embeddings}))
+    put("generation_config.json", registry.pretty_json(ids))  # a max_length makes max_new_tokens warn
     for name, data in tokenizer.items():
         put(name, data)
 

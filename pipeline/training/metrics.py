@@ -149,13 +149,22 @@ def _say_left_out(what: str) -> None:
 
 
 class Pace:
-    """Tokens per second between reports, and the time left at the rate of slots: how many tokens are left, nobody knows yet."""
+    """Tokens per second between reports, and the time left at the rate of slots: how many tokens are left, nobody knows yet.
+
+    The first step of a process warms up (memory, kernels, the first reads): it says nothing about the time left.
+    """
 
     def __init__(self, tokens: int, slots: int, steps: int, total_slots: int) -> None:
         self._steps = steps
         self._total = total_slots
         self._tokens, self._slots = tokens, slots
         self._time = time.monotonic()
+        self._warm = False
+
+    def stepped(self, record: StepRecord, now: float) -> None:
+        """Tell of every step, after its `progress`: what is measured next begins at the end of the first."""
+        if not self._warm:
+            self._tokens, self._slots, self._time, self._warm = record.tokens, record.slots, now, True
 
     def progress(self, record: StepRecord, now: float, checkpoint_step: int) -> TrainProgress:
         seconds = max(now - self._time, 1e-9)
@@ -168,7 +177,7 @@ class Pace:
             tokens=record.tokens,
             tokens_per_second=rate,
             loss=record.loss,
-            eta_s=left / slot_rate if slot_rate > 0 else None,
+            eta_s=left / slot_rate if self._warm and slot_rate > 0 else None,
             learning_rate=record.learning_rate,
             gradient_norm=record.gradient_norm,
             expert_load=max(filter(math.isfinite, record.load_imbalance), default=math.nan),

@@ -182,6 +182,7 @@ class Run:
             if files and (seen.step % config.training.log_every == 0 or seen.step in (1, self.steps)):
                 files.add(seen)
                 report(pace.progress(seen, record.clock, self.checkpoints.committed_step))
+            pace.stepped(seen, record.clock)
             return seen
 
         def settle() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
+import logging
 import os
+import sys
 from collections.abc import Callable
 
 import pytest
 import ray
 
-from jobs.on_ray.cluster import connect
+from jobs.on_ray.cluster import DEFAULTS, connect
 from pipeline.config.load import load_config
 
 
@@ -53,3 +56,25 @@ def test_any_other_cluster_watches_its_nodes_and_keeps_its_runs(inherited, addre
 
 def test_a_setting_of_the_user_wins(inherited):
     assert inherited({"MALLOC_ARENA_MAX": "8"})["MALLOC_ARENA_MAX"] == "8"
+
+
+def test_a_worker_of_ray_train_prints_a_line_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A worker's `sys.stdout` is Ray's file, as it is pytest's here; with its patch, Ray Train writes there twice."""
+    from ray.train.v2._internal.logging.patch_print import patch_print_function
+
+    handler, plain = logging.StreamHandler(sys.stdout), print
+    monkeypatch.setattr(logging.getLogger(), "level", logging.INFO)
+    logging.getLogger().addHandler(handler)
+    counts = []
+    try:
+        for patched in ("1", DEFAULTS["RAY_TRAIN_ENABLE_PRINT_PATCH"]):
+            monkeypatch.setenv("RAY_TRAIN_ENABLE_PRINT_PATCH", patched)
+            monkeypatch.setattr(builtins, "print", plain)
+            patch_print_function()
+            print("train  step 1")
+            counts.append(capsys.readouterr().out.count("train  step 1"))
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert counts == [2, 1]

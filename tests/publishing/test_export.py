@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -78,7 +80,22 @@ def test_config_describes_the_network(run: PublishedRun):
     raw = json.loads((run.folder / "config.json").read_text())
     assert "auto_map" not in raw  # no remote code
     generation = GenerationConfig.from_pretrained(run.folder)
-    assert (generation.eos_token_id, generation.max_length) == (special["[EOS]"], SEQUENCE)
+    assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == ids
+
+
+def test_generate_warns_of_nothing(run: PublishedRun, loaded: torch.nn.Module, caplog: pytest.LogCaptureFixture):
+    """As the model card calls it."""
+    prompt = AutoTokenizer.from_pretrained(run.folder)(PROMPTS[0], return_tensors="pt")
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            text = loaded.generate(**prompt, max_new_tokens=2)[0]
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert len(text) > prompt["input_ids"].shape[1]
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 def test_shards_hold_every_tensor_once_within_the_limit(run: PublishedRun):

@@ -76,11 +76,26 @@ def test_lost_lines_are_named_and_the_run_goes_on(tmp_path, capsys):
 def test_pace_counts_what_is_left():
     """Tokens are labels trained on; the time left goes by slots."""
     pace = Pace(tokens=0, slots=0, steps=50, total_slots=5000)
+    pace.stepped(record(0), time.monotonic())
     progress = pace.progress(record(10), time.monotonic() + 5, checkpoint_step=8)
     assert (progress.step, progress.steps, progress.tokens, progress.loss) == (10, 50, 900, 2.0)
     assert (progress.learning_rate, progress.gradient_norm, progress.expert_load) == (0.01, 1.5, 2.0)
     assert (progress.skipped_steps, progress.spikes, progress.checkpoint_step) == (3, 2, 8)
     assert progress.eta_s * progress.tokens_per_second == pytest.approx(4000 * 0.9)
+
+
+@pytest.mark.parametrize("reported", [True, False], ids=["new run", "resumed between two reports"])
+def test_the_time_left_does_not_know_the_warm_up(reported: bool):
+    """The first step takes 100 s, each other one second."""
+    start = time.monotonic()
+    pace = Pace(tokens=0, slots=0, steps=50, total_slots=5000)
+    if reported:
+        assert pace.progress(record(1), start + 100, checkpoint_step=0).eta_s is None
+    pace.stepped(record(1), start + 100)
+    for step in range(2, 10):
+        pace.stepped(record(step), start + 99 + step)
+    progress = pace.progress(record(10), start + 109, checkpoint_step=0)
+    assert (progress.eta_s, progress.tokens_per_second) == (pytest.approx(40), pytest.approx(90))
 
 
 @pytest.mark.parametrize("loads", [(math.nan, 2.0, 1.0), (2.0, math.nan, 1.0), (1.0, 2.0, math.nan)])
