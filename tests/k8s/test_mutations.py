@@ -39,6 +39,7 @@ GITOPS = {
     "alerts on a namespace that Prometheus renames": (drop("Application/argo-workflows", "spec.source.helm.valuesObject.controller.metricsConfig.honorLabels"), "honorLabels"),
     "Kueue's metrics unseen": (drop("Application/kube-prometheus-stack", "spec.source.helm.valuesObject.prometheus.prometheusSpec.serviceMonitorSelectorNilUsesHelmValues"), "would not scrape"),
     "Argo's own containers unhardened": (drop("Application/argo-workflows", "spec.source.helm.valuesObject.executor.securityContext"), "executor.securityContext differs"),
+    "retries that wait for a dead executor": (drop("Application/argo-workflows", "spec.source.helm.valuesObject.controller.extraEnv"), "controller.extraEnv differs"),
     "templates of anybody's making": (put("Application/argo-workflows", "spec.source.helm.valuesObject.controller.workflowRestrictions.templateReferencing", "Secure"), "controller.workflowRestrictions differs"),
 }  # fmt: skip
 

@@ -9,6 +9,8 @@ from pipeline.workflow.rayjobs import Outcome
 from pipeline.workflow.rayjobs_template import STAGES, TEMPLATE_LABEL, template_name, unsafe
 from tests.k8s.manifests import Manifest, canonical, label, pod_templates, select
 
+# Infrastructure, SIGTERM, SIGKILL; and what is no verdict of the driver: nothing ran, its executor died, its node restarted.
+RETRIED = {int(Outcome.INFRASTRUCTURE), int(Outcome.DETACHED), 137, -1, 0, 255}
 PRIORITIES = ["moonlight-interactive", "moonlight-scheduled", "moonlight-release"]
 RAY_VERSION = "2.60.0"
 RUNS = {"mountPath": "/etc/moonlight/runs", "readOnly": True}
@@ -173,18 +175,13 @@ def _priorities(objects: list[Manifest]) -> Iterator[str]:
                 if name not in values:
                     yield f"{label(item)}: no WorkloadPriorityClass {name}"
     for item in select(objects, "WorkflowTemplate"):
-        stage = next((template for template in item["spec"]["templates"] if template["name"] == "stage"), {})
-        codes = set(
-            re.findall(
-                r"\d+",
-                (
-                    re.findall(r"exitCode\) in \[([^]]*)\]", stage.get("retryStrategy", {}).get("expression", ""))
-                    or [""]
-                )[0],
-            )
-        )
-        if codes != {str(int(Outcome.INFRASTRUCTURE)), str(int(Outcome.DETACHED)), "137"}:
-            yield f"{label(item)}: retries on {sorted(codes)}, not on infrastructure, SIGTERM and SIGKILL"
+        for template in item["spec"]["templates"]:
+            if "retryStrategy" not in template:
+                continue
+            listed = re.search(r"exitCode\) in \[([^]]*)\]", template["retryStrategy"].get("expression", ""))
+            codes = {int(code) for code in re.findall(r"-?\d+", listed.group(1))} if listed else set()
+            if codes != RETRIED:
+                yield f"{label(item)}: {template['name']} retries on {sorted(codes)}, not on {sorted(RETRIED)}"
 
 
 def _common(objects: list[Manifest]) -> Iterator[str]:

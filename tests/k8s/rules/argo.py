@@ -83,7 +83,7 @@ def _one(template: dict[str, Any], templates: dict[str, Any], parameters: set[st
         if retry.get("retryPolicy") != "Always" or "lastRetry" not in expression:
             yield "retryStrategy must be Always with an expression over lastRetry: a verdict on the stage is final, an evicted pod is not"
         yield from _expression(expression, known | {"lastRetry.status", "lastRetry.exitCode", "lastRetry.message"})
-    elif "container" in template:
+    elif "container" in template or "script" in template:
         yield "no retryStrategy: an evicted pod would fail the run"
 
 
