@@ -47,15 +47,22 @@ module "eks" {
   endpoint_public_access_cidrs = length(var.api_access_cidrs) > 0 ? var.api_access_cidrs : null
   enabled_log_types            = ["api", "audit", "authenticator"]
 
+  # An apply changes versions only when the inputs say so: the module would take the most recent add-ons and machine images of the day.
   addons = {
-    coredns                   = {}
-    kube-proxy                = {}
-    eks-node-monitoring-agent = {} # sees a broken GPU or EFA, which node_repair_config below acts on
-    eks-pod-identity-agent    = { before_compute = true }
-    vpc-cni = {
-      before_compute       = true
-      configuration_values = jsonencode({ enableNetworkPolicy = "true" }) # without it k8s/base/walls is only paper
-    }
+    for name, addon in {
+      coredns                   = {}
+      kube-proxy                = {}
+      eks-node-monitoring-agent = {} # sees a broken GPU or EFA, which node_repair_config below acts on
+      eks-pod-identity-agent    = { before_compute = true }
+      aws-ebs-csi-driver = { # volumes of Prometheus and Alertmanager, of the class that it makes
+        configuration_values     = jsonencode({ defaultStorageClass = { enabled = true } })
+        pod_identity_association = [{ role_arn = module.volumes_identity.iam_role_arn, service_account = "ebs-csi-controller-sa" }]
+      }
+      vpc-cni = {
+        before_compute       = true
+        configuration_values = jsonencode({ enableNetworkPolicy = "true" }) # without it k8s/base/walls is only paper
+      }
+    } : name => merge(addon, { most_recent = false, addon_version = lookup(var.addon_versions, name, null) })
   }
 
   access_entries = merge(
@@ -77,13 +84,17 @@ module "eks" {
     for pool, group in module.plan.node_groups : pool => {
       instance_types = group.instance_types
       ami_type       = group.ami_type
-      capacity_type  = group.capacity_type
-      min_size       = group.min_size
-      max_size       = group.max_size
-      desired_size   = group.desired_size
-      labels         = group.labels
-      taints         = group.taints
-      subnet_ids     = pool == "system" ? module.vpc.private_subnets : [module.vpc.private_subnets[0]]
+
+      use_latest_ami_release_version = false
+      ami_release_version            = lookup(var.ami_release_versions, pool, null)
+
+      capacity_type = group.capacity_type
+      min_size      = group.min_size
+      max_size      = group.max_size
+      desired_size  = group.desired_size
+      labels        = group.labels
+      taints        = group.taints
+      subnet_ids    = pool == "system" ? module.vpc.private_subnets : [module.vpc.private_subnets[0]]
 
       network_interfaces = group.network_interfaces
       placement          = group.placement_group == null ? null : { group_name = group.placement_group }
@@ -122,6 +133,16 @@ module "karpenter" {
   service_account               = "karpenter"
   node_iam_role_name            = "${var.name}-karpenter-node"
   node_iam_role_use_name_prefix = false
+}
+
+# For the EBS driver, add-on aws-ebs-csi-driver above, which makes the association itself.
+module "volumes_identity" {
+  source  = "terraform-aws-modules/eks-pod-identity/aws"
+  version = "2.8.1"
+
+  name                      = "${var.name}-volumes"
+  use_name_prefix           = false
+  attach_aws_ebs_csi_policy = true
 }
 
 module "bucket" {

@@ -4,6 +4,11 @@ output "cluster_name" {
   value       = module.eks.cluster_name
 }
 
+output "addon_versions" {
+  description = "What runs: copy it into addon_versions, and an apply changes no add-on until you do."
+  value       = { for name, addon in module.eks.cluster_addons : name => addon.addon_version }
+}
+
 output "image_repository" {
   description = "newName of the image in k8s/overlays."
   value       = aws_ecr_repository.image.repository_url

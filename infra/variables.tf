@@ -29,6 +29,22 @@ variable "kubernetes_version" {
   default     = "1.34"
 }
 
+variable "addon_versions" {
+  description = "Versions of EKS add-ons by name, from the output addon_versions; an add-on that is not named follows AWS's default."
+  type        = map(string)
+  default     = {}
+}
+
+variable "ami_release_versions" {
+  description = "Machine image releases by node group (system, gpu-train), e.g. 1.34.1-20260810; a group that is not named keeps what it has."
+  type        = map(string)
+  default     = {}
+  validation {
+    condition     = length(setsubtract(keys(var.ami_release_versions), ["system", "gpu-train"])) == 0
+    error_message = "ami_release_versions: the node groups are system and gpu-train."
+  }
+}
+
 variable "bucket" {
   description = "The one bucket; the same name stands in k8s/overlays and in the run's storage.root."
   type        = string

@@ -20,8 +20,8 @@ $(CHECKOV):
 # Debian's, unpacked without being installed; where it cannot be had, the tests of alerts skip and say so.
 PROMTOOL := $(VENV)/promtool/usr/bin/promtool
 $(PROMTOOL):
-	-command -v promtool >/dev/null || { mkdir -p $(VENV)/promtool && cd $(VENV)/promtool && \
-	  apt-get --quiet download prometheus && dpkg --extract prometheus_*.deb . && rm prometheus_*.deb; }
+	-{ command -v promtool && command -v amtool; } >/dev/null || { mkdir -p $(VENV)/promtool && cd $(VENV)/promtool && \
+	  apt-get --quiet download prometheus prometheus-alertmanager && for deb in *.deb; do dpkg --extract $$deb . && rm $$deb; done; }
 
 k8s-check: $(STAMP) $(CHECKOV) $(PROMTOOL) ## Everything about k8s/ and infra/ that can be checked without a cluster
 	PATH="$(abspath $(VENV))/bin:$(abspath $(VENV))/checkov/bin:$(abspath $(VENV))/promtool/usr/bin:$$PATH" \

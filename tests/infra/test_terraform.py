@@ -123,6 +123,45 @@ def test_node_group_arguments_exist() -> None:
     assert given - set(NAMES["terraform-aws-modules/eks/aws"]["eks_managed_node_groups"]) == set()
 
 
+def test_an_apply_with_the_same_inputs_changes_no_version() -> None:
+    """The pinned EKS module takes the newest image and add-ons unless told not to, and a group with another image is replaced host by host."""
+    text = (INFRA / "main.tf").read_text()
+    groups = text[text.index("eks_managed_node_groups = {") : text.index("node_security_group_additional_rules")]
+    assert re.search(r"^      use_latest_ami_release_version = false$", groups, re.M)
+    assert re.search(r"^      ami_release_version +=  ?lookup\(var\.ami_release_versions, pool, null\)$", groups, re.M)
+    addons = text[text.index("\n  addons = {") : text.index("\n  access_entries")]
+    assert "most_recent = false, addon_version = lookup(var.addon_versions, name, null)" in addons
+    assert text.count("most_recent") == 1
+    for body in modules().values():
+        assert unquoted(body["source"]).startswith(".") or re.fullmatch(r"\d+\.\d+\.\d+", unquoted(body["version"]))
+
+
+def test_machine_images_of_karpenter_are_pinned() -> None:
+    for path in (REPOSITORY / "k8s").rglob("node-class*.yaml"):
+        for term in yaml.safe_load(path.read_text())["spec"]["amiSelectorTerms"]:
+            assert re.fullmatch(r"[a-z0-9]+@v\d{8}", term["alias"]), f"{path.name}: {term}"
+
+
+@needs_terraform
+def test_pins_are_typed_and_checked(tmp_path: Path) -> None:
+    """The variables alone, in a module without providers."""
+    text = (INFRA / "variables.tf").read_text()
+    blocks = [block for block in re.findall(r"^variable .*?^}", text, re.M | re.S) if "_versions" in block]
+    assert len(blocks) == 2
+    (tmp_path / "main.tf").write_text("\n".join(blocks))
+    assert terraform("init", "-input=false", folder=tmp_path).returncode == 0
+
+    def plans(pins: dict[str, Any]) -> bool:
+        (tmp_path / "terraform.tfvars.json").write_text(json.dumps(pins))
+        return terraform("plan", "-input=false", folder=tmp_path).returncode == 0
+
+    assert plans({})
+    assert plans(
+        {"addon_versions": {"coredns": "v1.12.4-eksbuild.1"}, "ami_release_versions": {"gpu-train": "1.34.1-20260810"}}
+    )
+    assert not plans({"ami_release_versions": {"gpu_train": "1.34.1-20260810"}})
+
+
 def test_association_arguments_exist() -> None:
     text = (INFRA / "main.tf").read_text()
     block = text[text.index("\n  associations = {") :]

@@ -14,7 +14,7 @@ from tests.k8s.rules.agreement import RUNS
 PAGE = (REPOSITORY / "docs/kubernetes.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.strip().splitlines()]
 TOOLS = {"make", "kubectl", "terraform", "aws", "docker", "argocd", "argo", "ray", "python", "cp", "export"}
-NAMESPACES = {"moonlight", "moonlight-submit", "kuberay-system", "kueue-system", "argo"}
+NAMESPACES = {"moonlight", "moonlight-submit", "kuberay-system", "kueue-system", "argo", "monitoring"}
 RUN = "first"  # the run that the page starts: its objects exist once somebody did
 KINDS = {
     "rayjob": "RayJob",
@@ -31,7 +31,7 @@ KINDS = {
     "pods": "Pod",
     "workflowtemplate": "WorkflowTemplate",
 }
-VERBS = {"apply", "create", "get", "describe", "delete", "patch", "kustomize", "port-forward", "wait"}
+VERBS = {"apply", "create", "get", "describe", "delete", "patch", "kustomize", "port-forward", "wait", "logs"}
 PATHS = re.compile(r"(?<![\w/.:])((?:k8s|infra|docs|tests|pipeline)/[\w./-]*\w)")
 
 
