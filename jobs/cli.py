@@ -36,6 +36,11 @@ def parser(module: str, summary: str) -> argparse.ArgumentParser:
     return made
 
 
+def say_looking(config_name: str) -> None:
+    """The first line of a driver, before anything slow: reading storage and data, Ray and what else is heavy to import."""
+    print(f"{config_name}: looking at its run and its data", flush=True)
+
+
 def open_run(config_name: str, overrides: Sequence[str]) -> tuple[RunConfig, Storage]:
     """`locate`, with the initial weights that the run has pinned. Raises ConfigError, and StorageError for an S3 that does not answer."""
     config, storage = locate(config_name, overrides)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 
 from jobs import stages
-from jobs.cli import open_run, parser
+from jobs.cli import open_run, parser, say_looking
 from jobs.drivers.failures import HELD
+from jobs.on_ray.progress import ProgressLines, Work
 from jobs.on_ray.signals import Interrupted, raise_on_signals
 from jobs.stages.records import hold_dataset
 from pipeline.lease import Held, LeaseLost
@@ -19,6 +21,7 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> int:
     """Do one stage on the Ray cluster at RAY_ADDRESS, or on a local one. Returns the exit code."""
     given = parser(stage, stages.room(stage).SUMMARY).parse_args(arguments)
     try:
+        say_looking(given.config)
         config, storage = open_run(given.config, given.overrides)
         storage.check_writable()
         if stage == "train":
@@ -36,8 +39,9 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> int:
         check_cluster(config, [stage])
         if stage == "train":
             refuse_held(storage, config.run_id)
-        with connect(config):
+        with connect(config), ProgressLines(storage, config.run_id, show=False) as lines:
             raise_on_signals()
+            lines.work = Work(stage, since=time.time())
             stages.run(stage, config, storage)
     except (Held, LeaseLost) as error:
         print(f"{stage}: {error}", file=sys.stderr)

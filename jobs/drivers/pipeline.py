@@ -7,7 +7,7 @@ import os
 import sys
 
 from jobs import stages
-from jobs.cli import open_run
+from jobs.cli import open_run, say_looking
 from jobs.drivers.failures import HELD, StageFailure
 from jobs.on_ray.cluster import in_a_ray_job
 from jobs.on_ray.demand import check_cluster
@@ -55,10 +55,10 @@ def run(given: argparse.Namespace) -> int:
 
 def _open(given: argparse.Namespace) -> tuple[RunConfig, Storage, Records]:
     """Everything that can be wrong is found here, before anything starts. Raises ValueError with one line."""
+    say_looking(given.config)
     if in_a_ray_job():
         _refuse_relative_root(given)
     config, storage = open_run(given.config, given.overrides)
-    print(f"looking at what {config.run_id} has and at its data", flush=True)
     storage.check_writable()
     if given.only in (None, "prepare", "train"):
         config = initial.pin(config, storage)

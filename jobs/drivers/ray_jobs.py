@@ -14,6 +14,7 @@ from jobs import stages
 from jobs.commit import git_commit
 from jobs.drivers.failures import HELD, StageFailure
 from jobs.on_ray.cluster import code_environment, connect, python
+from jobs.on_ray.heartbeat import Heartbeat
 from jobs.on_ray.progress import ProgressLines, Work
 from jobs.on_ray.signals import Interrupted, raise_on_signals
 from pipeline.config.schema import RunConfig
@@ -61,7 +62,10 @@ def _run_stage_job(client: JobSubmissionClient, stage: str, config: RunConfig, s
         runtime_env=code_environment(stop_wait_s=STOP_S),
     )
     start = time.monotonic()
-    submission_id = submit_or_attach(client, job)
+    submitting = f"{stage:<9} starting its Ray job"
+    print(submitting, flush=True)
+    with Heartbeat(submitting):
+        submission_id = submit_or_attach(client, job)
     print(f"{stage:<9} job {submission_id}", flush=True)
     try:
         with ProgressLines(storage, config.run_id) as lines:
@@ -71,7 +75,8 @@ def _run_stage_job(client: JobSubmissionClient, stage: str, config: RunConfig, s
         raise StageFailure(str(error), error.exit_code if error.exit_code in (2, HELD) else 1) from error
     except Interrupted:
         print(f"{stage:<9} is asked to stop, and training to commit a checkpoint; once more leaves at once", flush=True)
-        stop(client, submission_id, patience_s=STOP_S)
+        with Heartbeat(f"{stage:<9} stopping"):
+            stop(client, submission_id, patience_s=STOP_S)
         raise
     if not stages.finished(stage, config, storage):
         raise StageFailure(f"{submission_id} SUCCEEDED, but the stage's record is not in {storage.uri()}", 1)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jobs.on_ray.heartbeat import Heartbeat
 from jobs.on_ray.local import local_cluster
 from pipeline.config.schema import RunConfig
 
@@ -43,14 +44,16 @@ OBJECT_STORE_BYTES = 200_000_000  # rows are descriptions of work and records: k
 
 @contextlib.contextmanager
 def connect(config: RunConfig, *, dashboard: bool = False, job_name: str = "") -> Iterator[str]:
-    """Initialise Ray and yield the dashboard's URL ('' without one)."""
+    """Initialise Ray, saying so, and yield the dashboard's URL ('' without one)."""
     own = not os.environ.get("RAY_ADDRESS")
+    what = "Ray       starting on this machine" if own else f"Ray       joining {os.environ['RAY_ADDRESS']}"
+    print(what, flush=True)
     for name, value in {**DEFAULTS, **(OWN if own else {})}.items():
         os.environ.setdefault(name, value)
-    import ray
-    from ray.job_config import JobConfig
+    with contextlib.ExitStack() as stack, Heartbeat(what) as heartbeat:
+        import ray
+        from ray.job_config import JobConfig
 
-    with contextlib.ExitStack() as stack:
         options: dict[str, Any] = {"log_to_driver": True, "configure_logging": True, "logging_level": "WARNING"}
         if own:
             wanted = config.cluster.cpus_per_worker * config.parallelism.world_size
@@ -62,6 +65,7 @@ def connect(config: RunConfig, *, dashboard: bool = False, job_name: str = "") -
             }
         context = ray.init(**options)
         stack.callback(ray.shutdown)
+        heartbeat.begin("")
         url = getattr(context, "dashboard_url", "") or ""
         yield url if not url or "://" in url else f"http://{url}"
 

@@ -2,7 +2,7 @@
 
 The stage writes that file from its own processes (`pipeline.workflow.record.ProgressFile`). The driver reads it from storage, in a
 thread of its own, because a driver must neither end nor stand still with a storage that is slow or away. Such trouble is said once
-until it is over.
+until it is over. While nothing changes a heartbeat says so.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import threading
 from dataclasses import dataclass
 from types import TracebackType
 
+from jobs.on_ray.heartbeat import Heartbeat
 from pipeline.storage import Storage
 from pipeline.workflow.record import StageProgress, read_progress
 
@@ -27,18 +28,23 @@ class Work:
 
 
 class ProgressLines:
-    """Prints while its `with` block runs, about `work`, which the driver sets and unsets as the stage begins and ends."""
+    """Prints while its `with` block runs, about `work`, which the driver sets and unsets as the stage begins and ends.
 
-    def __init__(self, storage: Storage, run_id: str) -> None:
-        self._storage, self._run_id = storage, run_id
+    `show=False` where the stage itself prints to the same place: then only the heartbeat.
+    """
+
+    def __init__(self, storage: Storage, run_id: str, *, show: bool = True) -> None:
+        self._storage, self._run_id, self._show = storage, run_id, show
         self._lock = threading.Lock()  # held while a line is printed: none comes after `work` has changed
         self._ended = threading.Event()
+        self._heartbeat = Heartbeat()
         self._work: Work | None = None
         self._shown = ""
         self._away = False
 
     def __enter__(self) -> ProgressLines:
         threading.Thread(target=self._run, name="progress", daemon=True).start()
+        self._heartbeat.__enter__()
         return self
 
     def __exit__(
@@ -46,6 +52,7 @@ class ProgressLines:
     ) -> None:
         self.work = None
         self._ended.set()  # not joined: it may hang in a read
+        self._heartbeat.__exit__(kind, error, trace)
 
     @property
     def work(self) -> Work | None:
@@ -56,6 +63,7 @@ class ProgressLines:
         with self._lock:
             if work != self._work:
                 self._work, self._shown = work, ""
+                self._heartbeat.begin("" if work is None else f"{work.stage:<9} starting")
 
     def _run(self) -> None:
         while not self._ended.wait(EVERY_S):
@@ -79,5 +87,7 @@ class ProgressLines:
             if progress and progress.stage == work.stage and progress.unit and progress.updated >= work.since:
                 line = progress.line()
                 if line != self._shown:
-                    print(line, flush=True)
+                    if self._show:
+                        print(line, flush=True)
                     self._shown = line
+                    self._heartbeat.begin(f"{work.stage:<9} at work, without news")

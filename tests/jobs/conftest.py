@@ -21,7 +21,7 @@ from tests.workflow.driver import filled
 from tests.workflow.fake_kubernetes import FakeKubernetes
 
 TEXT = "The moon rose late. " * 200
-LOOKING = "looking at what debug has and at its data\n"  # the first line of a driver
+LOOKING = "debug: looking at its run and its data\n"  # the first line of a driver
 
 
 @pytest.fixture

@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from tests.jobs.conftest import LOOKING
 
 HEAVY = {
     "torch",
@@ -52,6 +55,30 @@ def loaded_by(module: str) -> set[str]:
 )
 def test_loads_only_what_it_needs(module: str, needed: set[str]) -> None:
     assert loaded_by(module) == needed
+
+
+FIRST_LINE = """
+import builtins, json, runpy, sys
+def first(*said, **_):
+    builtins.print = plain
+    print(json.dumps([*said, len(sys.modules), sorted(sys.modules)]))
+    raise SystemExit(0)
+plain, builtins.print = print, first
+module, sys.argv = sys.argv[1], ["jobs", *sys.argv[2:]]
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("command", [["jobs", "run"], ["jobs.train"]], ids=["pipeline", "stage"])
+def test_the_first_line_of_a_driver_comes_before_anything_heavy(command: list[str], tmp_path: Path) -> None:
+    """Counted rather than timed: under 800 modules, none of the heavy ones, and nothing of the storage read."""
+    arguments = [*command, "--config", "debug", f"storage.root={tmp_path / 'root'}"]
+    done = subprocess.run([sys.executable, "-c", FIRST_LINE, *arguments], capture_output=True, text=True, check=True)
+    line, count, modules = json.loads(done.stdout)
+    assert f"{line}\n" == LOOKING
+    assert set(modules) & HEAVY == set()
+    assert count < 800
+    assert not (tmp_path / "root").exists()
 
 
 def test_the_driver_of_training_has_torch_but_not_the_trainer() -> None:

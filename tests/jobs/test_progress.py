@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from botocore.exceptions import EndpointConnectionError
 
 from jobs import stages
-from jobs.on_ray import progress
+from jobs.on_ray import heartbeat, progress
 from jobs.on_ray.progress import ProgressLines, Work
 from jobs.pipeline import main
 from pipeline.config.schema import StorageConfig
@@ -49,6 +50,7 @@ class Looks:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun = 0
         monkeypatch.setattr(progress, "EVERY_S", 0.002)
+        monkeypatch.setattr(heartbeat, "QUIET_S", math.inf)  # has its own tests; a busy machine waits long here
         read = progress.read_progress
 
         def counted(storage: Storage, run_id: str) -> StageProgress | None:
