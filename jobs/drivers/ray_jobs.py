@@ -17,6 +17,7 @@ from jobs.on_ray.cluster import code_environment, connect, python
 from jobs.on_ray.heartbeat import Heartbeat
 from jobs.on_ray.progress import ProgressLines, Work
 from jobs.on_ray.signals import Interrupted, raise_on_signals
+from jobs.stages import prepare
 from pipeline.config.schema import RunConfig
 from pipeline.manifest import digest_of
 from pipeline.storage import Storage
@@ -80,6 +81,8 @@ def _run_stage_job(client: JobSubmissionClient, stage: str, config: RunConfig, s
         raise
     if not stages.finished(stage, config, storage):
         raise StageFailure(f"{submission_id} SUCCEEDED, but the stage's record is not in {storage.uri()}", 1)
+    if stage == prepare.NAME and (dataset := stages.find(config, storage, "train").dataset) is not None:
+        print(prepare.outcome(dataset), flush=True)
     print(f"{stage:<9} done in {duration(time.monotonic() - start)}", flush=True)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from data_prep.formats import ROWS, SEEKING, format_of, is_compressed
 from data_prep.listing import InputFile, Listing, list_source
 from data_prep.look import look
-from data_prep.prepare import identity, prepare
+from data_prep.prepare import identity, prepare, total_counts
 from data_prep.records import PrepareProgress
 from data_prep.tokenizer_stage import check_given, find_tokenizer
 from jobs.on_ray.gauges import PREPARING, PrepareGauges
@@ -25,6 +25,7 @@ from pipeline.workflow.record import StageProgress
 NAME = "prepare"
 SUMMARY = "Tokenize and shard the corpus into a packed, checksummed dataset."
 GAUGES = PREPARING
+COPIES = ("exact_duplicate", "exact_duplicate_across_sources", "heldout_copy")  # reasons to drop a document for another
 SHORTEST_LINE = 12  # bytes of {"text":"x"}
 
 
@@ -55,7 +56,25 @@ def do(config: RunConfig, storage: Storage, records: Records, report: Callable[[
 
     gauges = PrepareGauges(config.run_id, then=report)
     dataset = prepare(config, storage, map_units=map_on_ray(config.cluster), report=gauges)
+    print(outcome(dataset), flush=True)
     hold_dataset(config, storage, _enough(config, dataset))
+
+
+def outcome(dataset: DatasetManifest) -> str:
+    """What became of the documents, in one line: duplicates and filtered and quarantined ones by reason, and the padding."""
+    counts = total_counts([source.counts for source in dataset.sources])
+    copies = {reason: count for reason, count in counts.filtered.items() if reason in COPIES}
+    filtered = {reason: count for reason, count in counts.filtered.items() if reason not in COPIES}
+    return (
+        f"{NAME:<9} {counts.docs_in:,} documents in: {counts.docs_out:,} kept, {counts.heldout:,} held out, "
+        f"{_by_reason(copies)} duplicates, {_by_reason(filtered)} filtered, {_by_reason(counts.quarantined)} quarantined; "
+        f"{dataset.tokens:,} tokens, {dataset.padding:.2%} padding"
+    )
+
+
+def _by_reason(counts: Mapping[str, int]) -> str:
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts.items()) if count)
+    return f"{sum(counts.values()):,}" + (f" ({reasons})" if reasons else "")
 
 
 def progress() -> Callable[[PrepareProgress], StageProgress]:

@@ -47,7 +47,8 @@ def test_a_local_cluster(temporary: Path) -> None:
     environment |= {"TMPDIR": str(temporary), "RAY_USAGE_STATS_ENABLED": "0"}
     command = subprocess.Popen([sys.executable, "-c", COMMAND], stdout=subprocess.PIPE, text=True, env=environment)
     assert command.stdout is not None
-    dashboard, folder, worker = command.stdout.readline().split()
+    told = next(line for line in command.stdout if not line.startswith("Ray "))  # what is being started
+    dashboard, folder, worker = told.split()
     members = {process.pid for process in keeper.members(folder)}
     assert int(worker) in members
 

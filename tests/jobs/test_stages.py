@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,20 +14,21 @@ from data_prep.prepare import identity
 from jobs import stages
 from jobs.commit import git_commit
 from jobs.stages import MissingInput, find, run
-from jobs.stages.prepare import check_supply
+from jobs.stages.prepare import check_supply, outcome
 from jobs.stages.records import Records
 from pipeline.config.load import ConfigError, load_config
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation.heldout import evaluate
 from pipeline.evaluation.result import manifest_path
 from pipeline.file_index import dataset_path
-from pipeline.manifest import DatasetManifest, TrainManifest
+from pipeline.manifest import DatasetManifest, DocumentCounts, TrainManifest
 from pipeline.publishing.export import publish
 from pipeline.storage import Storage, open_storage
 from pipeline.training.commits import train_folder
 from pipeline.training.identity import run_identity
 from pipeline.workflow.record import read_events
 from tests.evaluation.make import TEXTS, MadeRun, make_run, run_config
+from tests.jobs.conftest import Prepared
 
 
 class Living(NamedTuple):
@@ -225,3 +227,31 @@ def test_the_commit_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_real_dataset_of_a_run(prepared) -> None:  # type: ignore[no-untyped-def]
     assert find(prepared.config, open_storage(prepared.config.storage)).dataset == prepared.dataset
+
+
+def test_prepare_ends_with_what_became_of_every_document(prepared: Prepared) -> None:
+    said = outcome(prepared.dataset)
+    counts = [source.counts for source in prepared.dataset.sources]
+    found = re.findall(r"([\d,]+) (kept|held|dupl|filt|quar)", re.sub(r" \([^)]*\)", "", said))
+    numbers = {name: int(value.replace(",", "")) for value, name in found}
+    assert said.startswith(f"prepare   {sum(each.docs_in for each in counts):,} documents in: ")
+    assert sum(numbers.values()) == sum(each.docs_in for each in counts)
+    assert numbers["kept"] == sum(each.docs_out for each in counts)
+    assert numbers["held"] == sum(each.heldout for each in counts)
+    assert numbers["quar"] == sum(sum(each.quarantined.values()) for each in counts) > 0
+    for reason in {reason for each in counts for reason in each.quarantined}:
+        assert f"{reason} " in said
+    assert said.endswith(f"{prepared.dataset.tokens:,} tokens, {prepared.dataset.padding:.2%} padding")
+
+
+def test_duplicates_and_filters_are_told_by_reason(prepared: Prepared) -> None:
+    counts = DocumentCounts(
+        docs_in=1110, docs_out=1000, heldout=10, filtered={"exact_duplicate": 50, "heldout_copy": 7, "min_words": 40, "max_words": 0}, quarantined={"empty": 3},
+    )  # fmt: skip
+    assert counts.balanced()
+    source = prepared.dataset.sources[0].model_copy(update={"counts": counts})
+    said = outcome(prepared.dataset.model_copy(update={"sources": (source,)}))
+    assert (
+        "1,110 documents in: 1,000 kept, 10 held out, 57 (exact_duplicate 50, heldout_copy 7) duplicates, "
+        "40 (min_words 40) filtered, 3 (empty 3) quarantined; "
+    ) in said
