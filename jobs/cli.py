@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from jobs.on_ray.heartbeat import Heartbeat
 from pipeline.config.load import expand_path, load_config, preset_names
 from pipeline.config.schema import CorpusConfig, RunConfig
 from pipeline.reach import check_s3
@@ -36,9 +37,11 @@ def parser(module: str, summary: str) -> argparse.ArgumentParser:
     return made
 
 
-def say_looking(config_name: str) -> None:
+def looking(config_name: str) -> Heartbeat:
     """The first line of a driver, before anything slow: reading storage and data, Ray and what else is heavy to import."""
-    print(f"{config_name}: looking at its run and its data", flush=True)
+    what = f"{config_name}: looking at its run and its data"
+    print(what, flush=True)
+    return Heartbeat(what)
 
 
 def open_run(config_name: str, overrides: Sequence[str]) -> tuple[RunConfig, Storage]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 from jobs import stages
-from jobs.cli import open_run, parser, say_looking
+from jobs.cli import looking, open_run, parser
 from jobs.drivers.failures import HELD
 from jobs.on_ray.progress import ProgressLines, Work
 from jobs.on_ray.signals import Interrupted, raise_on_signals
@@ -21,22 +21,22 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> int:
     """Do one stage on the Ray cluster at RAY_ADDRESS, or on a local one. Returns the exit code."""
     given = parser(stage, stages.room(stage).SUMMARY).parse_args(arguments)
     try:
-        say_looking(given.config)
-        config, storage = open_run(given.config, given.overrides)
-        storage.check_writable()
-        if stage == "train":
-            config = initial.pin(config, storage)
-        records = stages.find(config, storage, stage)
-        if records.done(stage):
-            hold_dataset(config, storage, records.dataset)
-            stages.confirm(stage, storage, records)
-            print(f"{stage}: up to date")
-            return 0
-        stages.check([stage], config, storage, records)
-        from jobs.on_ray.cluster import connect  # here: what is done needs no Ray
-        from jobs.on_ray.demand import check_cluster
+        with looking(given.config):
+            config, storage = open_run(given.config, given.overrides)
+            storage.check_writable()
+            if stage == "train":
+                config = initial.pin(config, storage)
+            records = stages.find(config, storage, stage)
+            if records.done(stage):
+                hold_dataset(config, storage, records.dataset)
+                stages.confirm(stage, storage, records)
+                print(f"{stage}: up to date")
+                return 0
+            stages.check([stage], config, storage, records)
+            from jobs.on_ray.cluster import connect  # here: what is done needs no Ray
+            from jobs.on_ray.demand import check_cluster
 
-        check_cluster(config, [stage])
+            check_cluster(config, [stage])
         if stage == "train":
             refuse_held(storage, config.run_id)
         with connect(config), ProgressLines(storage, config.run_id, show=False) as lines:

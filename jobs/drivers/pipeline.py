@@ -7,7 +7,7 @@ import os
 import sys
 
 from jobs import stages
-from jobs.cli import open_run, say_looking
+from jobs.cli import looking, open_run
 from jobs.drivers.failures import HELD, StageFailure
 from jobs.on_ray.cluster import in_a_ray_job
 from jobs.on_ray.demand import check_cluster
@@ -24,7 +24,8 @@ from pipeline.training import initial
 def run(given: argparse.Namespace) -> int:
     """Run what is wanted and not done. Returns the exit code."""
     try:
-        config, storage, records = _open(given)
+        with looking(given.config):
+            config, storage, records = _open(given)
         if given.backend == "kuberay":
             from jobs.drivers.kuberay import run_on_kuberay
 
@@ -55,7 +56,6 @@ def run(given: argparse.Namespace) -> int:
 
 def _open(given: argparse.Namespace) -> tuple[RunConfig, Storage, Records]:
     """Everything that can be wrong is found here, before anything starts. Raises ValueError with one line."""
-    say_looking(given.config)
     if in_a_ray_job():
         _refuse_relative_root(given)
     config, storage = open_run(given.config, given.overrides)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import ray
 import yaml
 
 from data_prep.prepare import prepare
+from jobs.on_ray import heartbeat
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
 from pipeline.manifest import DatasetManifest
@@ -22,6 +24,12 @@ from tests.workflow.fake_kubernetes import FakeKubernetes
 
 TEXT = "The moon rose late. " * 200
 LOOKING = "debug: looking at its run and its data\n"  # the first line of a driver
+
+
+@pytest.fixture(autouse=True)
+def no_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has its own tests; on a busy machine anything may take ten seconds."""
+    monkeypatch.setattr(heartbeat, "QUIET_S", math.inf)
 
 
 @pytest.fixture

@@ -17,6 +17,12 @@ from pipeline.workflow.record import ProgressFile, StageProgress
 from tests.workflow.driver import until
 
 
+@pytest.fixture(autouse=True)
+def ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`conftest.no_heartbeat` has set it for all others."""
+    monkeypatch.setattr(heartbeat, "QUIET_S", 10.0)
+
+
 class Clock:
     def __init__(self) -> None:
         self.now = 1000.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import pytest
 from botocore.exceptions import EndpointConnectionError
 
 from jobs import stages
-from jobs.on_ray import heartbeat, progress
+from jobs.on_ray import progress
 from jobs.on_ray.progress import ProgressLines, Work
 from jobs.pipeline import main
 from pipeline.config.schema import StorageConfig
@@ -50,7 +49,6 @@ class Looks:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun = 0
         monkeypatch.setattr(progress, "EVERY_S", 0.002)
-        monkeypatch.setattr(heartbeat, "QUIET_S", math.inf)  # has its own tests; a busy machine waits long here
         read = progress.read_progress
 
         def counted(storage: Storage, run_id: str) -> StageProgress | None:
