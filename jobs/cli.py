@@ -11,12 +11,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.on_ray.heartbeat import Heartbeat
 from pipeline.config.load import expand_path, load_config, preset_names
 from pipeline.config.schema import CorpusConfig, RunConfig
 from pipeline.reach import check_s3
 from pipeline.storage import Storage, open_storage
 from pipeline.training import initial
+from pipeline.workflow.heartbeat import Heartbeat
 
 
 def program(module: str) -> str:

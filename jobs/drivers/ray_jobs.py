@@ -14,7 +14,6 @@ from jobs import stages
 from jobs.commit import git_commit
 from jobs.drivers.failures import HELD, StageFailure
 from jobs.on_ray.cluster import code_environment, connect, python
-from jobs.on_ray.heartbeat import Heartbeat
 from jobs.on_ray.progress import ProgressLines, Work
 from jobs.on_ray.signals import Interrupted, raise_on_signals
 from jobs.stages import prepare
@@ -22,6 +21,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.manifest import digest_of
 from pipeline.storage import Storage
 from pipeline.training.commits import refuse_held
+from pipeline.workflow.heartbeat import Heartbeat
 from pipeline.workflow.ray_jobs import StageJob, StageJobFailed, follow, stop, submit_or_attach
 from pipeline.workflow.record import duration
 

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs.on_ray.heartbeat import Heartbeat
 from jobs.on_ray.local import local_cluster
 from pipeline.config.schema import RunConfig
+from pipeline.workflow.heartbeat import Heartbeat
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEFAULTS = {

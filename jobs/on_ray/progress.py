@@ -12,8 +12,8 @@ import threading
 from dataclasses import dataclass
 from types import TracebackType
 
-from jobs.on_ray.heartbeat import Heartbeat
 from pipeline.storage import Storage
+from pipeline.workflow.heartbeat import Heartbeat
 from pipeline.workflow.record import StageProgress, read_progress
 
 EVERY_S = 5.0

@@ -7,13 +7,12 @@ from pipeline.config.schema import RunConfig
 from pipeline.manifest import EvaluationManifest
 from pipeline.publishing import registry
 from pipeline.storage import Storage
+from pipeline.workflow.heartbeat import Heartbeat
 from pipeline.workflow.record import duration, read_events, stage_seconds
 
 
 def print_summary(config: RunConfig, storage: Storage, records: Records, config_name: str) -> None:
     """Write the run's report and print the summary. All stages must be done."""
-    from pipeline.evaluation.report import write_report  # counts the network's parameters, hence torch
-
     dataset, train, evaluation, model = records.dataset, records.train, records.evaluation, records.model
     checkpoint = records.checkpoint
     assert dataset is not None
@@ -22,7 +21,10 @@ def print_summary(config: RunConfig, storage: Storage, records: Records, config_
     assert evaluation is not None
     assert model is not None
     seconds = stage_seconds(read_events(storage, config.run_id))
-    report = write_report(config, dataset, train, checkpoint, evaluation, model, storage, stage_seconds=seconds)
+    with Heartbeat("writing the report"):
+        from pipeline.evaluation.report import write_report  # counts the network's parameters, hence torch
+
+        report = write_report(config, dataset, train, checkpoint, evaluation, model, storage, stage_seconds=seconds)
     folder = storage.uri(registry.folder(model.name, model.version))
     below = evaluation.unigram_entropy - evaluation.overall.loss
     lines = [

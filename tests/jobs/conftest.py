@@ -14,11 +14,11 @@ import ray
 import yaml
 
 from data_prep.prepare import prepare
-from jobs.on_ray import heartbeat
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
 from pipeline.manifest import DatasetManifest
 from pipeline.storage import Storage, open_storage
+from pipeline.workflow import heartbeat
 from tests.workflow.driver import filled
 from tests.workflow.fake_kubernetes import FakeKubernetes
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from jobs.on_ray import heartbeat, progress
-from jobs.on_ray.heartbeat import Heartbeat
+from jobs.on_ray import progress
 from jobs.on_ray.progress import ProgressLines, Work
 from pipeline.config.schema import StorageConfig
 from pipeline.storage import Storage, open_storage
+from pipeline.workflow import heartbeat
+from pipeline.workflow.heartbeat import Heartbeat
 from pipeline.workflow.record import ProgressFile, StageProgress
 from tests.workflow.driver import until
 
