@@ -8,6 +8,7 @@ import numpy as np
 
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
+from pipeline.file_index import dataset_path
 from pipeline.manifest import CheckpointManifest, DatasetManifest, TrainManifest
 from pipeline.storage import Storage
 from pipeline.training.metrics import TrainProgress
@@ -69,7 +70,9 @@ def tiny_dataset(storage: Storage, rows: int = 64) -> DatasetManifest:
         sources.append([write_packed(storage, f"datasets/tiny/packed/s{s}.parquet", tokens, doc_lens, 4)])
     found = manifest(sources, SEQUENCE, 4, "uint16", storage)
     tokenizer = found.tokenizer.model_copy(update={"vocab_size": VOCABULARY, "eos_id": EOS})
-    return found.model_copy(update={"tokenizer": tokenizer})
+    found = found.model_copy(update={"tokenizer": tokenizer})
+    storage.write(dataset_path(found.identity), found.to_json())  # where workers on Ray read it
+    return found
 
 
 class Watched:
