@@ -212,7 +212,7 @@ def test_without_tasks_every_digest_is_what_it_was_before_there_were_any(run: Pu
     }
     assert identity(made.config, made.dataset, made.checkpoint) == digest_of(expected)
     assert result.digest == digest_of(result.model_dump(mode="json", exclude={"harness", "tasks"}))
-    names = {"sequence_length", "max_tokens_per_source", "batch", "checkpoint"}
+    names = {"sequence_length", "max_tokens_per_source", "checkpoint"}
     assert published_config(made.config)["evaluation"].keys() == names
     assert published_config(config)["evaluation"].keys() == names | {"tasks", "few_shot", "task_limit"}
 

@@ -46,9 +46,10 @@ def test_on_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str], ray_running:
     assert damaged.startswith(f"verify: DAMAGED {part}: ")
     assert result == "verify: checkpoint of step 50 is NOT sound"
     part.unlink()
-    (part.parent / "manifest.json").write_bytes(b"{")
+    manifest = part.parents[1] / "manifest.json"
+    manifest.write_bytes(b"{")
     assert verify.main([*arguments, "--checkpoints"]) == 1
-    assert f"{part.parent / 'manifest.json'}: not a sound CheckpointManifest" in capsys.readouterr().out
+    assert f"{manifest}: not a sound CheckpointManifest" in capsys.readouterr().out
 
     flip(run.folder / "config.json")
     assert verify.main([*arguments, "--models"]) == 1

@@ -88,7 +88,7 @@ def test_selective(moe: bool) -> None:
         block(x, layout)
     if moe:
         rows = block._to_experts(x, layout, False)[1]
-        kept += sum(t.nbytes for t in (rows.x_MD, rows.weights_NK, rows.order_M, rows.inverse_M))
+        kept += sum(t.nbytes for t in (rows.x_MD, rows.weights_NK, rows.order_M, rows.inverse_NK))
     expected = block_bytes(MODEL, moe=moe, checkpointing="selective", itemsize=FP32)
     assert kept / S + x.nbytes / S + HEADS * FP32 == pytest.approx(expected, rel=1e-3)
 

@@ -55,12 +55,15 @@ def tiny(root: str, *, steps: int = 4, **overrides: Any) -> RunConfig:
     return validate(values)
 
 
-def tiny_dataset(storage: Storage, rows: int = 64) -> DatasetManifest:
-    """Two sources of packed documents with a pattern to learn: each token is the one before plus the document's stride."""
+def tiny_dataset(storage: Storage, rows: int = 64, *, padding: bool = True) -> DatasetManifest:
+    """Two sources of packed documents with a pattern to learn: each token is the one before plus the document's stride.
+    Without `padding` the last document of a row fills it."""
     sources = []
     for s in range(2):
         rng = np.random.default_rng(s)
         doc_lens = [documents(rng, SEQUENCE) for _ in range(rows)]
+        if not padding:
+            doc_lens = [[*lengths[:-1], SEQUENCE - sum(lengths[:-1])] for lengths in doc_lens]
         tokens = np.full((rows, SEQUENCE), EOS, dtype=np.uint16)
         for row, lengths in enumerate(doc_lens):
             at = 0
