@@ -59,8 +59,8 @@ class Held(RuntimeError):
     def __str__(self) -> str:
         record, wait = self.record, self.record.beat_s * BEATS_UNTIL_DEAD
         return (
-            f"{self.what} is being written by {record.who}, since {record.since} (holder {record.number}); wait for it or stop it: "
-            f"{wait:.0f} s after its last sign of life the same command takes over"
+            f"{self.what} is being written by {record.who}, since {record.since} (holder {record.number}); wait for it, stop it, or take "
+            f"over with `release`; {wait:.0f} s after its last sign of life the same command takes over"
         )
 
 
