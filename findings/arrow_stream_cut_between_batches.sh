@@ -8,7 +8,7 @@
 set -euo pipefail
 folder=$(mktemp -d); trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"; "$folder/venv/bin/pip" -q install pyarrow==26.0.1
-"$folder/venv/bin/python" - <<'PYTHON'
+"$folder/venv/bin/python" - <<'PYTHON' || { echo "not as it was seen: the behaviour has changed" >&2; exit 1; }
 import io
 import pyarrow as pa
 

@@ -11,7 +11,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install --quiet --disable-pip-version-check gigatoken==0.10.0 fastokens==0.3.5 tokenizers==0.23.3
-"$folder/venv/bin/python" - <<'EOF'
+"$folder/venv/bin/python" - <<'EOF' || { echo "not as it was seen: the behaviour has changed" >&2; exit 1; }
 import json
 
 import fastokens

@@ -13,7 +13,7 @@ trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install --quiet --disable-pip-version-check transformers==5.23.0 tokenizers==0.23.3
 cd "$folder"
-HF_HUB_OFFLINE=1 "$folder/venv/bin/python" - <<'EOF'
+HF_HUB_OFFLINE=1 "$folder/venv/bin/python" - <<'EOF' || { echo "not as it was seen: the behaviour has changed" >&2; exit 1; }
 import json
 import pathlib
 
