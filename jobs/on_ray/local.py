@@ -1,7 +1,7 @@
 """A Ray of this machine alone, for the length of one command.
 
 It listens on the loopback address only and asks for a token that only this user can read, so nobody on the network, and nobody
-else on the machine, can run code in it. Its ports are free ones: any number of local clusters run side by side. A keeper
+else on the machine, can run code in it. Its ports are whatever is free: any number of local clusters run side by side. A keeper
 (keeper.py) ends it with the command, also when that is killed; what a killed keeper left is ended by the next command.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
@@ -39,14 +38,13 @@ def local_cluster(cpus: int, object_store_bytes: int, *, dashboard: bool) -> Ite
     Path(folder, OWNER).write_text(_identity(psutil.Process()))
     _write_token(Path(folder, TOKEN))
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(Path(folder, TOKEN))}
-    ports = _free_ports(3)
     arguments = [
         "--node-ip-address=127.0.0.1",
-        f"--port={ports[0]}",
-        f"--dashboard-agent-listen-port={ports[1]}",
+        "--port=0",  # whoever listens chooses a free one: a port that was free a moment ago may be taken by Ray's other processes
+        "--dashboard-agent-listen-port=0",
         f"--include-dashboard={'true' if dashboard else 'false'}",
         "--dashboard-host=127.0.0.1",
-        f"--dashboard-port={ports[2]}",
+        "--dashboard-port=0",
         f"--num-cpus={cpus}",
         f"--object-store-memory={object_store_bytes}",
         "--disable-usage-stats",
@@ -135,15 +133,6 @@ def _write_token(path: Path) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(_token)
-
-
-def _free_ports(count: int) -> list[int]:
-    """Different ones; nobody else may take them between here and Ray's start but by a rare chance, which Ray reports."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
 
 
 def _with_this_code() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -66,6 +67,11 @@ def test_a_local_cluster(temporary: Path) -> None:
     token = {"Authorization": f"Bearer {Path(folder, TOKEN).read_text()}"}
     with urllib.request.urlopen(urllib.request.Request(f"{dashboard}/api/jobs/", headers=token), timeout=60) as answer:
         assert answer.status == 200
+
+    # The agent takes jobs, on whatever port it found.
+    submission = urllib.request.Request(f"{dashboard}/api/jobs/", json.dumps({"entrypoint": "true"}).encode(), token)
+    with urllib.request.urlopen(submission, timeout=60) as answer:
+        assert json.load(answer)["submission_id"]
 
     command.send_signal(signal.SIGKILL)
     command.wait()
