@@ -20,7 +20,7 @@ address() { # of a cluster that lives for a moment
         --include-dashboard=false --num-cpus=1 --object-store-memory=100000000 --temp-dir="$temporary" >"$folder/log" 2>&1 ||
         { cat "$folder/log" >&2; exit 1; }
     cut -d: -f1 "$temporary/ray_current_cluster"
-    pkill -f "$temporary" || true
+    pkill -9 -f "$temporary" || true
     sleep 3
     rm -rf "$temporary"
 }
