@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs.on_ray.local import local_cluster
+from jobs.on_ray.local import local_cluster, with_this_code
 from pipeline.config.schema import RunConfig
 from pipeline.workflow.heartbeat import Heartbeat
 
@@ -90,8 +90,7 @@ def code_environment(*, stop_wait_s: int = 0) -> dict[str, Any]:
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith("http") and "127.0.0.1" not in address and "localhost" not in address:
         return {"working_dir": str(REPOSITORY), "excludes": [".git", ".venv", "runs"], "env_vars": env_vars}
-    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {"env_vars": {**env_vars, "PYTHONPATH": path}}
+    return {"env_vars": {**env_vars, "PYTHONPATH": with_this_code()}}
 
 
 # Not credentials: a job's runtime environment is shown on the dashboard. Nodes bring their own.

@@ -31,9 +31,7 @@ def main(folder: str, arguments: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the pipe says when to end
     os.environ[MARK] = folder
-    os.environ["RAY_START_HOOK"] = (
-        f"{__name__ if __name__ != '__main__' else 'jobs.on_ray.keeper'}.without_client_server"
-    )
+    os.environ["RAY_START_HOOK"] = "jobs.on_ray.keeper.without_client_server"
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--temp-dir", folder, *arguments]
     try:
         started = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)

@@ -68,7 +68,7 @@ def _keep(folder: str, arguments: list[str]) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, keeper.MARK: folder, "PYTHONPATH": _with_this_code()},
+        env={**os.environ, keeper.MARK: folder, "PYTHONPATH": with_this_code()},
     )
 
 
@@ -135,7 +135,8 @@ def _write_token(path: Path) -> None:
         file.write(_token)
 
 
-def _with_this_code() -> str:
+def with_this_code() -> str:
+    """PYTHONPATH of a process that is to find this code first."""
     return os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
