@@ -1,0 +1,69 @@
+"""Settings of the training job: meshes, steps, spikes, checkpoints."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config.section import Section
+from pipeline.config.values import Count, Location, NonNegativeFloat, PositiveFloat, PositiveInt
+
+
+class ParallelismConfig(Section):
+    """Meshes: dense parameters on (replicate, shard); experts on (replicate, efsdp, ep) with efsdp * ep = shard."""
+
+    replicate: Count = 1
+    shard: Count = 1
+    ep: Count = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.replicate * self.shard
+
+    @property
+    def efsdp(self) -> int:
+        return self.shard // self.ep
+
+    @model_validator(mode="after")
+    def _ep_divides_shard(self) -> ParallelismConfig:
+        if self.shard % self.ep:
+            raise ValueError(
+                f"ep {self.ep} must divide shard {self.shard}: experts live on (efsdp, ep) with efsdp * ep = shard"
+            )
+        return self
+
+
+class SpikeConfig(Section):
+    """A finite loss or gradient norm far above the run's own (training/spikes.py)."""
+
+    action: Literal["count", "skip"] = "count"  # skip: such a step changes nothing, like one that is not finite
+    deviations: PositiveFloat = 10.0  # above the running mean, in running standard deviations
+    horizon_steps: Annotated[int, Field(ge=10)] = 200  # of the running mean; as many steps are not judged at first
+    stop_after: PositiveInt = 20  # spikes in a row end the run
+
+
+class TrainingConfig(Section):
+    sequence_length: PositiveInt = 8192  # tokens; divides data.sequence_length
+    micro_batch: Count = 1  # sequences per rank and forward pass
+    compute_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    compile: bool = False  # torch.compile per block
+    reshard_after_forward: bool = True
+    document_mask: bool = False  # attention stays inside a document of a packed row
+    aux_loss_weight: NonNegativeFloat = 1e-4  # sequence-wise balance loss
+    initial_weights: Location | None = (
+        None  # a Hugging Face folder, promoted or promoted-or-fresh (training/initial.py)
+    )
+    skip_sequences: tuple[tuple[int, int], ...] = ()  # ranges [from, to) of global positions left out
+    max_skipped_steps: PositiveInt = 10  # non-finite steps in a row before the run stops
+    spikes: SpikeConfig = SpikeConfig()
+    step_timeout_s: PositiveFloat = 1800.0  # heartbeat watchdog
+    log_every: Count = 10  # steps
+
+
+class CheckpointConfig(Section):
+    every_steps: PositiveInt = 1000
+    keep: Count = 3  # newest checkpoints kept; the last one of a run is never deleted
+    keep_every: PositiveInt | None = None  # those of steps that are multiples of it are kept as well
+    async_save: bool = True
