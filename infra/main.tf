@@ -67,6 +67,8 @@ module "eks" {
 
   access_entries = merge(
     { for index, arn in var.researcher_role_arns : "researchers-${index}" => { principal_arn = arn, kubernetes_groups = ["moonlight-researchers"] } },
+    { for index, arn in var.ci_role_arns : "ci-${index}" => { principal_arn = arn, kubernetes_groups = ["moonlight-ci"] } },
+    { for index, arn in var.operator_role_arns : "operators-${index}" => { principal_arn = arn, kubernetes_groups = ["moonlight-operators"] } },
     {
       for index, arn in var.admin_role_arns : "admins-${index}" => {
         principal_arn = arn

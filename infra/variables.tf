@@ -84,6 +84,18 @@ variable "researcher_role_arns" {
   default     = []
 }
 
+variable "ci_role_arns" {
+  description = "IAM roles whose holders are moonlight-ci in Kubernetes: they start runs at the lowest priority and look."
+  type        = list(string)
+  default     = []
+}
+
+variable "operator_role_arns" {
+  description = "IAM roles whose holders are moonlight-operators in Kubernetes: who is called at night (k8s/base/rbac-operators.yaml)."
+  type        = list(string)
+  default     = []
+}
+
 variable "admin_role_arns" {
   description = "IAM roles with cluster administration. Whoever applies this gets in only as one of them."
   type        = list(string)

@@ -33,6 +33,7 @@ QUEUE_ANNOTATION = f"{DOMAIN}/queue"
 OVERRIDES_ANNOTATION = (
     f"{DOMAIN}/overrides"  # section.key=value ... that the stage's hardware needs, after the run's own
 )
+MAX_WORKERS_ANNOTATION = f"{DOMAIN}/max-workers"  # the largest gang that the admission policy takes
 ARGUMENTS_ANNOTATION = f"{DOMAIN}/arguments"  # on a job: what it was asked for
 QUEUE_LABEL, PRIORITY_LABEL = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 ELASTIC_ANNOTATION = "kueue.x-k8s.io/elastic-job"
@@ -109,6 +110,7 @@ def instantiate(
     spec.pop("suspend", None)
     annotations = dict(template["metadata"].get("annotations", {}))
     overrides = shlex.split(annotations.pop(OVERRIDES_ANNOTATION, ""))
+    most = int(annotations.pop(MAX_WORKERS_ANNOTATION, 0))
     spec["entrypoint"] = " ".join([spec["entrypoint"], shlex.join([*arguments, *overrides])]).strip()
     job_metadata = {
         "job_name": f"{config.run_id}: {stage}",
@@ -121,7 +123,7 @@ def instantiate(
         if container["name"] == LOGS_CONTAINER:
             container["args"] = ["--name", job_name(config.run_id, stage, attempt), *arguments]
     if stage == "train":
-        size_workers(spec["rayClusterSpec"], config)
+        size_workers(spec["rayClusterSpec"], config, most)
     labels = dict(template["metadata"].get("labels", {}))
     labels.pop(TEMPLATE_LABEL, None)
     labels |= {
@@ -149,11 +151,11 @@ def instantiate(
     return {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": metadata, "spec": spec}
 
 
-def size_workers(cluster: dict[str, Any], config: RunConfig) -> None:
+def size_workers(cluster: dict[str, Any], config: RunConfig, most: int = 0) -> None:
     """Set the training gang's pods to world size / ranks of a pod, in place.
 
     Ranks of a pod: its GPUs, or with `cluster.use_gpu: false` its CPUs / cpus_per_worker. Raises ValueError if the world
-    does not fill whole pods or the pod cannot hold a rank.
+    does not fill whole pods, the pod cannot hold a rank, or more than `most` pods would be needed (0: any number).
     """
     group = cluster["workerGroupSpecs"][0]
     limits = group["template"]["spec"]["containers"][0].get("resources", {}).get("limits", {})
@@ -174,7 +176,13 @@ def size_workers(cluster: dict[str, Any], config: RunConfig) -> None:
         raise ValueError(
             f"parallelism: {world} ranks do not fill whole workers of {ranks} ranks; change replicate or shard"
         )
-    group["replicas"] = group["minReplicas"] = group["maxReplicas"] = world // ranks
+    pods = world // ranks
+    if most and pods > most:
+        raise ValueError(
+            f"parallelism: {world} ranks need {pods} workers, {template_name('train')} allows {most} ({MAX_WORKERS_ANNOTATION}); "
+            "lower replicate or shard, or have the template changed"
+        )
+    group["replicas"] = group["minReplicas"] = group["maxReplicas"] = pods
 
 
 def attempt_of(job: RayJob) -> int:

@@ -170,7 +170,7 @@ MUTATIONS: dict[str, Mutation] = {
     "driver that may edit templates": Mutation(put("Role/moonlight/driver", "rules.0.verbs", ["get", "list", "watch", "create", "delete", "update"]), "protects the templates"),
     "driver that cannot watch": Mutation(put("Role/moonlight/driver", "rules.0.verbs", ["get", "list", "create", "delete"]), "calls watch"),
     "driver that cannot see why a job waits": Mutation(drop("Role/moonlight/driver", "rules.2"), "calls list on workloads"),
-    "researchers who may write any ConfigMap": Mutation(drop("Role/moonlight/researcher", "rules.5.resourceNames"), "any ConfigMap"),
+    "researchers who may write any ConfigMap": Mutation(drop("Role/moonlight/researcher", "rules.0.resourceNames"), "any ConfigMap"),
     "wildcard rights": Mutation(put("Role/moonlight/researcher", "rules.0.verbs", ["*"]), "wildcard"),
     "binding of a role that is gone": Mutation(remove("Role", "workflow-executor"), "no Role"),
     "unrestricted namespace": Mutation(put("Namespace/moonlight", "metadata.labels.pod-security\\.kubernetes\\.io/enforce", "baseline"), "pod security"),

@@ -31,7 +31,7 @@ KINDS = {
     "pods": "Pod",
     "workflowtemplate": "WorkflowTemplate",
 }
-VERBS = {"apply", "create", "get", "describe", "delete", "patch", "kustomize", "port-forward", "wait", "logs"}
+VERBS = {"auth", "apply", "create", "get", "describe", "delete", "patch", "kustomize", "port-forward", "wait", "logs"}
 PATHS = re.compile(r"(?<![\w/.:])((?:k8s|infra|docs|tests|pipeline)/[\w./-]*\w)")
 
 

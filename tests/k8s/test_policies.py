@@ -7,32 +7,23 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.load import load_config
-from pipeline.config.schema import ParallelismConfig
-from pipeline.workflow.rayjobs_template import STAGES, instantiate
+from pipeline.workflow.rayjobs_template import STAGES
 from tests.k8s.manifests import Manifest, find, needs_kubectl, render
-from tests.k8s.rules.policies import KUBERAY, denials
+from tests.k8s.people import DRIVER, KUEUE, head, job, worker
+from tests.k8s.rbac import User
+from tests.k8s.rules.policies import KUBERAY, denials, person
 
 pytestmark = needs_kubectl
-CONFIG = load_config("debug")
-CONFIG = CONFIG.model_copy(
-    update={"cluster": CONFIG.cluster.model_copy(update={"use_gpu": True}), "parallelism": ParallelismConfig(shard=8)}
-)
-
-
-def job(stage: str, overlay: str = "prod") -> Manifest:
-    template = find(render(f"k8s/overlays/{overlay}"), "RayJob", f"template-{stage}")
-    return instantiate(template, CONFIG, stage, 1, ["--config", "debug"], priority="moonlight-interactive")
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_drivers_job_is_admitted_and_may_be_unsuspended_by_kueue(stage: str) -> None:
     objects = render("k8s/overlays/prod")
     created = job(stage)
-    assert denials(objects, created) == []
+    assert denials(objects, created, user=DRIVER) == []
     created["spec"]["suspend"] = False
-    assert denials(objects, created, operation="UPDATE") == []
-    assert denials(objects, created, operation="DELETE") == []
+    assert denials(objects, created, operation="UPDATE", user=KUEUE) == []
+    assert denials(objects, created, operation="DELETE", user=DRIVER) == []
 
 
 BAD: dict[str, tuple[Callable[[Manifest], Any], str]] = {
@@ -58,19 +49,11 @@ BAD: dict[str, tuple[Callable[[Manifest], Any], str]] = {
     "host pid on the head": (lambda j: head(j).update(hostPID=True), "no host namespaces"),
     "host path": (lambda j: worker(j)["volumes"].append({"name": "x", "hostPath": {"path": "/"}}), "no hostPath"),
     "privileged": (lambda j: worker(j)["containers"][0]["securityContext"].update(privileged=True), "no privileged"),
-    "another identity": (lambda j: worker(j).update(serviceAccountName="driver"), "service account of a stage"),
-    "default identity": (lambda j: head(j).pop("serviceAccountName"), "service account of a stage"),
+    "another identity": (lambda j: worker(j).update(serviceAccountName="driver"), "service account of their stage"),
+    "default identity": (lambda j: head(j).pop("serviceAccountName"), "service account of their stage"),
     "image by tag": (lambda j: worker(j)["containers"][0].update(image="moonlight-pipeline:latest"), "by digest"),
     "init container by tag": (lambda j: worker(j).update(initContainers=[{"name": "x", "image": "busybox"}]), "init containers must be given by digest"),
 }  # fmt: skip
-
-
-def head(manifest: Manifest) -> dict[str, Any]:
-    return manifest["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
-
-
-def worker(manifest: Manifest) -> dict[str, Any]:
-    return manifest["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -87,29 +70,27 @@ def test_a_job_older_than_the_policies_can_be_deleted() -> None:
     old = job("publish")
     head(old)["containers"][0]["image"] = "moonlight-pipeline:latest"
     old["spec"].pop("activeDeadlineSeconds")
-    assert len(denials(render("k8s/overlays/prod"), old, operation="UPDATE")) == 2
+    assert len(denials(render("k8s/overlays/prod"), old, operation="UPDATE")) == 3
     old["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
     assert denials(render("k8s/overlays/prod"), old, operation="UPDATE") == []
 
 
 def test_kind_takes_images_by_tag() -> None:
-    template = find(render("k8s/overlays/kind"), "RayJob", "template-publish")
-    created = instantiate(template, CONFIG, "publish", 1, [], priority="moonlight-interactive")
-    assert denials(render("k8s/overlays/kind"), created) == []
+    assert denials(render("k8s/overlays/kind"), job("publish", "kind"), user=DRIVER) == []
 
 
 @pytest.mark.parametrize("operation", ["CREATE", "UPDATE", "DELETE"])
 def test_templates_are_changed_only_by_those_who_may_update_rayjobs(operation: str) -> None:
     objects = render("k8s/overlays/prod")
     template = find(objects, "RayJob", "template-train")
-    assert denials(objects, template, operation=operation, rights={"update rayjobs"}) == []
+    assert denials(objects, template, operation=operation, user=person("update rayjobs")) == []
     assert any(
         "through Git" in denial
-        for denial in denials(objects, template, operation=operation, rights={"create rayjobs", "delete rayjobs"})
+        for denial in denials(objects, template, operation=operation, user=person("create rayjobs", "delete rayjobs"))
     )
     assert (
         denials(
-            objects, template, operation="DELETE", username="system:serviceaccount:kube-system:namespace-controller"
+            objects, template, operation="DELETE", user=User("system:serviceaccount:kube-system:namespace-controller")
         )
         == []
     )
@@ -124,9 +105,9 @@ def test_clusters_of_the_job_workspace_are_kuberays() -> None:
         "metadata": {"name": "x", "namespace": "moonlight"},
         "spec": spec,
     }
-    assert denials(objects, cluster, rights=KUBERAY) == []
-    everything_else = {f"{verb} rayjobs" for verb in ("create", "update", "delete")} | {"create rayclusters"}
-    assert any("made by KubeRay" in denial for denial in denials(objects, cluster, rights=everything_else))
+    assert denials(objects, cluster, user=KUBERAY) == []
+    everything_else = person(*(f"{verb} rayjobs" for verb in ("create", "update", "delete")), "create rayclusters")
+    assert any("made by KubeRay" in denial for denial in denials(objects, cluster, user=everything_else))
 
 
 def test_clusters_of_the_submit_workspace_are_authenticated() -> None:
@@ -141,7 +122,7 @@ def workflow(spec: dict[str, Any], status: dict[str, Any] | None = None) -> Mani
     manifest: Manifest = {
         "apiVersion": "argoproj.io/v1alpha1",
         "kind": "Workflow",
-        "metadata": {"name": "x", "namespace": "moonlight"},
+        "metadata": {"name": "x", "namespace": "moonlight", "labels": {"moonlight.ai/owner": "somebody"}},
         "spec": {"workflowTemplateRef": {"name": "moonlight-run"}, **spec},
     }
     return manifest if status is None else {**manifest, "status": status}
@@ -169,7 +150,7 @@ def test_workflows_bring_nothing_that_runs(field: str, operation: str) -> None:
         workflow({field: "x"}),
         operation=operation,
         before=workflow({}),
-        rights={"create pods"},
+        user=person("create pods"),
     )
     assert any("may set only" in denial for denial in found)
 
@@ -180,9 +161,9 @@ def test_the_templates_that_argo_has_stored_stay_argos() -> None:
     forged = {"storedWorkflowTemplateSpec": {"templates": [{"name": "stage", "container": {"image": "mine"}}]}}
     for operation, before in (("CREATE", None), ("UPDATE", workflow({})), ("UPDATE", workflow({}, stored))):
         request = {"operation": operation, "before": before}
-        found = denials(objects, workflow({}, forged), **request, rights={"update workflows", "patch workflows"})
+        found = denials(objects, workflow({}, forged), **request, user=person("patch workflows"))
         assert any("written by Argo's controller" in denial for denial in found)
-        assert denials(objects, workflow({}, forged), **request, rights={"create pods"}) == []
+        assert denials(objects, workflow({}, forged), **request, user=person("create pods")) == []
     assert any(
         "Argo" in denial for denial in denials(objects, workflow({}), operation="UPDATE", before=workflow({}, stored))
     )

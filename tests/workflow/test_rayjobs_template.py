@@ -97,6 +97,17 @@ def test_the_gang_is_as_large_as_the_mesh() -> None:
     )  # 256 ranks on hosts of 8 GPUs
 
 
+def test_a_gang_larger_than_the_template_allows_is_refused_before_it_is_sent() -> None:
+    template, config = copy.deepcopy(TEMPLATES["train"]), load_config("moonlight-16b-a3b")
+    template["metadata"]["annotations"]["moonlight.ai/max-workers"] = "31"
+    with pytest.raises(
+        ValueError, match=r"256 ranks need 32 workers, template-train allows 31 \(moonlight.ai/max-workers\)"
+    ):
+        instantiate(template, config, "train", 1, [], priority="moonlight-interactive")
+    template["metadata"]["annotations"]["moonlight.ai/max-workers"] = "32"
+    instantiate(template, config, "train", 1, [], priority="moonlight-interactive")
+
+
 def test_a_small_world_on_cpus_takes_one_worker() -> None:
     cluster = copy.deepcopy(TEMPLATES["train"]["spec"]["rayClusterSpec"])
     size_workers(cluster, CONFIG)
