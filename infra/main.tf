@@ -7,6 +7,9 @@ module "plan" {
   gpu_train      = var.gpu_train
   efa            = var.efa
   prices         = var.prices
+  cost_center    = var.cost_center
+  budget         = var.budget
+  replica_bucket = var.replica_bucket
 }
 
 module "vpc" {
@@ -154,6 +157,7 @@ module "bucket" {
   bucket                                = var.bucket
   versioning                            = { enabled = true }
   lifecycle_rule                        = module.plan.lifecycle_rules
+  replication_configuration             = length(module.plan.replication) == 0 ? {} : { role = aws_iam_role.replication[0].arn, rules = module.plan.replication }
   block_public_acls                     = true
   block_public_policy                   = true
   ignore_public_acls                    = true
@@ -189,4 +193,60 @@ resource "aws_ecr_repository" "image" {
   image_scanning_configuration {
     scan_on_push = true
   }
+}
+
+resource "aws_ecr_lifecycle_policy" "image" {
+  repository = aws_ecr_repository.image.name
+  policy     = module.plan.image_lifecycle
+}
+
+# Option: what took weeks is copied to a bucket in another region (docs/kubernetes.md, "Restore").
+resource "aws_iam_role" "replication" {
+  count = var.replica_bucket == null ? 0 : 1
+  name  = "${var.name}-replication"
+  assume_role_policy = jsonencode({
+    Version   = "2012-10-17"
+    Statement = [{ Effect = "Allow", Action = ["sts:AssumeRole"], Principal = { Service = "s3.amazonaws.com" } }]
+  })
+}
+
+resource "aws_iam_role_policy" "replication" {
+  count  = var.replica_bucket == null ? 0 : 1
+  name   = "replication"
+  role   = aws_iam_role.replication[0].id
+  policy = module.plan.replication_policy
+}
+
+resource "aws_budgets_budget" "this" {
+  for_each     = module.plan.budgets
+  name         = each.key
+  budget_type  = each.value.budget_type
+  limit_amount = each.value.limit_amount
+  limit_unit   = each.value.limit_unit
+  time_unit    = each.value.time_unit
+
+  dynamic "cost_filter" {
+    for_each = each.value.cost_filters
+    content {
+      name   = cost_filter.key
+      values = cost_filter.value
+    }
+  }
+  dynamic "notification" {
+    for_each = each.value.notifications
+    content {
+      comparison_operator        = "GREATER_THAN"
+      notification_type          = notification.value.type
+      threshold                  = notification.value.threshold
+      threshold_type             = "PERCENTAGE"
+      subscriber_email_addresses = each.value.emails
+    }
+  }
+}
+
+# The columns of the bill. A tag can be activated a day after something first carried it.
+resource "aws_ce_cost_allocation_tag" "this" {
+  for_each = var.activate_cost_tags ? toset(module.plan.cost_tags) : toset([])
+  tag_key  = each.value
+  status   = "Active"
 }

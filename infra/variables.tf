@@ -116,3 +116,24 @@ variable "prices" {
   type        = map(number)
   default     = {}
 }
+
+variable "budget" {
+  description = "US dollars a month, and who is told (modules/plan); null: no budget."
+  type = object({
+    monthly_usd = number
+    emails      = list(string)
+  })
+  default = null
+}
+
+variable "activate_cost_tags" {
+  description = "Activate the cost allocation tags. Needs the billing rights of the payer's account, and resources that carry the tags for a day."
+  type        = bool
+  default     = false
+}
+
+variable "replica_bucket" {
+  description = "A versioned bucket in another region that gets a copy of models, datasets and runs; null: no copy."
+  type        = string
+  default     = null
+}

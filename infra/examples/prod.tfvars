@@ -8,3 +8,4 @@ gpu_train          = { instance_type = "p5.48xlarge", hosts = 32, capacity = "bl
 efa                = true
 admin_role_arns    = ["arn:aws:iam::111122223333:role/platform-admin"]
 api_access_cidrs   = ["203.0.113.0/24"]
+budget             = { monthly_usd = 250000, emails = ["platform@example.com"] }

@@ -124,6 +124,9 @@ def instantiate(
             container["args"] = ["--name", job_name(config.run_id, stage, attempt), *arguments]
     if stage == "train":
         size_workers(spec["rayClusterSpec"], config, most)
+    cluster = spec["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster.get("workerGroupSpecs", [])):  # by which costs are split
+        group["template"].setdefault("metadata", {}).setdefault("labels", {})[RUN_LABEL] = config.run_id
     labels = dict(template["metadata"].get("labels", {}))
     labels.pop(TEMPLATE_LABEL, None)
     labels |= {

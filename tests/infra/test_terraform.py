@@ -7,6 +7,7 @@ found without a registry.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import yaml
 
 from pipeline.config.load import PRESETS
 from tests.k8s.manifests import REPOSITORY, find, needs_kubectl, quantity, render, select
+from tests.k8s.test_overlays import overlay_of_somebody
 
 INFRA = REPOSITORY / "infra"
 NAMES = json.loads(Path(__file__).with_name("module_names.json").read_text())
@@ -160,6 +162,66 @@ def test_pins_are_typed_and_checked(tmp_path: Path) -> None:
         {"addon_versions": {"coredns": "v1.12.4-eksbuild.1"}, "ami_release_versions": {"gpu-train": "1.34.1-20260810"}}
     )
     assert not plans({"ami_release_versions": {"gpu_train": "1.34.1-20260810"}})
+
+
+def _hosts() -> Any:
+    """k8s/hosts.py, which is a script."""
+    spec = importlib.util.spec_from_file_location("hosts", REPOSITORY / "k8s/hosts.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_instance_types_is_read_by_both_sides() -> None:
+    """k8s/components/hosts is what k8s/hosts.py makes of the table, and every type that manifests or examples name is in it."""
+    hosts = _hosts()
+    written = hosts.files()
+    assert {path: path.read_text() for path in hosts.FOLDER.rglob("*.yaml")} == written
+    table = hosts.instances()
+    assert len(table) == 7
+    for path in (REPOSITORY / "k8s").rglob("node-pool.yaml"):
+        for entry in yaml.safe_load(path.read_text())["spec"]["template"]["spec"]["requirements"]:
+            if entry["key"] == "node.kubernetes.io/instance-type":
+                assert set(entry["values"]) <= set(table), path
+    for example in ("dev", "prod"):
+        given = unquoted(hcl2.loads((INFRA / f"examples/{example}.tfvars").read_text()))["gpu_train"]
+        assert given["instance_type"] in table
+
+
+def test_a_type_without_an_efa_entry_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hosts = _hosts()
+    table = json.loads(hosts.TABLE.read_text())
+    del table["instances"]["p5en.48xlarge"]["efa"]
+    (tmp_path / "instances.json").write_text(json.dumps(table))
+    monkeypatch.setattr(hosts, "TABLE", tmp_path / "instances.json")
+    monkeypatch.setattr(hosts, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match=r"instances.json: p5en.48xlarge has no entry 'efa'"):
+        hosts.files()
+
+
+@needs_kubectl
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "k8s/components/hosts").iterdir()), ids=lambda path: path.name)
+def test_every_host_builds_a_train_of_its_size(path: Path) -> None:
+    facts = json.loads((INFRA / "modules/plan/instances.json").read_text())["instances"][path.name]
+    lines = ["resources: [../stages]", f"components: [../components/hosts/{path.name}]"]
+    with overlay_of_somebody(path.name, lines) as folder:
+        job = find(render(folder), "RayJob", "template-train")
+    limits = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["resources"][
+        "limits"
+    ]
+    assert (limits["nvidia.com/gpu"], limits["vpc.amazonaws.com/efa"]) == (str(facts["gpus"]), str(facts["efa"]))
+    assert int(limits["cpu"]) <= facts["cpus"] - 4
+    assert quantity(limits["memory"]) <= facts["memory_gib"] * 0.94 * 2**30
+
+
+def test_two_environments_never_share_a_prefix() -> None:
+    """Runs, leases and life cycle rules of one would meet the other's."""
+    given = [unquoted(hcl2.loads(path.read_text())) for path in (INFRA / "examples").glob("*.tfvars")]
+    places = [(entry["bucket"], entry["storage_prefix"]) for entry in given]
+    assert len(set(places)) == len(places)
+    assert len({entry["name"] for entry in given}) == len(given)
 
 
 def test_association_arguments_exist() -> None:

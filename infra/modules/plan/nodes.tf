@@ -1,25 +1,22 @@
 # Node pools: one label (moonlight.ai/node-pool) that Kueue's flavors, Karpenter's NodePools and the stage templates share.
 locals {
-  # gpus, EFA interfaces (one a network card), vCPUs, GiB, from AWS's instance type pages.
-  instance_facts = {
-    "p5.48xlarge"   = { gpus = 8, efa = 32, cpus = 192, memory_gib = 2048 }
-    "p5en.48xlarge" = { gpus = 8, efa = 16, cpus = 192, memory_gib = 2048 }
-    "p4de.24xlarge" = { gpus = 8, efa = 4, cpus = 96, memory_gib = 1152 }
-    "p4d.24xlarge"  = { gpus = 8, efa = 4, cpus = 96, memory_gib = 1152 }
-  }
-  train = local.instance_facts[var.gpu_train.instance_type]
+  # The one table of instance types; k8s/components/hosts is written from it (k8s/hosts.py).
+  instance_facts = jsondecode(file("${path.module}/instances.json")).instances
+  train          = local.instance_facts[var.gpu_train.instance_type]
+  worker         = coalesce(var.worker, local.train.worker)
 
   # What a host keeps for itself: kubelet, daemons, and the memory that a GPU host's agents take.
   allocatable = { cpus = local.train.cpus - 4, memory_gib = floor(local.train.memory_gib * 0.94) }
 
-  # The first card carries the host's IP traffic too, the others EFA alone and so take no address. Written out, because the EKS module's
-  # enable_efa_support also makes a cluster placement group, and hosts of a reservation that was not made in that group do not start
-  # (InsufficientInstanceCapacity; terraform-aws-eks#3730). Blocks are placed together by AWS, other reservations by who makes them.
+  # The first card carries the host's IP traffic too, the others EFA alone and so take no address; on p6-b300 the first card has no EFA at
+  # all. Written out, because the EKS module's enable_efa_support takes every card for one with EFA, and also makes a cluster placement
+  # group: hosts of a reservation that was not made in that group do not start (InsufficientInstanceCapacity; terraform-aws-eks#3730).
+  # Blocks are placed together by AWS, other reservations by who makes them.
   efa_interfaces = [
-    for card in range(var.efa ? local.train.efa : 0) : {
+    for card in range(var.efa ? local.train.first_efa_card + local.train.efa : 0) : {
       network_card_index          = card
-      device_index                = card == 0 ? 0 : 1
-      interface_type              = card == 0 ? "efa" : "efa-only"
+      device_index                = card == 0 || local.train.first_efa_card > 0 ? 0 : 1
+      interface_type              = card < local.train.first_efa_card ? "interface" : card == 0 ? "efa" : "efa-only"
       associate_public_ip_address = false
       delete_on_termination       = true
     }
@@ -70,8 +67,8 @@ locals {
 
   # What Kueue may hand out on the training pool: nominalQuota of flavor gpu-train.
   gpu_train_quota = {
-    "cpu"                   = var.worker.cpus * var.gpu_train.hosts
-    "memory_gib"            = var.worker.memory_gib * var.gpu_train.hosts
+    "cpu"                   = local.worker.cpus * var.gpu_train.hosts
+    "memory_gib"            = local.worker.memory_gib * var.gpu_train.hosts
     "nvidia.com/gpu"        = local.train.gpus * var.gpu_train.hosts
     "vpc.amazonaws.com/efa" = var.efa ? local.train.efa * var.gpu_train.hosts : 0
   }
@@ -84,7 +81,7 @@ locals {
 
 check "a_worker_fits_its_host" {
   assert {
-    condition     = var.worker.cpus <= local.allocatable.cpus && var.worker.memory_gib <= local.allocatable.memory_gib
-    error_message = "A worker of ${var.worker.cpus} CPUs and ${var.worker.memory_gib} GiB does not fit on ${var.gpu_train.instance_type} (${local.allocatable.cpus} CPUs, ${local.allocatable.memory_gib} GiB allocatable): lower worker, and k8s/stages/train.yaml with it."
+    condition     = local.worker.cpus <= local.allocatable.cpus && local.worker.memory_gib <= local.allocatable.memory_gib
+    error_message = "A worker of ${local.worker.cpus} CPUs and ${local.worker.memory_gib} GiB does not fit on ${var.gpu_train.instance_type} (${local.allocatable.cpus} CPUs, ${local.allocatable.memory_gib} GiB allocatable): lower worker, and the overlay's train with it."
   }
 }

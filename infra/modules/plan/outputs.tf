@@ -32,3 +32,28 @@ output "cost_per_hour" {
   description = "US dollars an hour of each pool at full size, from var.prices; null where no price was given."
   value       = local.cost_per_hour
 }
+
+output "budgets" {
+  description = "Budgets by name; empty without var.budget."
+  value       = local.budgets
+}
+
+output "cost_tags" {
+  description = "Tags to activate as cost allocation tags."
+  value       = local.cost_tags
+}
+
+output "image_lifecycle" {
+  description = "Life cycle policy of the image registry (JSON)."
+  value       = jsonencode(local.image_lifecycle)
+}
+
+output "replication" {
+  description = "Replication rules of the bucket; empty without var.replica_bucket."
+  value       = local.replication
+}
+
+output "replication_policy" {
+  description = "What the replication role may do (JSON), or null."
+  value       = local.replication_policy == null ? null : jsonencode(local.replication_policy)
+}

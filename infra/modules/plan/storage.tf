@@ -75,4 +75,41 @@ locals {
       expiration = { days = 90 }
     }],
   )
+
+  # A copy elsewhere: what took weeks, not what can be computed again in hours. Deletions are not copied: a copy that forgets with its
+  # original helps against a lost region but not against a lost mind.
+  replicated = ["models", "datasets", "runs"]
+  replication = var.replica_bucket == null ? [] : [
+    for index, folder in local.replicated : {
+      id                        = folder
+      status                    = "Enabled"
+      priority                  = index + 1
+      delete_marker_replication = false
+      filter                    = { prefix = "${local.root}/${folder}/" }
+      destination               = { bucket = "arn:aws:s3:::${var.replica_bucket}", storage_class = "STANDARD_IA" }
+    }
+  ]
+  replication_policy = var.replica_bucket == null ? null : {
+    Version = "2012-10-17"
+    Statement = [
+      {
+        Sid      = "Settings"
+        Effect   = "Allow"
+        Action   = ["s3:GetReplicationConfiguration", "s3:ListBucket"]
+        Resource = ["arn:aws:s3:::${var.bucket}"]
+      },
+      {
+        Sid      = "Read"
+        Effect   = "Allow"
+        Action   = ["s3:GetObjectVersionForReplication", "s3:GetObjectVersionAcl", "s3:GetObjectVersionTagging"]
+        Resource = [for folder in local.replicated : "arn:aws:s3:::${var.bucket}/${local.root}/${folder}/*"]
+      },
+      {
+        Sid      = "Write"
+        Effect   = "Allow"
+        Action   = ["s3:ReplicateObject", "s3:ReplicateTags"]
+        Resource = [for folder in local.replicated : "arn:aws:s3:::${var.replica_bucket}/${local.root}/${folder}/*"]
+      },
+    ]
+  }
 }

@@ -41,8 +41,8 @@ variable "gpu_train" {
     placement_group = optional(string)
   })
   validation {
-    condition     = contains(["p5.48xlarge", "p5en.48xlarge", "p4de.24xlarge", "p4d.24xlarge"], var.gpu_train.instance_type)
-    error_message = "gpu_train.instance_type must be one of p5.48xlarge, p5en.48xlarge, p4de.24xlarge, p4d.24xlarge."
+    condition     = contains(keys(jsondecode(file("${path.module}/instances.json")).instances), var.gpu_train.instance_type)
+    error_message = "gpu_train.instance_type must be one of ${join(", ", keys(jsondecode(file("${path.module}/instances.json")).instances))} (modules/plan/instances.json)."
   }
   validation {
     condition     = var.gpu_train.hosts >= 1 && floor(var.gpu_train.hosts) == var.gpu_train.hosts
@@ -63,18 +63,51 @@ variable "gpu_train" {
 }
 
 variable "efa" {
-  description = "Elastic Fabric Adapter on the training hosts (k8s/components/gpu-efa)."
+  description = "Elastic Fabric Adapter on the training hosts (k8s/components/hosts)."
   type        = bool
   default     = true
 }
 
 variable "worker" {
-  description = "What one training worker asks for (k8s/stages/train.yaml). It takes a whole host's GPUs."
+  description = "What one training worker asks for, if not what instances.json says. It takes a whole host's GPUs."
   type = object({
     cpus       = number
     memory_gib = number
   })
-  default = { cpus = 96, memory_gib = 1000 }
+  default = null
+}
+
+variable "cost_center" {
+  description = "Value of the tag moonlight.ai/cost-center, by which the budget finds what this installation costs."
+  type        = string
+  default     = "moonlight"
+}
+
+variable "budget" {
+  description = "US dollars a month, and who is told at 50, 80 and 100 percent of it and when the forecast passes it. null: no budget."
+  type = object({
+    monthly_usd = number
+    emails      = list(string)
+  })
+  default = null
+  validation {
+    condition     = var.budget == null ? true : var.budget.monthly_usd > 0
+    error_message = "budget.monthly_usd must be above 0."
+  }
+  validation {
+    condition     = var.budget == null ? true : length(var.budget.emails) > 0 && alltrue([for email in var.budget.emails : can(regex("^[^@ ]+@[^@ ]+$", email))])
+    error_message = "budget.emails must name at least one address: a budget that tells nobody is none."
+  }
+}
+
+variable "replica_bucket" {
+  description = "A versioned bucket in another region that gets a copy of models, datasets and checkpoints. null: no copy."
+  type        = string
+  default     = null
+  validation {
+    condition     = var.replica_bucket == null ? true : can(regex("^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$", var.replica_bucket)) && var.replica_bucket != var.bucket
+    error_message = "replica_bucket must be a valid S3 bucket name, and not the bucket itself."
+  }
 }
 
 variable "prices" {

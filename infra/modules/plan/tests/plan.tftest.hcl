@@ -72,7 +72,6 @@ run "on_demand_hosts_are_karpenters" {
   command = plan
   variables {
     gpu_train = { instance_type = "p4d.24xlarge", hosts = 2 }
-    worker    = { cpus = 88, memory_gib = 1000 }
   }
   assert {
     condition     = keys(output.node_groups) == ["system"] && output.gpu_train_quota["vpc.amazonaws.com/efa"] == 8
@@ -172,6 +171,7 @@ run "a_worker_too_large_for_its_host" {
   command = plan
   variables {
     gpu_train = { instance_type = "p4d.24xlarge", hosts = 1 }
+    worker    = { cpus = 96, memory_gib = 1000 }
   }
   expect_failures = [check.a_worker_fits_its_host]
 }
@@ -190,4 +190,195 @@ run "a_bad_prefix" {
     storage_prefix = "a/b"
   }
   expect_failures = [var.storage_prefix]
+}
+
+run "p4d_24xlarge_has_its_4_interfaces_and_a_worker_that_fits" {
+  command = plan
+  variables {
+    gpu_train = { instance_type = "p4d.24xlarge", hosts = 2, capacity = "block", reservation_id = "cr-0123456789abcdef0" }
+  }
+  assert {
+    condition     = output.gpu_train_quota["vpc.amazonaws.com/efa"] == 8 && output.gpu_train_quota["nvidia.com/gpu"] == 16
+    error_message = "4 EFA interfaces and 8 GPUs a host"
+  }
+  assert {
+    condition     = length([for card in output.node_groups["gpu-train"].network_interfaces : card if startswith(card.interface_type, "efa")]) == 4
+    error_message = "as many as the quota says"
+  }
+}
+
+run "p4de_24xlarge_has_its_4_interfaces_and_a_worker_that_fits" {
+  command = plan
+  variables {
+    gpu_train = { instance_type = "p4de.24xlarge", hosts = 2, capacity = "block", reservation_id = "cr-0123456789abcdef0" }
+  }
+  assert {
+    condition     = output.gpu_train_quota["vpc.amazonaws.com/efa"] == 8 && output.gpu_train_quota["nvidia.com/gpu"] == 16
+    error_message = "4 EFA interfaces and 8 GPUs a host"
+  }
+  assert {
+    condition     = length([for card in output.node_groups["gpu-train"].network_interfaces : card if startswith(card.interface_type, "efa")]) == 4
+    error_message = "as many as the quota says"
+  }
+}
+
+run "p5_48xlarge_has_its_32_interfaces_and_a_worker_that_fits" {
+  command = plan
+  variables {
+    gpu_train = { instance_type = "p5.48xlarge", hosts = 2, capacity = "block", reservation_id = "cr-0123456789abcdef0" }
+  }
+  assert {
+    condition     = output.gpu_train_quota["vpc.amazonaws.com/efa"] == 64 && output.gpu_train_quota["nvidia.com/gpu"] == 16
+    error_message = "32 EFA interfaces and 8 GPUs a host"
+  }
+  assert {
+    condition     = length([for card in output.node_groups["gpu-train"].network_interfaces : card if startswith(card.interface_type, "efa")]) == 32
+    error_message = "as many as the quota says"
+  }
+}
+
+run "p5e_48xlarge_has_its_32_interfaces_and_a_worker_that_fits" {
+  command = plan
+  variables {
+    gpu_train = { instance_type = "p5e.48xlarge", hosts = 2, capacity = "block", reservation_id = "cr-0123456789abcdef0" }
+  }
+  assert {
+    condition     = output.gpu_train_quota["vpc.amazonaws.com/efa"] == 64 && output.gpu_train_quota["nvidia.com/gpu"] == 16
+    error_message = "32 EFA interfaces and 8 GPUs a host"
+  }
+  assert {
+    condition     = length([for card in output.node_groups["gpu-train"].network_interfaces : card if startswith(card.interface_type, "efa")]) == 32
+    error_message = "as many as the quota says"
+  }
+}
+
+run "p5en_48xlarge_has_its_16_interfaces_and_a_worker_that_fits" {
+  command = plan
+  variables {
+    gpu_train = { instance_type = "p5en.48xlarge", hosts = 2, capacity = "block", reservation_id = "cr-0123456789abcdef0" }
+  }
+  assert {
+    condition     = output.gpu_train_quota["vpc.amazonaws.com/efa"] == 32 && output.gpu_train_quota["nvidia.com/gpu"] == 16
+    error_message = "16 EFA interfaces and 8 GPUs a host"
+  }
+  assert {
+    condition     = length([for card in output.node_groups["gpu-train"].network_interfaces : card if startswith(card.interface_type, "efa")]) == 16
+    error_message = "as many as the quota says"
+  }
+}
+
+run "p6_b200_48xlarge_has_its_8_interfaces_and_a_worker_that_fits" {
+  command = plan
+  variables {
+    gpu_train = { instance_type = "p6-b200.48xlarge", hosts = 2, capacity = "block", reservation_id = "cr-0123456789abcdef0" }
+  }
+  assert {
+    condition     = output.gpu_train_quota["vpc.amazonaws.com/efa"] == 16 && output.gpu_train_quota["nvidia.com/gpu"] == 16
+    error_message = "8 EFA interfaces and 8 GPUs a host"
+  }
+  assert {
+    condition     = length([for card in output.node_groups["gpu-train"].network_interfaces : card if startswith(card.interface_type, "efa")]) == 8
+    error_message = "as many as the quota says"
+  }
+}
+
+run "p6_b300_48xlarge_has_its_16_interfaces_and_a_worker_that_fits" {
+  command = plan
+  variables {
+    gpu_train = { instance_type = "p6-b300.48xlarge", hosts = 2, capacity = "block", reservation_id = "cr-0123456789abcdef0" }
+  }
+  assert {
+    condition     = output.gpu_train_quota["vpc.amazonaws.com/efa"] == 32 && output.gpu_train_quota["nvidia.com/gpu"] == 16
+    error_message = "16 EFA interfaces and 8 GPUs a host"
+  }
+  assert {
+    condition     = length([for card in output.node_groups["gpu-train"].network_interfaces : card if startswith(card.interface_type, "efa")]) == 16
+    error_message = "as many as the quota says"
+  }
+}
+
+run "the_first_card_of_p6_b300_carries_no_efa" {
+  command = plan
+  variables {
+    gpu_train = { instance_type = "p6-b300.48xlarge", hosts = 1, capacity = "block", reservation_id = "cr-0123456789abcdef0" }
+  }
+  assert {
+    condition     = output.node_groups["gpu-train"].network_interfaces[0].interface_type == "interface" && length(output.node_groups["gpu-train"].network_interfaces) == 17
+    error_message = "17 cards, the first for IP"
+  }
+  assert {
+    condition     = alltrue([for card in output.node_groups["gpu-train"].network_interfaces : card.device_index == 0])
+    error_message = "each interface is the first of its card"
+  }
+}
+
+run "no_budget_unless_asked_for" {
+  command = plan
+  assert {
+    condition     = length(output.budgets) == 0 && length(output.replication) == 0 && output.replication_policy == null
+    error_message = "budget and replication are options"
+  }
+}
+
+run "a_budget_tells_before_it_is_spent" {
+  command = plan
+  variables {
+    cost_center = "research"
+    budget      = { monthly_usd = 250000, emails = ["platform@example.com"] }
+  }
+  assert {
+    condition     = output.budgets["moonlight-prod"].limit_amount == "250000" && output.budgets["moonlight-prod"].cost_filters.TagKeyValue == ["user:moonlight.ai/cost-center$research"]
+    error_message = "the amount, of this cost centre"
+  }
+  assert {
+    condition     = [for n in output.budgets["moonlight-prod"].notifications : "${n.type} ${n.threshold}"] == ["ACTUAL 50", "ACTUAL 80", "ACTUAL 100", "FORECASTED 100"]
+    error_message = "thresholds"
+  }
+}
+
+run "a_budget_that_tells_nobody" {
+  command = plan
+  variables {
+    budget = { monthly_usd = 1000, emails = [] }
+  }
+  expect_failures = [var.budget]
+}
+
+run "a_budget_of_nothing" {
+  command = plan
+  variables {
+    budget = { monthly_usd = 0, emails = ["platform@example.com"] }
+  }
+  expect_failures = [var.budget]
+}
+
+run "released_images_stay" {
+  command = plan
+  assert {
+    condition     = alltrue([for rule in jsondecode(output.image_lifecycle).rules : rule.selection.tagStatus == "untagged" || try(rule.selection.tagPrefixList, []) == ["ci-"]])
+    error_message = "only untagged images and CI's builds expire"
+  }
+}
+
+run "a_copy_elsewhere" {
+  command = plan
+  variables {
+    replica_bucket = "moonlight-replica"
+  }
+  assert {
+    condition     = [for rule in output.replication : rule.filter.prefix] == ["production/models/", "production/datasets/", "production/runs/"] && alltrue([for rule in output.replication : !rule.delete_marker_replication])
+    error_message = "what took weeks, and no deletions"
+  }
+  assert {
+    condition     = alltrue([for s in jsondecode(output.replication_policy).Statement : alltrue([for r in s.Resource : r != "*"])])
+    error_message = "the role reaches nothing else"
+  }
+}
+
+run "a_copy_onto_itself" {
+  command = plan
+  variables {
+    replica_bucket = "moonlight"
+  }
+  expect_failures = [var.replica_bucket]
 }
