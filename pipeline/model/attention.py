@@ -23,6 +23,7 @@ from pipeline.config.schema import ModelConfig
 from pipeline.model import cpu_attention
 from pipeline.model.cache import LayerCache
 from pipeline.model.cached_attention import attend_cached
+from pipeline.model.devices import is_gpu
 from pipeline.model.matmul import Linear
 from pipeline.model.norm import RMSNorm
 from pipeline.model.sequences import SequenceLayout
@@ -108,7 +109,7 @@ def attend(q_BSHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, scale: float, layout:
         o = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale, window_size=(-1, 0))
         assert isinstance(o, Tensor)  # a tuple only where auxiliary outputs are asked for
         return o[..., :value_width].view(B, S, H, value_width)
-    if q_BSHQ.is_cuda:
+    if is_gpu(q_BSHQ.device):
         with sdpa_kernel(CUDA_BACKENDS, set_priority=True):
             o_BHSV = F.scaled_dot_product_attention(
                 q_BSHQ.transpose(1, 2), k_BSHQ.transpose(1, 2), v_BSHV.transpose(1, 2), is_causal=True, scale=scale

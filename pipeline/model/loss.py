@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline.model.devices import is_gpu
 from pipeline.model.matmul import TILES, is_cpu_fp32, linear, outer, product
 
 IGNORE = -100  # label of a token that has no loss
@@ -144,6 +145,6 @@ def _logits(x_CD: Tensor, weight_VD: Tensor) -> Tensor:
     """fp32 [C, V]; operands in bf16 are multiplied as such and summed in fp32."""
     if is_cpu_fp32(x_CD):
         return product(x_CD, weight_VD)
-    if x_CD.is_cuda and x_CD.dtype != torch.float32:
+    if is_gpu(x_CD.device) and x_CD.dtype != torch.float32:
         return torch.mm(x_CD, weight_VD.T, out_dtype=torch.float32)
     return x_CD.float() @ weight_VD.float().T

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.model.devices import is_gpu
+
 
 @dataclass(frozen=True, eq=False)
 class SequenceLayout:
@@ -60,7 +62,7 @@ def sequence_layout(
     starts = ends - documents
     positions = torch.arange(batch * length) - starts.repeat_interleave(documents, output_size=batch * length)
     cos, sin = rotary_tables(to_device(positions.view(batch, length), device), rope_dim, rope_theta)
-    if device.type == "cuda":
+    if is_gpu(device):
         zero = torch.zeros(1, dtype=torch.int64)
         document_ends = to_device(torch.cat([zero, ends]).int(), device)
         return SequenceLayout(

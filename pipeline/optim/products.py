@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Products = Literal["half", "fp32"]
+NOTHING = frozenset({"meta", "gpu"})  # devices that compute nothing: gpu is the stand-in of a rehearsal
 _HALF = {"plain": torch.bfloat16, "gram": torch.float16}
 
 
@@ -34,14 +35,14 @@ def choose(
     """
     dtype = _HALF[backend]
     lacks = not has_products(device.type, dtype)
-    if groups:
+    if groups and device.type not in NOTHING:
         any_lacks = torch.tensor(lacks, dtype=torch.int32, device=device)
         for group in groups:
             dist.all_reduce(any_lacks, dist.ReduceOp.MAX, group=group)
-        lacks = device.type != "meta" and bool(any_lacks.item())
+        lacks = bool(any_lacks.item())
     if setting == "fp32":
         return "fp32"
-    if device.type == "meta" or not lacks:
+    if device.type in NOTHING or not lacks:
         return "half"
     if setting == "half":
         whose = describe(device) if not has_products(device.type, dtype) else "the device of another rank"
@@ -65,7 +66,7 @@ def has_products(device_type: str, dtype: torch.dtype) -> bool:
     if device_type == "cpu" and torch.backends.mkldnn.is_available():
         known = torch.ops.mkldnn
         return bool(known._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else known._is_mkldnn_fp16_supported())
-    return device_type == "meta"  # computes nothing
+    return device_type in NOTHING
 
 
 def describe(device: torch.device) -> str:

@@ -36,7 +36,7 @@ class Meshes:
     @property
     def replicas(self) -> int:
         """Copies of every parameter."""
-        return 1 if self.dense is None else self.dense["replicate"].size()
+        return 1 if self.dense is None else self.dense.size(0)
 
     @property
     def ep(self) -> DeviceMesh | None:

@@ -40,6 +40,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from pipeline.config.schema import TrainingConfig
 from pipeline.model.block import Block
+from pipeline.model.devices import is_gpu
 from pipeline.model.experts import Experts, MoE
 from pipeline.model.moonlight import Moonlight
 from pipeline.parallel.dispatch import AllToAllDispatch
@@ -52,7 +53,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def compute_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype:
     """The dtype of gathered weights and activations: bf16 on CUDA and fp32 elsewhere unless the configuration says."""
     if training.compute_dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.bfloat16 if is_gpu(device) else torch.float32
     return DTYPES[training.compute_dtype]
 
 

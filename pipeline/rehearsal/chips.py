@@ -1,0 +1,51 @@
+"""What a GPU and its network do in a second, one YAML file a kind of GPU. Peaks are the maker's; what is reached is assumed or measured, as
+each file says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from pipeline.config.section import Section
+from pipeline.config.values import PositiveFloat, PositiveInt
+
+FOLDER = Path(__file__).parent / "chips"
+
+
+class Chip(Section):
+    """Rates in TFLOP/s, TB/s and GB/s (a GPU and direction); times in microseconds."""
+
+    name: str
+    memory_gb: PositiveFloat
+    peak_tflops: PositiveFloat  # dense bf16, by which MFU is counted
+    matmul: PositiveFloat  # reached, bf16
+    matmul_fp32: PositiveFloat
+    grouped: PositiveFloat
+    attention_forward: PositiveFloat
+    attention_backward: PositiveFloat
+    memory_tb_s: PositiveFloat
+    host_copy_gb_s: PositiveFloat
+    gpus_per_node: PositiveInt
+    node_gb_s: PositiveFloat
+    node_latency_us: PositiveFloat
+    network_gb_s: PositiveFloat
+    network_latency_us: PositiveFloat
+    kernel_us: PositiveFloat  # a kernel takes no less
+    launch_us: PositiveFloat  # of the host, for each
+    host_wait_us: PositiveFloat  # until the host goes on after it has waited
+
+
+def load_chip(given: str) -> Chip:
+    """By name or file. Raises ValueError with what is missing or wrong."""
+    file = Path(given) if given.endswith((".yaml", ".yml")) else FOLDER / f"{given}.yaml"
+    if not file.is_file():
+        known = ", ".join(sorted(path.stem for path in FOLDER.glob("*.yaml")))
+        raise ValueError(f"--chip {given!r}: no such file, and no chip of that name; known are {known}")
+    try:
+        return Chip.model_validate(yaml.safe_load(file.read_text()))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{file}: {key}: {first['msg'][0].lower()}{first['msg'][1:]}") from None

@@ -1,0 +1,251 @@
+"""Writes down every operator that would be a kernel, and counts the device's memory, byte by byte.
+
+A dispatch mode below FSDP2, autograd and DTensor sees the operators that a device would be given. From shapes and dtypes
+follow FLOPs (PyTorch's own counter, and ours for our operators) and bytes read and written. Operators that only look
+at memory otherwise (views) or take it (empty) are no kernels.
+
+Memory is that of storages, in units of the caching allocator's 512 bytes: a storage counts from the operator that made
+it until Python and autograd have dropped it, or FSDP2 has shrunk it to nothing. How a real allocator wastes is not known
+here.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
+
+from pipeline.rehearsal.device import NAME
+from pipeline.rehearsal.tape import HostWait, Kernel, Tape
+
+UNIT = 512  # bytes
+
+
+@dataclass(frozen=True)
+class Holder:
+    """What has taken memory, and when."""
+
+    what: str  # shape and dtype
+    phase: str
+    where: str
+
+
+class Memory:
+    """Bytes allocated on the device now and at most, and who holds them. `limit`: bytes that the device has."""
+
+    def __init__(self, tape: Tape, limit: int | None = None) -> None:
+        self.tape, self.limit = tape, limit
+        self.now = 0
+        self.peak = 0
+        self.by_phase: dict[str, int] = {}  # peaks
+        self.too_much: tuple[Holder, int] | None = None  # the first allocation that the limit has no room for
+        self._size: dict[int, int] = {}
+        self._holders: dict[int, Holder] = {}
+        self._history: list[tuple[int, int]] = []  # (storage, its size from now on)
+        self._at_peak = 0  # entries of the history up to the peak
+        self._numbers = WeakIdKeyDictionary()  # storage -> number
+
+    def number(self, tensor: Tensor) -> int:
+        """Of a tensor's storage, which counts as allocated from when it is first seen."""
+        storage = tensor.untyped_storage()
+        found: int | None = self._numbers.get(storage)
+        if found is None:
+            self._numbers[storage] = found = self.tape.number()
+            if tensor.device.type == NAME:
+                what = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+                self._holders[found] = Holder(what, self.tape.phase, self.tape.where or self.tape.caller())
+                self._resize(found, storage.nbytes())
+                weakref.finalize(storage, self._resize, found, 0)
+        return found
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """FSDP2 gives gathered weights back by shrinking their storages."""
+        number = self._numbers.get(storage)
+        if number in self._holders:
+            self._resize(number, storage.nbytes())
+
+    def held_at_peak(self) -> list[tuple[Holder, int]]:
+        """(who, bytes), the largest first."""
+        sizes = dict(self._history[: self._at_peak])
+        found = [(self._holders[number], size) for number, size in sizes.items() if size]
+        return sorted(found, key=lambda item: -item[1])
+
+    def _resize(self, number: int, size: int) -> None:
+        size = -(-size // UNIT) * UNIT
+        self.now += size - self._size.get(number, 0)
+        self._size[number] = size
+        self._history.append((number, size))
+        self.by_phase[self.tape.phase] = max(self.by_phase.get(self.tape.phase, 0), self.now)
+        if self.now > self.peak:
+            self.peak, self._at_peak = self.now, len(self._history)
+        if self.limit is not None and self.now > self.limit and self.too_much is None:
+            self.too_much = self._holders[number], size
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self, tape: Tape, memory: Memory) -> None:
+        super().__init__()
+        self.tape, self.memory = tape, memory
+        self._shrink = torch.UntypedStorage.resize_
+
+    def __enter__(self) -> Recorder:
+        memory, shrink = self.memory, self._shrink
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            shrink(storage, size)
+            memory.resized(storage)
+            return storage
+
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[assignment,method-assign]
+        super().__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        torch.UntypedStorage.resize_ = self._shrink  # type: ignore[method-assign]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # its local tensors come by
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == NAME:
+            self.tape.add(HostWait("item", self.tape.stream, self.tape.phase, self.tape.where or self.tape.caller()))
+        out = func(*args, **kwargs)
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        on_device = [t for t in (*inputs, *outputs) if t.device.type == NAME]
+        if on_device:
+            self._write(func, args, kwargs, out, inputs, outputs)
+        return out
+
+    def _write(self, func: Any, args: Any, kwargs: Any, out: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        known = {self.memory.number(t): t for t in inputs}
+        changed = _changed(func, args, kwargs)
+        made = [t for t in outputs if self.memory.number(t) not in known]
+        if func in _TAKES_MEMORY or not (made or changed):
+            return
+        writes = [(self.memory.number(t), _size(t)) for t in (*made, *changed)]
+        taken = {number for number, _ in writes} if func in _OVERWRITES else set()
+        gathered = sum(map(_size, outputs)) if func in _GATHERS else None
+        reads = [
+            (self.memory.number(t), _size(t) if gathered is None else min(_size(t), gathered))
+            for t in inputs
+            if self.memory.number(t) not in taken
+        ]
+        self.tape.add(
+            Kernel(
+                func._schema.name.split("::")[1],
+                kind_of(func, inputs),
+                self.tape.stream,
+                self.tape.phase,
+                self.tape.where or self.tape.caller(),
+                flops_of(func, args, kwargs, out),
+                tuple(reads),
+                tuple(writes),
+            )
+        )
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes of a tensor that lie in memory: what is repeated by a stride of 0 counts once."""
+    count = 1
+    for length, stride in zip(tensor.shape, tensor.stride()):
+        count *= 1 if stride == 0 else length
+    return count * tensor.element_size()
+
+
+@functools.cache
+def _mutable_arguments(func: Any) -> tuple[tuple[int, str], ...]:
+    return tuple(
+        (index, argument.name)
+        for index, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
+def _changed(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    found = []
+    for index, name in _mutable_arguments(func):
+        value = args[index] if index < len(args) else kwargs.get(name)
+        found += [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+    return found
+
+
+def kind_of(func: Any, inputs: list[Tensor]) -> str:
+    """The rate that an operator goes by."""
+    name = func._schema.name.split("::")[1]
+    if name in ("grouped_rows", "grouped_outer", "_grouped_mm", "_scaled_grouped_mm"):
+        return "grouped"
+    if name in ("rehearsed_attention", "_varlen_attn"):
+        return "attention_forward"
+    if name in ("rehearsed_attention_backward", "_varlen_attn_backward"):
+        return "attention_backward"
+    if name in _PRODUCTS:
+        return "matmul_fp32" if inputs[0].dtype == torch.float32 else "matmul"
+    return "memory"
+
+
+def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    name = func._schema.name
+    if name in _FLOPS:
+        return _FLOPS[name](*args)
+    counter = flop_registry.get(func._overloadpacket)
+    return 0 if counter is None else int(counter(*args, **kwargs, out_val=out))
+
+
+def _grouped_rows(x_MI: Tensor, weight_eOI: Tensor, *_: Any) -> int:
+    return 2 * x_MI.shape[0] * weight_eOI.shape[-1] * weight_eOI.shape[-2]
+
+
+def _grouped_outer(grad_MO: Tensor, x_MI: Tensor, *_: Any) -> int:
+    return 2 * grad_MO.shape[0] * grad_MO.shape[1] * x_MI.shape[1]
+
+
+def _linear_backward(grad: Tensor, x: Tensor, weight_OI: Tensor) -> int:
+    return 4 * grad.numel() * weight_OI.shape[-1]
+
+
+def _linear(x: Tensor, weight_OI: Tensor) -> int:
+    return 2 * x.numel() * weight_OI.shape[0]
+
+
+def _attention(q_BHSQ: Tensor, k_BHSQ: Tensor, v_BHSV: Tensor, *_: Any) -> int:
+    B, H, S, Q = q_BHSQ.shape
+    return B * H * S * S * (Q + v_BHSV.shape[-1])  # causal: half of 2 * 2 * S^2 * width
+
+
+def _attention_backward(grad: Tensor, q_BHSQ: Tensor, k: Tensor, v_BHSV: Tensor, *_: Any) -> int:
+    return 5 * _attention(q_BHSQ, k, v_BHSV) // 2
+
+
+_FLOPS: dict[str, Callable[..., int]] = {
+    "moonlight::grouped_rows": _grouped_rows,
+    "moonlight::grouped_outer": _grouped_outer,
+    "moonlight::linear": _linear,
+    "moonlight::linear_backward": _linear_backward,
+    "moonlight::rehearsed_attention": _attention,
+    "moonlight::rehearsed_attention_backward": _attention_backward,
+}
+_PRODUCTS = frozenset({"mm", "addmm", "addmm_", "bmm", "baddbmm", "linear", "linear_backward"})
+_aten = torch.ops.aten
+_TAKES_MEMORY = frozenset(
+    {
+        _aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default,
+        _aten.new_empty_strided.default,
+    }
+)  # fmt: skip
+_GATHERS = frozenset({_aten.index_select.default, _aten.embedding.default, _aten.gather.default, _aten.index.Tensor})
+_OVERWRITES = frozenset({_aten.copy_.default, _aten.zero_.default, _aten.fill_.Scalar, _aten._foreach_copy_.default})

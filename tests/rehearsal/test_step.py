@@ -1,0 +1,109 @@
+"""A rehearsal against real process groups, and against the planner."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.config.load import load_config
+from pipeline.config.schema import RunConfig
+from pipeline.optim.schedule import segments
+from pipeline.parallel.mesh import build_meshes
+from pipeline.planner.estimate import Hardware, estimate
+from pipeline.rehearsal.step import _batch
+from pipeline.rehearsal.tape import Collective, Kernel
+from pipeline.training.flops import flops_per_token
+from pipeline.training.guard import Guard
+from pipeline.training.step import Step
+from pipeline.training.trainer import build
+from tests.distributed import run_distributed
+from tests.rehearsal.rehearsals import MESHES, Launched, launched, rehearsed, small
+
+
+def _really(config: RunConfig) -> list[tuple[str, int, int]]:
+    cpu = torch.device("cpu")
+    meshes = build_meshes(config.parallelism, "cpu")
+    model, optimizer = build(config, meshes, cpu)
+    step = Step(model, optimizer, Guard(cpu), meshes, config.optimizer, cpu)
+    in_all = segments(config.schedule, config.training.sequence_length)[-1].sequences // config.parallelism.world_size
+    batch = _batch(config, in_all)
+    labels = torch.tensor(batch.labels)
+    with Launched() as wire:
+        loss, aux_loss = step.forward_backward(batch.micro_batches, labels, labels)
+        step.update(loss, aux_loss, labels, 1e-4, 1e-3, False)
+    return wire.found
+
+
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(mesh, marks=[] if mesh == "ep 2 x efsdp 2" else pytest.mark.long) for mesh in MESHES]
+)
+def test_collectives_are_those_of_real_ranks(mesh: str) -> None:
+    """Name, order, bytes to the byte and size of the group, in bf16 with recomputation and as it is without."""
+    config = small(
+        mesh, training__compute_dtype="bf16", training__activation_checkpointing="full", optimizer__qk_clip=100.0
+    )
+    real = run_distributed(_really, 4, config)[0]
+    assert launched(rehearsed(config).whole) == real
+    assert len(real) > 30
+
+
+def test_a_rehearsal_counts_and_names_the_allocation_without_room() -> None:
+    config = small("ep 2 x efsdp 2", training__compute_dtype="bf16")
+    found = rehearsed(config)
+    kernels = [entry for entry in found.run if isinstance(entry, Kernel)]
+    model_flops = sum(k.flops for k in kernels if k.phase in ("forward", "backward"))
+    micro_batches = 2
+    expected = flops_per_token(config.model, 16) * micro_batches * 16
+    assert model_flops == pytest.approx(expected, rel=0.05)  # the formula counts no router's gradient of padding
+    assert found.held_at_peak == found.peak == max(found.by_phase.values())
+    assert found.too_much is None
+    limit = (found.state_bytes + found.peak) // 2
+    holder, size = rehearsed(config, limit).too_much
+    assert size > 0
+    assert holder.phase in ("forward", "backward", "optimizer")
+    assert holder.where
+    assert {entry.phase for entry in found.run if isinstance(entry, Collective)} == {"forward", "backward", "optimizer"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "mesh",
+    [["parallelism.replicate=8"], [], ["parallelism.replicate=4", "parallelism.shard=64"]],
+    ids=["64", "256", "shard 64"],
+)
+def test_the_real_model_agrees_with_the_planner(mesh: list[str]) -> None:
+    config = load_config("moonlight-16b-a3b", mesh)
+    found, planned = rehearsed(config), estimate(config, Hardware())
+    sent = {entry.phase: 0 for entry in found.whole if isinstance(entry, Collective)}
+    for entry in found.whole:
+        if isinstance(entry, Collective):
+            sent[entry.phase] += entry.sent
+    assert sum(sent.values()) == pytest.approx(planned.traffic.total, rel=0.05)
+    assert found.peak == pytest.approx(planned.memory.peak, rel=0.05)
+
+
+@pytest.mark.long
+def test_the_command_prints_and_writes_a_trace(tmp_path: Path) -> None:
+    trace = tmp_path / "step.json"
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.plan",
+        "--config",
+        "debug",
+        "--rehearse",
+        "--chip",
+        "b200",
+        "--trace",
+        str(trace),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert [line.split()[0] for line in done.stdout.splitlines() if not line.startswith(" ")] == [
+        "rehearsed", "memory", "step", "wire", "host", "trace",
+    ]  # fmt: skip
+    assert len(json.loads(trace.read_text())["traceEvents"]) > 1000
