@@ -1,9 +1,9 @@
 """Checkpoints beside `torch.distributed.checkpoint`: save, load, what the loop waits, and retention among many.
 
-    python -m benchmarks.checkpoint [--layers 12] [--rounds 3] [--folder DIR] [--s3 100]
+    python -m benchmarks.checkpoint [--layers 12] [--rounds 3] [--folder DIR] [--s3 100] [--loads 10]
 
-One process, one thread, the state of a real network and its optimizer. Every round does each thing once, in turn, into new
-folders that it deletes, so that all meet the same machine; figures are medians over the rounds, in MB (10^6) of state per
+One process, one thread, the state of a real network and its optimizer. Every round does each thing once, in turn (the two
+kinds of loads in alternating order), into new folders that it deletes, so that all meet the same machine; figures are medians over the rounds, in MB (10^6) of state per
 second of CPU (user and system, all threads) and of wall time. The first copy of a run also pays for its memory. Loads read what the page cache still holds. `--s3`
 adds a save of that many MB to an S3 server (moto) in a process of its own on the same cores.
 """
@@ -109,8 +109,10 @@ def measure(layers: int, rounds: int, folder: str | None) -> None:
             blocked, _ = timed(name, save, copying, state, 2)
             waited.append(blocked)
             timed("load: dcp.load, unverified", dcp.load, state, checkpoint_id=f"{root}/dcp", no_dist=True)
-            timed("load: unverified", load_unverified, state, storage, manifest)
-            timed("load: verified", load_state, state, storage, manifest, None)
+            load_unverified(state, storage, manifest)  # whoever reads first after another folder pays for it
+            loads = [("load: unverified", load_unverified), ("load: verified", load_verified)]
+            for name, load in loads if number % 2 else loads[::-1]:
+                timed(name, load, state, storage, manifest)
             for made in ("dcp", step_folder("bench", 1), step_folder("bench", 2)):
                 storage.delete(made)
     finally:
@@ -126,6 +128,40 @@ def measure(layers: int, rounds: int, folder: str | None) -> None:
     print(
         f"`save` returns after {statistics.median(waited):.4f} s, {statistics.median(waited) / whole:.2%} of a synchronous save"
     )
+
+
+def measure_loads(layers: int, times: int, folder: str | None) -> None:
+    """Verified and unverified loads in turn, of files that lie in the page cache; each pair in the other order than the one before."""
+    state = make_state(layers)
+    size = sum(tensor.nbytes for tensor in state.values()) / 1e6
+    root = tempfile.mkdtemp(dir=folder, prefix="bench-checkpoint-")
+    storage = open_storage(StorageConfig(root=root))
+    plain = saver_of(storage, False)
+    took: dict[str, list[Clock]] = {"unverified": [], "verified": []}
+    try:
+        _, manifest = save(plain, state, 1)
+        load_unverified(state, storage, manifest)
+        pairs = [("unverified", load_unverified), ("verified", load_verified)]
+        for number in range(times):
+            for name, load in pairs if number % 2 else pairs[::-1]:
+                with Clock() as clock:
+                    load(state, storage, manifest)
+                took[name].append(clock)
+    finally:
+        plain.close()
+        shutil.rmtree(root)
+    for unit, seconds in (("MB per CPU-s", lambda each: each.cpu), ("MB/s", lambda each: each.wall)):
+        rates = {name: [size / seconds(each) for each in clocks] for name, clocks in took.items()}
+        ratios = [verified / plain for verified, plain in zip(rates["verified"], rates["unverified"])]
+        print(
+            f"load of {size:,.0f} MB, {times} times in turn, {unit}: unverified {statistics.median(rates['unverified']):,.0f}, "
+            f"verified {statistics.median(rates['verified']):,.0f}; ratio of pairs {min(ratios):.2f} to {max(ratios):.2f}, "
+            f"median {statistics.median(ratios):.2f}"
+        )
+
+
+def load_verified(state: dict[str, Tensor], storage: Storage, manifest: CheckpointManifest) -> None:
+    load_state(state, storage, manifest, None)
 
 
 def load_unverified(state: dict[str, Tensor], storage: Storage, manifest: CheckpointManifest) -> None:
@@ -202,7 +238,7 @@ def measure_s3(megabytes: int) -> None:
             f"S3, {size:,.0f} MB: a synchronous save {size / whole.wall:,.0f} MB/s; `save` returns after "
             f"{waited:.4f} s, {waited / whole.wall:.2%} of it"
         )
-        for name, load in (("unverified", load_unverified), ("verified", lambda *a: load_state(*a, None))):
+        for name, load in (("unverified", load_unverified), ("verified", load_verified)):
             with Clock() as took:
                 load(state, storage, manifest)
             print(f"S3, load {name}: {size / took.wall:,.0f} MB/s, {size / took.cpu:,.0f} MB per CPU-s")
@@ -217,9 +253,13 @@ def main() -> None:
     made.add_argument("--rounds", type=int, default=3)
     made.add_argument("--folder", help="where to write; default: the temporary folder")
     made.add_argument("--s3", type=int, default=0, metavar="MB")
+    made.add_argument("--loads", type=int, default=0, metavar="TIMES", help="measure loads alone, so often")
     given = made.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    if given.loads:
+        measure_loads(given.layers, given.loads, given.folder)
+        return
     measure_many(given.folder)
     if given.s3:
         measure_s3(given.s3)

@@ -25,8 +25,8 @@ from data_prep.tokenize_unit import token_dtype
 from data_prep.worker import working
 from data_prep.writer import PackedWriter, put, put_packed, token_buffer
 from pipeline.config.schema import DataConfig, StorageConfig
-from pipeline.integrity import read_record
-from pipeline.manifest import DocumentCounts, TokenizerManifest, digest_of
+from pipeline.integrity import open_checked, read_checked, read_record
+from pipeline.manifest import DocumentCounts, FileEntry, TokenizerManifest, digest_of
 from pipeline.storage import Storage, open_storage
 
 PACKING_FORMAT = 2  # raise when the same documents and settings would give other rows
@@ -38,7 +38,7 @@ class PackSettings:
     storage: StorageConfig
     data: DataConfig
     tokenizer: TokenizerManifest
-    heldout_hashes: str  # path: 16-byte hashes, sorted, of all sources
+    heldout_hashes: FileEntry | None  # 16-byte hashes, sorted, of all sources; None: no unit is packed, only tails
     keep_rejected: bool = False
 
 
@@ -147,7 +147,8 @@ def _excluded(storage: Storage, settings: PackSettings, task: PackTask, unit: Un
     chosen = np.array(sorted(task.heldout), np.int64)
     copies = np.zeros(0, np.int64)
     if unit.index is not None:
-        heldout = np.frombuffer(storage.read(settings.heldout_hashes), ">u8").reshape(-1, 2)
+        assert settings.heldout_hashes is not None
+        heldout = np.frombuffer(read_checked(storage, settings.heldout_hashes), ">u8").reshape(-1, 2)
         if len(heldout):
             records = read_index(storage, unit.index.path)
             suspects = records[np.isin(records["high"], heldout[:, 0].astype("<u8"))]
@@ -216,7 +217,7 @@ def _windows(storage: Storage, unit: UnitManifest, dtype: Any) -> Iterator[tuple
     """Row group after row group: tokens, offsets [n + 1], n_bytes [n]."""
     if unit.documents is None:
         return
-    with storage.open(unit.documents.path) as file:
+    with open_checked(storage, unit.documents) as file:
         parquet = pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=True)
         for group in range(parquet.metadata.num_row_groups):
             table = parquet.read_row_group(group, columns=["tokens", "n_bytes"], use_threads=False).combine_chunks()

@@ -27,7 +27,7 @@ from data_prep.listing import InputFile, Listing
 from pipeline.config.schema import CorpusConfig, SourceConfig
 from pipeline.manifest import canonical_json
 
-FORMAT_VERSION = 2  # raise when the same inputs would give other bytes
+FORMAT_VERSION = 3  # raise when the same inputs would give other bytes
 
 
 @dataclass(frozen=True)

@@ -323,8 +323,10 @@ def _resolve_and_pack(
     if config.corpus.drop_duplicates_across_sources:
         numbers = {source.name: number for number, source in enumerate(config.corpus.sources)}
         across = partitions_of("_across", tokenized, folder, [numbers[name] for name in units.sources])
-    hashes = sorted(frozenset().union(*(chosen.hashes for chosen in heldout.values())))
-    storage.write(f"{folder}/heldout.hashes", b"".join(hashes))
+    hashes = b"".join(sorted(frozenset().union(*(chosen.hashes for chosen in heldout.values()))))
+    entry = FileEntry(path=f"{folder}/heldout.hashes", bytes=len(hashes), sha256=hashlib.sha256(hashes).hexdigest())
+    storage.write(entry.path, hashes)
+    settings = _pack_settings(config, plan, entry)
     every = [partition for found in partitions.values() for partition in found] + across
     _mapped("resolve", partial(find_duplicates, config.storage), every, map_units, report, lambda _: (0, 0, 0, False))
 
@@ -343,7 +345,6 @@ def _resolve_and_pack(
                 across=tuple(partition.output for partition in across),
             )
         )
-    settings = _pack_settings(config, plan)
 
     def measure(value: dict[str, Any]) -> tuple[int, int, int, bool]:
         return value["counts"]["docs_out"], value["text_bytes"], _tokens(value["packed"]), False
@@ -360,10 +361,8 @@ def _resolved(plan: Plan) -> str:
     return f"datasets/{plan.identity}/resolved"
 
 
-def _pack_settings(config: RunConfig, plan: Plan) -> PackSettings:
-    return PackSettings(
-        config.storage, config.data, plan.tokenizer, f"{_resolved(plan)}/heldout.hashes", config.corpus.keep_rejected
-    )
+def _pack_settings(config: RunConfig, plan: Plan, heldout_hashes: FileEntry | None = None) -> PackSettings:
+    return PackSettings(config.storage, config.data, plan.tokenizer, heldout_hashes, config.corpus.keep_rejected)
 
 
 def _tails(

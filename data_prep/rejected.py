@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from data_prep.records import UnitManifest
 from data_prep.writer import parquet_writer
+from pipeline.integrity import open_checked
 from pipeline.storage import Storage
 
 SCHEMA = pa.schema(
@@ -81,7 +82,7 @@ def write_copies(
 def _doc_ids(storage: Storage, unit: UnitManifest) -> Iterable[tuple[int, pa.ChunkedArray]]:
     assert unit.documents is not None
     first = 0
-    with storage.open(unit.documents.path) as file:
+    with open_checked(storage, unit.documents) as file:
         parquet = pq.ParquetFile(file, page_checksum_verification=True)
         for group in range(parquet.metadata.num_row_groups):
             ids = parquet.read_row_group(group, columns=["doc_id"], use_threads=False)["doc_id"]

@@ -18,26 +18,34 @@ equals, in the order in which the configuration names the sources, is in another
 from __future__ import annotations
 
 import hashlib
+import io
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from data_prep.records import UnitManifest
 from data_prep.tokenize_unit import INDEX_DTYPE, token_dtype
 from data_prep.writer import parquet_writer, put
 from pipeline.config.schema import StorageConfig
+from pipeline.integrity import DamagedFile, read_checked
 from pipeline.manifest import HeldoutFile, TokenizerManifest, digest_of
 from pipeline.storage import Storage, open_storage
 
 PARTITION_DOCUMENTS = 4_000_000
 READ_THREADS = 16
-TABLE_BYTES = 257 * 4
+MEND = "restore it from a copy, or delete it and the record of what made it (datasets/units) and prepare again"
+HEAD = np.dtype(
+    [("first", "<u4", 257), ("xxh3", "<u8", 256), ("own", "<u8")]
+)  # of an index (tokenize_unit.index_bytes)
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,8 @@ def partitions_of(
 
 
 def find_duplicates(storage_config: StorageConfig, partition: Partition) -> str:
-    """Write the partition's file: uint64 offsets [units + 1], then uint32 ordinals by unit. Returns its path."""
+    """Write the partition's file: uint64 offsets [units + 1], uint64 digests [units] (`_digest_of`), then uint32 ordinals by unit.
+    Returns its path."""
     storage = open_storage(storage_config)
     if storage.exists(partition.output):
         return partition.output
@@ -108,25 +117,52 @@ def find_duplicates(storage_config: StorageConfig, partition: Partition) -> str:
     units, ordinals = unit_of[copies], records["ordinal"][copies]
     arranged = np.lexsort((ordinals, units))
     offsets = np.searchsorted(units[arranged], np.arange(len(parts) + 1)).astype("<u8")
-    storage.write(partition.output, offsets.tobytes() + ordinals[arranged].astype("<u4").tobytes())
+    values = ordinals[arranged].astype("<u4")
+    spans = pairwise(offsets.tolist())
+    digests = [_digest_of(unit, span, values[slice(*span)].tobytes()) for unit, span in enumerate(spans)]
+    storage.write(partition.output, offsets.tobytes() + np.array(digests, "<u8").tobytes() + values.tobytes())
     return partition.output
 
 
 def read_index(storage: Storage, path: str, low: int = 0, high: int = 256) -> np.ndarray:
-    """Records of an index whose leading hash byte is in [low, high)."""
+    """Records of an index whose leading hash byte is in [low, high). Raises DamagedFile."""
     with storage.open(path) as file:
-        table = np.frombuffer(file.read(TABLE_BYTES), "<u4")
-        file.seek(TABLE_BYTES + int(table[low]) * INDEX_DTYPE.itemsize)
-        return np.frombuffer(file.read(int(table[high] - table[low]) * INDEX_DTYPE.itemsize), INDEX_DTYPE)
+        data = file.read(HEAD.itemsize)
+        if len(data) < HEAD.itemsize or xxhash.xxh3_64_intdigest(data[:-8]) != int.from_bytes(data[-8:], "little"):
+            raise DamagedFile(f"{storage.uri(path)}: its head is torn or changed; {MEND}")
+        (head,) = np.frombuffer(data, HEAD)
+        first = [int(number) for number in head["first"]]
+        file.seek(HEAD.itemsize + first[low] * INDEX_DTYPE.itemsize)
+        data = file.read((first[high] - first[low]) * INDEX_DTYPE.itemsize)
+    for byte in range(low, high):
+        start, stop = ((first[edge] - first[low]) * INDEX_DTYPE.itemsize for edge in (byte, byte + 1))
+        if stop > len(data) or xxhash.xxh3_64_intdigest(data[start:stop]) != head["xxh3"][byte]:
+            raise DamagedFile(
+                f"{storage.uri(path)}: records with the leading byte {byte:02x} are torn or changed; {MEND}"
+            )
+    return np.frombuffer(data, INDEX_DTYPE)
 
 
 def read_duplicates(storage: Storage, path: str, unit: int, units: int) -> np.ndarray:
-    """Ordinals (int64, sorted) of the copies in the unit with that place in the plan."""
+    """Ordinals (int64, sorted) of the copies in the unit with that place in the plan. Raises DamagedFile."""
     with storage.open(path) as file:
         file.seek(unit * 8)
-        start, stop = (int(value) for value in np.frombuffer(file.read(16), "<u8"))
-        file.seek((units + 1) * 8 + start * 4)
-        return np.frombuffer(file.read((stop - start) * 4), "<u4").astype(np.int64)
+        span = file.read(16)
+        start, stop = int.from_bytes(span[:8], "little"), int.from_bytes(span[8:], "little")
+        file.seek((units + 1 + unit) * 8)
+        digest = file.read(8)
+        size = file.seek(0, os.SEEK_END)
+        file.seek((2 * units + 1) * 8 + start * 4)
+        data = file.read(max(0, min(stop - start, size)) * 4)  # a flipped offset asks for more than there is
+    if len(digest) < 8 or _digest_of(unit, (start, stop), data) != int.from_bytes(digest, "little"):
+        raise DamagedFile(f"{storage.uri(path)}: the copies of unit number {unit} are torn or changed; {MEND}")
+    return np.frombuffer(data, "<u4").astype(np.int64)
+
+
+def _digest_of(unit: int, span: tuple[int, int], ordinals: bytes) -> int:
+    """xxh3 of a unit's part of a file of duplicates; where it lies is part of it."""
+    found: int = xxhash.xxh3_64_intdigest(np.array([unit, *span], "<u8").tobytes() + ordinals)
+    return found
 
 
 def choose_heldout(
@@ -141,8 +177,7 @@ def choose_heldout(
 
     def load(unit: UnitManifest) -> pa.Table:
         assert unit.candidates is not None
-        with storage.open(unit.candidates.path) as file:
-            return pq.read_table(file, page_checksum_verification=True)
+        return pq.read_table(io.BytesIO(read_checked(storage, unit.candidates)))
 
     with_candidates = [place for place, unit in enumerate(units) if unit.candidates]
     with ThreadPoolExecutor(READ_THREADS) as pool:

@@ -7,6 +7,7 @@ that come later have a tail of their own, so older tails stay as they are.
 
 from __future__ import annotations
 
+import io
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 from data_prep.pack_unit import PackSettings, layout, packed_writer
 from data_prep.records import PackManifest, TailManifest, shard_path
 from data_prep.writer import put_packed
-from pipeline.integrity import read_record
+from pipeline.integrity import read_checked, read_record
 from pipeline.manifest import PackedFile, digest_of
 from pipeline.storage import Storage, open_storage
 
@@ -67,7 +68,6 @@ def build_tail(settings: PackSettings, task: TailTask) -> TailManifest:
 
 def _rows(storage: Storage, rests: Sequence[PackedFile], dtype: np.dtype) -> Iterator[tuple[np.ndarray, list[int]]]:
     for rest in rests:
-        with storage.open(rest.path) as file:
-            table = pq.read_table(file, page_checksum_verification=True, use_threads=False)
+        table = pq.read_table(io.BytesIO(read_checked(storage, rest)), use_threads=False)
         for tokens, doc_lens in zip(table["tokens"].to_pylist(), table["doc_lens"].to_pylist()):
             yield np.frombuffer(tokens, dtype), doc_lens

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -338,13 +339,16 @@ def _commit(
 
 
 def index_bytes(hashes: list[bytes]) -> bytes:
-    """257 little-endian uint32 (first record of each leading byte, then the count), then INDEX_DTYPE records sorted by hash."""
+    """INDEX_DTYPE records sorted by hash, behind a head: 257 uint32 (first record of each leading byte, then the count), 256 uint64
+    (xxh3 of the records of each leading byte), and one over both. All little-endian."""
     halves = np.frombuffer(b"".join(hashes), ">u8").reshape(-1, 2)
     records = np.empty(len(hashes), INDEX_DTYPE)
     records["high"], records["low"], records["ordinal"] = halves[:, 0], halves[:, 1], np.arange(len(hashes))
     records = records[np.lexsort((records["ordinal"], records["low"], records["high"]))]
     first = np.searchsorted(records["high"] >> np.uint64(56), np.arange(257, dtype=np.uint64))
-    return first.astype("<u4").tobytes() + records.tobytes()
+    digests = [xxhash.xxh3_64_intdigest(records[start:stop].tobytes()) for start, stop in pairwise(first.tolist())]
+    head = first.astype("<u4").tobytes() + np.array(digests, "<u8").tobytes()
+    return head + xxhash.xxh3_64_intdigest(head).to_bytes(8, "little") + records.tobytes()
 
 
 def _write_candidates(path: Path, candidates: list[tuple[bytes, int, np.ndarray, int, str]]) -> None:

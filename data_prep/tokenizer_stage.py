@@ -25,7 +25,8 @@ from data_prep.readers import ReaderSettings, read_slice
 from data_prep.tokenize_unit import document_hash, is_heldout_candidate, open_input
 from pipeline.config.load import ConfigError, expand_path
 from pipeline.config.schema import DEFAULT_EOS, RunConfig, SourceConfig
-from pipeline.manifest import FileEntry, TokenizerManifest, digest_of
+from pipeline.integrity import read_record
+from pipeline.manifest import DamagedRecord, FileEntry, TokenizerManifest, digest_of
 from pipeline.storage import Storage, filesystem
 from pipeline.tokenizer import Encoder, find_engines, read_given, train_tokenizer
 from pipeline.tokenizer.agreement import Agreement
@@ -61,8 +62,7 @@ def find_tokenizer(config: RunConfig, storage: Storage, listings: dict[str, List
         grown = _trained_on_less(storage, tokenizer_identity(config), _corpus_of(config, listings))
         if grown is not None:
             return grown
-    done = storage.read_or_none(f"{_folder(config, listings)}/manifest.json")
-    return None if done is None else TokenizerManifest.model_validate_json(done)
+    return read_record(storage, f"{_folder(config, listings)}/manifest.json", TokenizerManifest)
 
 
 def ensure_tokenizer(config: RunConfig, storage: Storage, listings: dict[str, Listing]) -> TokenizerManifest:
@@ -178,7 +178,7 @@ def _trained_on_less(storage: Storage, settings: dict[str, Any], corpus: dict[st
     for entry in storage.list("tokenizers"):
         if not entry.path.endswith("/training.json"):
             continue
-        earlier = json.loads(storage.read(entry.path))
+        earlier = _read_training(storage, entry.path)
         if earlier["settings"] != settings or earlier["corpus"]["heldout_fraction"] != corpus["heldout_fraction"]:
             continue
         sources = earlier["corpus"]["sources"]
@@ -190,10 +190,23 @@ def _trained_on_less(storage: Storage, settings: dict[str, Any], corpus: dict[st
             size = sum(len(source["files"]) for source in sources.values())
             found.append((-size, entry.path))
     for _, path in sorted(found):
-        manifest = storage.read_or_none(path.replace("training.json", "manifest.json"))
+        manifest = read_record(storage, path.replace("training.json", "manifest.json"), TokenizerManifest)
         if manifest is not None:
-            return TokenizerManifest.model_validate_json(manifest)
+            return manifest
     return None
+
+
+def _read_training(storage: Storage, path: str) -> dict[str, Any]:
+    """What an earlier tokenizer was trained on. Its folder is named by the digest of that. Raises DamagedRecord."""
+    try:
+        found: dict[str, Any] = json.loads(storage.read(path))
+    except ValueError as error:
+        raise DamagedRecord(f"{storage.uri(path)}: {error}; restore it from a copy, or delete its folder") from None
+    if digest_of(found)[:32] != path.split("/")[-2]:
+        raise DamagedRecord(
+            f"{storage.uri(path)}: not what its folder is named after; restore it from a copy, or delete its folder"
+        )
+    return found
 
 
 def _commit(
@@ -226,8 +239,9 @@ def _commit(
         engines=agreement.engines,
         notes=tuple(notes),
     )
-    storage.create(f"{folder}/manifest.json", manifest.to_json())
-    return TokenizerManifest.model_validate_json(storage.read(f"{folder}/manifest.json"))
+    path = f"{folder}/manifest.json"
+    storage.create(path, manifest.to_json())
+    return TokenizerManifest.parse(storage.read(path), storage.uri(path))
 
 
 def _cost(agreement: Agreement) -> str:

@@ -2,6 +2,7 @@
 
     python -m jobs.inspect --config <preset or path> step 120        which rows and documents formed optimizer step 120
     python -m jobs.inspect --config <preset or path> sequence 5000   the same of one training sequence
+    python -m jobs.inspect --config <preset or path> position 5000   the same of one that the run may have left out (skip_sequences)
     python -m jobs.inspect --config <preset or path> mixture         what the run would draw from each source
     python -m jobs.inspect --config <preset or path> row web-en 17   row 17 of a source, as text
 

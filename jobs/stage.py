@@ -6,13 +6,17 @@ import sys
 import time
 from collections.abc import Sequence
 
+from botocore.exceptions import BotoCoreError
+
 from jobs import stages
 from jobs.cli import looking, open_run, parser
 from jobs.drivers.failures import HELD
+from jobs.on_ray.failed import WorkersFailed
 from jobs.on_ray.progress import ProgressLines, Work
 from jobs.on_ray.signals import Interrupted, raise_on_signals
 from jobs.stages.records import hold_dataset
 from pipeline.lease import Held, LeaseLost
+from pipeline.storage import said_by_storage
 from pipeline.training import initial
 from pipeline.training.commits import refuse_held
 
@@ -49,6 +53,12 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> int:
     except Interrupted as error:
         print(f"{stage}: {error}", file=sys.stderr)
         return error.exit_code
+    except WorkersFailed as error:
+        print(f"{stage}: {error}", file=sys.stderr)
+        return 1
+    except (OSError, BotoCoreError) as error:
+        print(f"{stage}: {said_by_storage(error)}", file=sys.stderr)
+        return 1
     except ValueError as error:  # ConfigError, StorageError, MissingInput, GateError: the message is the whole story
         print(f"{stage}: {error}", file=sys.stderr)
         return 2

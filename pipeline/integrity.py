@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from typing import TypeVar
+import tempfile
+from collections.abc import Iterator
+from typing import IO, Any, TypeVar
 
-from pipeline.manifest import FileEntry, Record
-from pipeline.storage import Storage, sha256_of
+from pipeline.manifest import DamagedRecord, FileEntry, Record, fields_of
+from pipeline.storage import CHUNK, Storage, sha256_of
 
 RecordT = TypeVar("RecordT", bound=Record)
 
@@ -31,6 +34,41 @@ def read_checked(storage: Storage, entry: FileEntry, folder: str = "") -> bytes:
     if problem:
         raise DamagedFile(f"{storage.uri(path)}: {problem}")
     return data
+
+
+@contextlib.contextmanager
+def open_checked(storage: Storage, entry: FileEntry) -> Iterator[IO[bytes]]:
+    """The file, opened when all of it has been checked; on S3 from a local copy, so that it is fetched once. Raises DamagedFile."""
+    if not storage.config.is_s3:
+        problem = damage(storage, entry)
+        if problem:
+            raise DamagedFile(problem)
+        with storage.open(entry.path) as file:
+            yield file
+        return
+    with tempfile.TemporaryFile(prefix="checked-") as copy:
+        found = hashlib.sha256()
+        try:
+            with storage.open(entry.path) as file:
+                while chunk := file.read(CHUNK):
+                    found.update(chunk)
+                    copy.write(chunk)
+        except FileNotFoundError:
+            raise DamagedFile(f"{storage.uri(entry.path)}: the file is missing") from None
+        problem = _differs(entry, copy.tell(), found.hexdigest())
+        if problem:
+            raise DamagedFile(f"{storage.uri(entry.path)}: {problem}")
+        copy.seek(0)
+        yield copy
+
+
+def read_fields(storage: Storage, path: str) -> dict[str, Any] | None:
+    """The fields of a record of whatever kind, checked by the digest that it carries; None without one. Raises DamagedRecord."""
+    data = storage.read_or_none(path)
+    try:
+        return None if data is None else fields_of(data)
+    except ValueError as error:
+        raise DamagedRecord(f"{storage.uri(path)}: {error}") from None
 
 
 def damage(storage: Storage, entry: FileEntry, folder: str = "") -> str:

@@ -70,13 +70,25 @@ class Record(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _check_own_digest(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or OWN_DIGEST not in values:
-            return values
-        fields = {name: value for name, value in values.items() if name != OWN_DIGEST}
-        found = digest_of(fields)
-        if found != values[OWN_DIGEST]:
-            raise ValueError(f"its fields have the sha256 {found[:16]}..., {OWN_DIGEST} says {values[OWN_DIGEST]}")
-        return fields
+        return _checked_fields(values)
+
+
+def fields_of(data: bytes) -> dict[str, Any]:
+    """The fields of a stored record of whatever kind, as its digest covers them. Raises ValueError for one that is torn or changed."""
+    fields = _checked_fields(json.loads(data))
+    if not isinstance(fields, dict):
+        raise ValueError("not a record")
+    return fields
+
+
+def _checked_fields(values: Any) -> Any:
+    if not isinstance(values, dict) or OWN_DIGEST not in values:
+        return values
+    fields = {name: value for name, value in values.items() if name != OWN_DIGEST}
+    found = digest_of(fields)
+    if found != values[OWN_DIGEST]:
+        raise ValueError(f"its fields have the sha256 {found[:16]}..., {OWN_DIGEST} says {values[OWN_DIGEST]}")
+    return fields
 
 
 def _without_volatile(value: Any) -> Any:
@@ -214,6 +226,9 @@ class CheckpointManifest(Record):
     metrics: tuple[FileEntry, ...] = ()  # what was logged up to this step, as it was then
     loss: float | None  # nats per token, of the last step that had a loss; None: none has
     skipped_steps: int = 0  # up to here
+    left_out: tuple[
+        tuple[int, int], ...
+    ] = ()  # global positions, besides training.skip_sequences (training/left_out.py)
     world_size: int
     mesh: dict[str, int] = {}  # replicate, shard, ep of the ranks that wrote it
     fence: int | None = None  # fencing number of the writer; None: written without a lease
@@ -224,7 +239,7 @@ class CheckpointManifest(Record):
     VOLATILE: ClassVar[frozenset[str]] = frozenset(
         {"files", "metadata_sha256", "metrics", "world_size", "mesh", "fence", "newton_schulz"}
     )
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"skipped_steps"})
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"skipped_steps", "left_out"})
 
 
 class TrainManifest(Record):

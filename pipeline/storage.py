@@ -73,7 +73,8 @@ class Storage:
         """The whole object, on S3 in one request: of an object that is replaced meanwhile, one or the other. Raises
         FileNotFoundError."""
         alone = {"max_concurrency": 1} if self.config.is_s3 else {}
-        data: bytes = self.fs.cat_file(self.key(path), **alone)
+        with self._naming(path):
+            data: bytes = self.fs.cat_file(self.key(path), **alone)
         return data
 
     def read_or_none(self, path: str) -> bytes | None:
@@ -132,7 +133,8 @@ class Storage:
     def write(self, path: str, data: bytes) -> None:
         """Put the object, replacing any. Atomic."""
         if self.config.is_s3:
-            self.fs.pipe_file(self.key(path), data)
+            with self._naming(path):
+                self.fs.pipe_file(self.key(path), data)
             return
         self._place(path, lambda temporary: temporary.write_bytes(data), os.replace)
 
@@ -228,16 +230,17 @@ class Storage:
     def stream(self, path: str) -> Iterator[IO[bytes]]:
         """Write an object from front to back, durable when the block ends. Large ones need no memory. Not atomic: on a folder
         a part of it is seen meanwhile, so something else must say that it counts."""
-        if self.config.is_s3:
-            with self.fs.open(self.key(path), "wb", block_size=UPLOAD_PART) as upload:
-                yield upload
-            return
-        target = Path(self.key(path))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        with self._naming(path):
+            if self.config.is_s3:
+                with self.fs.open(self.key(path), "wb", block_size=UPLOAD_PART) as upload:
+                    yield upload
+                return
+            target = Path(self.key(path))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
 
     def check_writable(self) -> None:
         """Write and delete one small object; raises StorageError that says why and what to change."""
@@ -253,6 +256,20 @@ class Storage:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def _naming(self, path: str) -> Iterator[None]:
+        """An error of the storage says of which object: neither a full disk's nor an S3 server's does by itself."""
+        try:
+            yield
+        except OSError as error:
+            if error.filename is not None or isinstance(error, FileNotFoundError | FileExistsError):
+                raise
+            if error.errno is not None:
+                raise OSError(error.errno, error.strerror, self.uri(path)) from error
+            if isinstance(error, PermissionError):  # as s3fs raises it
+                raise PermissionError(f"{error}: {self.uri(path)!r}") from error
+            raise
+
     def _place(self, path: str, fill: Callable[[Path], object], place: Callable[[Path, Path], object]) -> None:
         """On a folder: fill a temporary file beside the object, sync it, then `place` it (link or rename) in one step."""
         target = Path(self.key(path))
@@ -261,8 +278,9 @@ class Storage:
             try:
                 with contextlib.suppress(FileExistsError):  # raised, too, when it is deleted while we look at it
                     target.parent.mkdir(parents=True, exist_ok=True)
-                fill(temporary)
-                _sync(temporary)
+                with self._naming(path):
+                    fill(temporary)
+                    _sync(temporary)
                 place(temporary, target)
                 return
             except FileNotFoundError:  # somebody deleted the folder between two of these lines
@@ -322,6 +340,13 @@ def filesystem(uri: str, config: StorageConfig) -> fsspec.AbstractFileSystem:
     retries = {"retries": {"max_attempts": 10, "mode": "standard"}}
     return fsspec.filesystem(
         "s3", endpoint_url=config.endpoint_url, client_kwargs=client, config_kwargs=retries, use_listings_cache=False
+    )
+
+
+def said_by_storage(error: BaseException) -> str:
+    """One line for somebody whose command an error of the storage has ended, with what to do."""
+    return (
+        f"storage: {' '.join(str(error).split()) or type(error).__name__}; once it works again the same command goes on"
     )
 
 

@@ -6,6 +6,8 @@ import argparse
 import os
 import sys
 
+from botocore.exceptions import BotoCoreError
+
 from jobs import stages
 from jobs.cli import looking, open_run
 from jobs.drivers.failures import HELD, StageFailure
@@ -17,7 +19,7 @@ from jobs.views.summary import print_summary
 from pipeline.config.load import ConfigError, dump_yaml, load_config
 from pipeline.config.schema import RunConfig
 from pipeline.lease import Held
-from pipeline.storage import Storage
+from pipeline.storage import Storage, said_by_storage
 from pipeline.training import initial
 
 
@@ -42,6 +44,9 @@ def run(given: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (OSError, BotoCoreError) as error:
+        print(f"error: {said_by_storage(error)}", file=sys.stderr)
+        return 1
     except StageFailure as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

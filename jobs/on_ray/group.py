@@ -13,7 +13,9 @@ from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
 
+from jobs.on_ray.failed import WorkersFailed, told
 from pipeline.config.schema import RunConfig
 from pipeline.storage import Storage
 
@@ -29,7 +31,7 @@ def run_in_group(
 ) -> Any:
     """Call `worker(arguments)` in every rank; returns what rank 0 returned. Ray keeps its own state in `folder` of the storage.
 
-    Raises Ray's error after the last restart.
+    Raises WorkersFailed after the last restart.
     """
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # workers keep the job's working directory; Ray carries this one to them
     cluster = config.cluster
@@ -51,4 +53,7 @@ def run_in_group(
             failure_config=FailureConfig(max_failures=cluster.max_failures),
         ),
     )
-    return trainer.fit().return_value
+    try:
+        return trainer.fit().return_value
+    except TrainingFailedError as error:
+        raise WorkersFailed(told(error, cluster.max_failures)) from error

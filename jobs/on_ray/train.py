@@ -24,25 +24,27 @@ from typing import Any
 import ray.train
 from ray.train.torch import get_device
 
+from jobs.on_ray.failed import WorkersFailed
 from jobs.on_ray.gauges import TrainingGauges
 from jobs.on_ray.group import run_in_group
 from jobs.on_ray.signals import Interrupted
 from jobs.on_ray.stop import StopFlag, listening, run_until_signal
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
-from pipeline.dataset.order import Order, check_demand
+from pipeline.dataset.order import check_demand
 from pipeline.file_index import read_dataset
 from pipeline.integrity import read_record
 from pipeline.lease import Held, LeaseLost
 from pipeline.manifest import CheckpointManifest, DatasetManifest, TrainManifest
 from pipeline.storage import Storage, open_storage
 from pipeline.training.commits import RunFacts, continue_from, train_folder
+from pipeline.training.left_out import order_of, read_left_out
 from pipeline.training.metrics import TrainProgress
 
 Report = Callable[[TrainProgress], None]
 
 
-class TrainingFailed(RuntimeError):
+class TrainingFailed(WorkersFailed):
     """Training ended without a complete run; the message says why."""
 
 
@@ -50,10 +52,10 @@ def train_with_ray(config: RunConfig, dataset: DatasetManifest, storage: Storage
     """Train the run to its end on the connected Ray cluster. `report` is called in the worker of rank 0.
 
     Raises ValueError for wrong input; Held and LeaseLost if the run is somebody else's; Interrupted on SIGINT and SIGTERM, after
-    a checkpoint; TrainingFailed, or Ray's own error, after `cluster.max_failures` restarts.
+    a checkpoint; TrainingFailed, and WorkersFailed after `cluster.max_failures` restarts.
     """
     check_demand(config, dataset)
-    order = Order.of_run(config, dataset)
+    order = order_of(config, dataset, read_left_out(storage, config.run_id).ranges)
     continue_from(storage, RunFacts.of(config, dataset, order), order)  # refuses a foreign run before anything starts
     config = config.model_copy(update={"storage": storage.config.model_copy(update={"root": storage.root})})  # absolute
     folder = train_folder(config.run_id)

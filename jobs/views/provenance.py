@@ -12,9 +12,10 @@ from pipeline.dataset.provenance import mixture_table, row_tokens, sequences
 from pipeline.manifest import DatasetManifest
 from pipeline.storage import Storage
 from pipeline.tokenizer.encoder import Encoder
+from pipeline.training.left_out import order_of, read_left_out
 
-WHAT = "step N | sequence N | row SOURCE N | mixture"
-SHAPES = {"step": 2, "sequence": 2, "row": 3, "mixture": 1}  # words of each
+WHAT = "step N | sequence N | position N | row SOURCE N | mixture"
+SHAPES = {"step": 2, "sequence": 2, "position": 2, "row": 3, "mixture": 1}  # words of each
 
 
 def understood(what: Sequence[str]) -> bool:
@@ -24,7 +25,7 @@ def understood(what: Sequence[str]) -> bool:
 
 def lines(what: Sequence[str], config: RunConfig, dataset: DatasetManifest, storage: Storage) -> Iterator[str]:
     """A step, a sequence, a row or the mixture, as `WHAT` has it. Raises ValueError if there is no such thing."""
-    order = Order.of_run(config, dataset)
+    order = order_of(config, dataset, read_left_out(storage, config.run_id).ranges)
     number = int(what[-1]) if what[-1].isdecimal() else 0
     if what[0] == "step":
         first, count = step_sequences(config.schedule, order.sequence_length, number)
@@ -35,6 +36,8 @@ def lines(what: Sequence[str], config: RunConfig, dataset: DatasetManifest, stor
         if not 0 <= number < total:
             raise ValueError(f"sequence {number} is not one of the run's sequences 0 to {total - 1}")
         yield from sequence_lines(order, storage, range(number, number + 1))
+    elif what[0] == "position":  # in the order of data that nothing was left out of
+        yield from sequence_lines(Order.of_run(config, dataset, skip=()), storage, range(number, number + 1))
     elif what[0] == "mixture":
         yield from mixture_lines(config, order)
     else:

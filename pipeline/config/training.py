@@ -37,10 +37,14 @@ class ParallelismConfig(Section):
 class SpikeConfig(Section):
     """A finite loss or gradient norm far above the run's own (training/spikes.py)."""
 
-    action: Literal["count", "skip"] = "count"  # skip: such a step changes nothing, like one that is not finite
+    # skip: such a step changes nothing, like one that is not finite; go_back: the run returns to an earlier checkpoint and leaves the
+    # data since then out (training/left_out.py)
+    action: Literal["count", "skip", "go_back"] = "count"
     deviations: PositiveFloat = 10.0  # above the running mean, in running standard deviations
     horizon_steps: Annotated[int, Field(ge=10)] = 200  # of the running mean; as many steps are not judged at first
     stop_after: PositiveInt = 20  # spikes in a row end the run
+    go_back_steps: PositiveInt = 1  # the checkpoint lies at least so many steps before the spike
+    go_back_limit: PositiveInt = 3  # times in a run; the next spike ends it
 
 
 class TrainingConfig(Section):

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -29,7 +28,7 @@ import pyarrow.parquet as pq
 from pipeline.dataset.leakage import HeldoutIndex
 from pipeline.dataset.packed_file import Block, CorruptBlock, Layout, fetch_range, read_footer, read_group
 from pipeline.file_index import FileIndex, Files
-from pipeline.manifest import OWN_DIGEST, DatasetManifest, DocumentCounts, FileEntry, HeldoutFile, PackedFile, digest_of
+from pipeline.manifest import DatasetManifest, DocumentCounts, FileEntry, HeldoutFile, PackedFile, digest_of, fields_of
 from pipeline.storage import Storage
 
 PACKS, TAILS = "datasets/packs", "datasets/tails"  # where data_prep commits them: <first two digits>/<id>.json
@@ -220,7 +219,7 @@ def _check_records(index: FileIndex, storage: Storage, task: Task) -> FileReport
                 data = storage.read(found.path)
                 report.bytes += len(data)
                 try:
-                    record = _fields(data)
+                    record = fields_of(data)
                 except ValueError as error:
                     report.findings.append(Finding(found.path, None, str(error)))
                     continue
@@ -235,11 +234,6 @@ def _check_records(index: FileIndex, storage: Storage, task: Task) -> FileReport
                         problems += _check_tail(record)
                     report.findings += [Finding(found.path, None, what) for what in problems]
     return report
-
-
-def _fields(data: bytes) -> dict[str, Any]:
-    """Of a stored record, as its digest covers them: without the digest that it carries itself."""
-    return {name: value for name, value in json.loads(data).items() if name != OWN_DIGEST}
 
 
 def _foreign_files(record: dict[str, Any], ours: dict[str, tuple[Files[PackedFile], int]]) -> Iterator[str]:
@@ -266,7 +260,7 @@ def _check_pack(storage: Storage, pack: dict[str, Any]) -> Iterator[str]:
         yield f"{path} is missing"
         return
     try:
-        unit = _fields(data)
+        unit = fields_of(data)
     except ValueError as error:
         yield f"{path}: {error}"
         return

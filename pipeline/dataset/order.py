@@ -106,9 +106,13 @@ class Order:
         self._window_keys = np.array([key_of(seed, "windows", name) for name in self.source_names], dtype=np.uint64)
 
     @classmethod
-    def of_run(cls, config: RunConfig, dataset: DatasetManifest) -> Order:
+    def of_run(
+        cls, config: RunConfig, dataset: DatasetManifest, skip: Sequence[tuple[int, int]] | None = None
+    ) -> Order:
+        """`skip`: in place of `training.skip_sequences`."""
         training = config.training
-        return cls(dataset, config.data, config.corpus, training.sequence_length, config.seed, training.skip_sequences)
+        ranges = training.skip_sequences if skip is None else skip
+        return cls(dataset, config.data, config.corpus, training.sequence_length, config.seed, ranges)
 
     # -- the closed form -----------------------------------------------------------------------------------------
 

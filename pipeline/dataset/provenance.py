@@ -7,9 +7,9 @@ shard). Of two documents with the same tokens the first is named.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,6 +20,7 @@ from pipeline.dataset.loader import cut
 from pipeline.dataset.order import Order
 from pipeline.dataset.packed_file import Block
 from pipeline.dataset.reader import BlockId, BlockReader
+from pipeline.integrity import DamagedFile, read_fields
 from pipeline.manifest import PackedFile
 from pipeline.storage import Storage
 
@@ -118,10 +119,9 @@ def mixture_table(order: Order, total: int, max_epochs: Mapping[str, float]) -> 
 def pack_of(storage: Storage, entry: PackedFile, row: int) -> str:
     """The pack of row number `row` of a file: the file is the pack's own, or a tail of the last rows of many packs."""
     name = _owner(entry.path)
-    tail = storage.read_or_none(f"{TAILS}/{name[:2]}/{name}.json")
-    if tail is None:
+    record = read_fields(storage, f"{TAILS}/{name[:2]}/{name}.json")
+    if record is None:
         return name
-    record = json.loads(tail)
     row += sum(file["rows"] for file in record["packed"] if file["path"] < entry.path)
     for path, rows in record["rests"]:
         if row < rows:
@@ -137,8 +137,8 @@ def _owner(path: str) -> str:
 
 def documents_of(storage: Storage, pack_id: str, pieces: list[NDArray[np.unsignedinteger]], eos_id: int) -> list[Piece]:
     """The document of each piece of a row, searched for in the document shard the row was packed from."""
-    pack = json.loads(storage.read(f"{PACKS}/{pack_id[:2]}/{pack_id}.json"))
-    unit = json.loads(storage.read(f"datasets/units/{pack['unit'][:2]}/{pack['unit']}.json"))
+    pack = _record(storage, f"{PACKS}/{pack_id[:2]}/{pack_id}.json")
+    unit = _record(storage, f"datasets/units/{pack['unit'][:2]}/{pack['unit']}.json")
     found = [Piece(None, 0, len(piece)) for piece in pieces]
     exact = [False] * len(pieces)
     with storage.open(unit["documents"]["path"]) as file:
@@ -155,6 +155,13 @@ def documents_of(storage: Storage, pack_id: str, pieces: list[NDArray[np.unsigne
                         number, start, stop = hit
                         found[i] = Piece(names[number], start, stop)
                         exact[i] = start == 0
+    return found
+
+
+def _record(storage: Storage, path: str) -> dict[str, Any]:
+    found = read_fields(storage, path)
+    if found is None:
+        raise DamagedFile(f"{storage.uri(path)}: the file is missing")
     return found
 
 

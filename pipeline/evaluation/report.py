@@ -15,7 +15,6 @@ from typing import Any
 
 from pipeline.config.load import dump_yaml
 from pipeline.config.schema import RunConfig
-from pipeline.dataset.order import Order
 from pipeline.evaluation.baselines import SHOWN
 from pipeline.evaluation.charts import Mark, Point, Series, compact, line_chart
 from pipeline.evaluation.weights import count_parameters
@@ -30,6 +29,7 @@ from pipeline.manifest import (
     TrainManifest,
 )
 from pipeline.storage import Storage
+from pipeline.training.left_out import order_of
 from pipeline.training.metrics import sound_files
 
 TASK_HEAD = ["version", "few-shot", "documents", "metric", "value ± standard error"]
@@ -230,7 +230,7 @@ def scored_how(evaluation: EvaluationManifest) -> str:
 
 
 def _data(config: RunConfig, dataset: DatasetManifest, checkpoint: CheckpointManifest) -> str:
-    shares = Order.of_run(config, dataset).shares(checkpoint.next_sequence)
+    shares = order_of(config, dataset, checkpoint.left_out).shares(checkpoint.next_sequence)
     rows = [
         [
             escape(source.name),

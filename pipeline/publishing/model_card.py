@@ -14,7 +14,6 @@ from typing import Any
 import yaml
 
 from pipeline.config.schema import RunConfig
-from pipeline.dataset.order import Order
 from pipeline.evaluation.baselines import SHOWN
 from pipeline.evaluation.charts import compact
 from pipeline.evaluation.report import TASK_HEAD, scored_how, scored_sources, task_cells
@@ -27,6 +26,7 @@ from pipeline.manifest import (
     TaskScore,
     TrainManifest,
 )
+from pipeline.training.left_out import order_of
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _sample(sample: Sample) -> str:
 
 
 def _data(config: RunConfig, dataset: DatasetManifest, checkpoint: CheckpointManifest) -> str:
-    shares = Order.of_run(config, dataset).shares(checkpoint.next_sequence)
+    shares = order_of(config, dataset, checkpoint.left_out).shares(checkpoint.next_sequence)
     rows = [
         [
             source.name,

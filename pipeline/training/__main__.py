@@ -23,14 +23,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from botocore.exceptions import BotoCoreError
 
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
 from pipeline.lease import Held, LeaseLost
 from pipeline.manifest import DatasetManifest
-from pipeline.storage import Storage, open_storage
+from pipeline.storage import Storage, open_storage, said_by_storage
 from pipeline.training import initial
-from pipeline.training.commits import committed
+from pipeline.training.commits import committed_steps
 from pipeline.training.guard import RunDiverged
 from pipeline.training.metrics import TrainProgress
 from pipeline.training.trainer import TrainingStopped, train
@@ -73,6 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, RunDiverged) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT if isinstance(error, ValueError) else FAILED
+    except (OSError, BotoCoreError) as error:
+        print(f"error: {said_by_storage(error)}", file=sys.stderr)
+        return FAILED
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -114,11 +118,11 @@ def join_ranks(config: RunConfig) -> None:
 def start_line(config: RunConfig, storage: Storage) -> str:
     """Which run, on what, from where."""
     parallelism = config.parallelism
-    saved = committed(storage, config.run_id)
+    saved = committed_steps(storage, config.run_id)  # which of them is sound the ranks will see
     return (
         f"run {config.run_id}: {config.schedule.total_tokens:,} tokens on {parallelism.world_size} "
         f"{'GPUs' if config.cluster.use_gpu else 'CPU ranks'} (replicate {parallelism.replicate}, shard {parallelism.shard}, "
-        f"ep {parallelism.ep}), " + (f"going on after step {saved[-1].step}" if saved else "from the beginning")
+        f"ep {parallelism.ep}), " + (f"going on after step {saved[-1]}" if saved else "from the beginning")
     )
 
 

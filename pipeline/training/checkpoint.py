@@ -44,6 +44,7 @@ from pipeline.storage import Storage
 from pipeline.training.commits import MANIFEST, RUN, RunFacts, commit, continue_from, parts_folder, step_folder
 from pipeline.training.files import CheckpointReader, CheckpointWriter, DamagedCheckpoint
 from pipeline.training.identity import identity_digest
+from pipeline.training.left_out import LeftOut, read_left_out
 from pipeline.training.retention import Retention
 
 
@@ -92,6 +93,7 @@ class Checkpointer:
         metrics: tuple[FileEntry, ...] = (),
         newton_schulz: str = "",
         skipped_steps: int = 0,
+        left_out: tuple[tuple[int, int], ...] = (),
         mesh: dict[str, int] | None = None,
     ) -> None:
         """Begin to save; `settle` says when it is committed. Without `checkpoint.async_save` it is when this returns. The
@@ -99,7 +101,7 @@ class Checkpointer:
         assert self._pending is None, "settle the previous save first"
         facts: dict[str, Any] = {"step": step, "next_sequence": next_sequence, "tokens_seen": tokens_seen}
         facts |= {"loss": loss, "metrics": metrics, "newton_schulz": newton_schulz}
-        facts |= {"skipped_steps": skipped_steps, "mesh": mesh or {}}
+        facts |= {"skipped_steps": skipped_steps, "left_out": left_out, "mesh": mesh or {}}
         self._staged.clear()
         stage = self._config.async_save
         if stage and self._cuda:
@@ -206,6 +208,19 @@ class Checkpointer:
             else:
                 return found
         raise AssertionError
+
+    def leave_stale(self) -> LeftOut:
+        """What the run has left out so far, the same on all ranks; checkpoints of ways that it has left count no more."""
+
+        def leave() -> LeftOut:
+            found = read_left_out(self._storage, self._facts.run_id)
+            if found.detours:
+                self._check()
+                self._retention.withdraw(0, found.is_stale)
+            return found
+
+        result: LeftOut = self.on_rank_0(leave)
+        return result
 
     def collect_leftovers(self, resumed: int) -> None:
         """When the run begins after step `resumed`: later checkpoints are damaged and count no more, and what crashes left

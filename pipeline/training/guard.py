@@ -34,7 +34,7 @@ class Guard:
         """1.0 (fp32) if the step may happen, else 0.0."""
         finite = torch.isfinite(loss) & torch.isfinite(gradient_norm)
         spike = self.spikes.judge(loss, gradient_norm, finite)
-        good = finite & ~spike if self.spikes.config.action == "skip" else finite
+        good = finite & ~spike if self.spikes.config.action != "count" else finite
         self.skipped += ~good
         self.in_a_row.copy_(torch.where(finite, 0, self.in_a_row + 1))
         return good.float()

@@ -41,8 +41,10 @@ def identity_of(config: RunConfig, dataset_digest: str, order: dict[str, Any]) -
         "schedule": config.schedule.model_dump(mode="json"),
         "training": config.training.model_dump(mode="json", include=DECIDE_THE_LOSS),
     }
-    if config.training.spikes.action != "count":
-        values["training"]["spikes"] = config.training.spikes.model_dump(mode="json", exclude={"stop_after"})
+    spikes = config.training.spikes
+    if spikes.action != "count":
+        decide = {"action", "deviations", "horizon_steps", *(["go_back_steps"] if spikes.action == "go_back" else [])}
+        values["training"]["spikes"] = spikes.model_dump(mode="json", include=decide)
     return dict(_flatten("", values))
 
 

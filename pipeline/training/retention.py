@@ -18,10 +18,11 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import CheckpointConfig, RunConfig
+from pipeline.manifest import CheckpointManifest, DamagedRecord
 from pipeline.optim.schedule import total_steps
 from pipeline.storage import Storage
 from pipeline.training.commits import (
@@ -77,13 +78,15 @@ class Retention:
                 self._storage.delete(step_folder(self._run_id, step))
         self._storage.sweep(train_folder(self._run_id))
 
-    def withdraw(self, after: int) -> list[int]:
-        """The run goes on from step `after`, since every later checkpoint is damaged: they no longer count, but their bytes stay
-        for whoever wants to know, until the run has come that far again. The steps."""
+    def withdraw(self, after: int, which: Callable[[CheckpointManifest], bool] | None = None) -> list[int]:
+        """The run goes on from step `after`, since every later checkpoint is damaged, or (`which`) was taken on a way that it has left:
+        they no longer count, but their bytes stay for whoever wants to know, until the run has come that far again. The steps."""
         found = []
         for step in step_folders(self._storage, self._run_id):
             path = manifest_path(self._run_id, step)
             if step > after and (data := self._storage.read_or_none(path)) is not None:
+                if which is not None and not _is(which, data, path):
+                    continue
                 self._storage.write(f"{step_folder(self._run_id, step)}/{WITHDRAWN}", data)
                 self._storage.delete(path)
                 found.append(step)
@@ -112,6 +115,13 @@ class Retention:
         self._known.discard(step)
         if self._steps is not None:
             self._steps.discard(step)
+
+
+def _is(which: Callable[[CheckpointManifest], bool], data: bytes, path: str) -> bool:
+    try:
+        return which(CheckpointManifest.parse(data, path))
+    except DamagedRecord:  # it is passed over and named when the run looks for its newest
+        return False
 
 
 def named_steps(config: RunConfig) -> frozenset[int]:

@@ -42,8 +42,10 @@ from pipeline.training.batches import read_step
 from pipeline.training.checkpoint import Checkpointer
 from pipeline.training.commits import RunFacts, train_folder
 from pipeline.training.figures import Fetch, PendingRecord
+from pipeline.training.going_back import WentBack, decide
 from pipeline.training.guard import Guard, check_skipped, check_spikes
 from pipeline.training.identity import identity_digest
+from pipeline.training.left_out import Detour, order_of
 from pipeline.training.metrics import MetricsFiles, Pace, StepRecord, TrainProgress, sound_files
 from pipeline.training.retention import check_named, named_steps
 from pipeline.training.step import Step
@@ -98,11 +100,16 @@ def train(
         ) as watchdog,  # over closing, too: a save may wait for a dead rank
         sole_writer(storage, config.run_id, owner) as writer,
     ):
-        run = Run(config, dataset, storage, writer)
-        try:
-            return run.train(watchdog, report, on_checkpoint or _ignore, should_stop or _never)
-        finally:
-            run.close()
+        while True:
+            watchdog.enter("start", 0)
+            run = Run(config, dataset, storage, writer)
+            try:
+                return run.train(watchdog, report, on_checkpoint or _ignore, should_stop or _never)
+            except WentBack:
+                continue  # the record says where to, so it is a start like any other
+            finally:
+                run.close()
+                del run  # its memory
 
 
 class Run:
@@ -120,12 +127,14 @@ class Run:
         )
         self.meshes = build_meshes(config.parallelism, self.device.type)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.order = Order.of_run(config, dataset)
-        self.facts = replace(RunFacts.of(config, dataset, self.order), fence=self.writer.number)
+        self.dataset = dataset
+        self.facts = replace(RunFacts.of(config, dataset, Order.of_run(config, dataset)), fence=self.writer.number)
         self.named = named_steps(config)
         self.checkpoints = Checkpointer(
             storage, config.checkpoint, self.facts, self.device, self.named, self.writer.check
         )
+        self.left_out = self.checkpoints.leave_stale()
+        self.order = order_of(config, dataset, self.left_out.ranges)
         self.loader = Loader(self.order, storage, self.rank, self.meshes.world_size)
         self.steps = total_steps(config.schedule, config.training.sequence_length)
 
@@ -135,6 +144,7 @@ class Run:
         self.at = Position()
         self.loss: float | None = None  # of the last step that had one
         self.tokens_seen = 0  # labels trained on, up to the last step that was observed
+        self.spikes = 0  # up to there
         self.checkpoint: CheckpointManifest | None = resume_from
         if resume_from is not None:
             state = self.state()
@@ -142,6 +152,7 @@ class Run:
             self.optimizer.load_state_dict({name: state[name] for name in self.optimizer.state_dict()})
             self.at = Position(resume_from.step, resume_from.next_sequence)
             self.loss, self.tokens_seen = resume_from.loss, resume_from.tokens_seen
+            self.spikes = int(self.guard.spikes.found)
             note = other_products(resume_from.newton_schulz, self.optimizer.muon.multiplied)
             if note and self.rank == 0:
                 log.warning("%s", note)
@@ -183,6 +194,11 @@ class Run:
                 files.add(seen)
                 report(pace.progress(seen, record.clock, self.checkpoints.committed_step))
             pace.stepped(seen, record.clock)
+            spiked, self.spikes = seen.spikes > self.spikes, seen.spikes
+            if spiked and config.training.spikes.action == "go_back":
+                watchdog.enter("save", at.step)
+                settle()
+                self.go_back(seen)
             return seen
 
         def settle() -> None:
@@ -215,6 +231,7 @@ class Run:
                     tokens_seen=self.tokens_seen,
                     loss=self.loss,
                     skipped_steps=seen.skipped_steps,
+                    left_out=self.left_out.ranges,
                     mesh=config.parallelism.model_dump(),
                     metrics=self.checkpoints.on_rank_0(write_metrics),
                     newton_schulz=self.optimizer.muon.multiplied,
@@ -244,6 +261,28 @@ class Run:
         return PendingRecord(
             at.step, slots, now.learning_rate, now.bias_rate, now.sequences, Fetch(values), time.monotonic()
         )
+
+    def go_back(self, spike: StepRecord) -> None:
+        """Leave the data between an earlier checkpoint and the spike out. Raises WentBack, on all ranks, or RunDiverged."""
+        config, wanted = self.config, spike.step - self.config.training.spikes.go_back_steps
+        target = self.checkpoints.newest(self.order, below=wanted + 1)
+        first = 0 if target is None else target.next_sequence
+        end = spike.slots // config.training.sequence_length
+        begin, last = (int(position) for position in self.order.positions([first, end - 1]))
+        detour = Detour(
+            spike=spike.step,
+            back_to=0 if target is None else target.step,
+            left_out=(begin, last + 1),
+            loss=spike.loss,
+            gradient_norm=spike.gradient_norm,
+        )
+
+        def record() -> None:
+            self.writer.check()
+            decide(config, self.dataset, self.storage, self.left_out, detour)
+
+        self.checkpoints.on_rank_0(record)
+        raise WentBack
 
     def finish(self) -> TrainManifest:
         """Commit the run: its manifest names the last checkpoint."""

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from pipeline.lease import Lease, LeaseRecord, hold
 from pipeline.storage import Storage
-from pipeline.training.commits import committed, lease_path
+from pipeline.training.commits import lease_path, step_folder, step_folders
 
 
 class Writer:
@@ -63,15 +63,21 @@ def sole_writer(storage: Storage, run_id: str, owner: str | None = None) -> Iter
 
 
 def _held(storage: Storage, run_id: str, owner: str | None) -> contextlib.AbstractContextManager[Lease]:
-    newest = next(reversed(committed(storage, run_id)), None) if not storage.exists(lease_path(run_id)) else None
+    after = 0 if storage.exists(lease_path(run_id)) else _last_number(storage, run_id)
     return hold(
         storage,
         lease_path(run_id),
         what=f"run {run_id}",
         owner=owner,
-        after=0 if newest is None else newest.fence or 0,
+        after=after,
         waiting=_say,
     )
+
+
+def _last_number(storage: Storage, run_id: str) -> int:
+    """The largest number under which parts of checkpoints were written, whatever became of their manifests."""
+    names = (name for step in step_folders(storage, run_id) for name in storage.names(step_folder(run_id, step)))
+    return max((int(name[7:]) for name in names if name.startswith("writer-") and name[7:].isdecimal()), default=0)
 
 
 def _say(holder: LeaseRecord, seconds: float) -> None:

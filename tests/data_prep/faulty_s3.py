@@ -12,6 +12,8 @@ import re
 import socket
 import struct
 import threading
+import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 ANSWERS = {
@@ -21,6 +23,7 @@ ANSWERS = {
     "409": ("ConditionalRequestConflict", "A conflicting conditional operation is in progress"),
     "412": ("PreconditionFailed", "At least one of the pre-conditions you specified did not hold"),
     "404": ("NoSuchUpload", "The specified upload does not exist"),
+    "507": ("XMinioStorageFull", "Storage backend has reached its minimum free drive threshold"),
 }
 NOT_DELETED = b"<DeleteResult><Error>%s<Code>AccessDenied</Code><Message>Access Denied</Message></Error></DeleteResult>"
 FATES = ("500", "503", "cut before", "cut after", "cut within", "reset before", "reset after", "reset within")
@@ -31,6 +34,7 @@ class FaultyS3:
 
     `script`: fates of the next requests, instead of drawn ones: one of FATES or ANSWERS, "nothing listed" (an empty
     listing), "not deleted" (a delete request that the server refuses for its first object), or "served".
+    `rule`: of the method and path of each request, its fate; "" for a drawn one. `delay_s`: before each answer.
     """
 
     def __init__(self, upstream: str, error_rate: float = 0.05, drop_rate: float = 0.02, seed: int = 0) -> None:
@@ -38,6 +42,8 @@ class FaultyS3:
         self.error_rate, self.drop_rate = error_rate, drop_rate
         self.requests, self.faults = 0, 0
         self.script: list[str] = []
+        self.rule: Callable[[str, str], str] = lambda method, path: ""
+        self.delay_s = 0.0
         self._random = random.Random(seed)
         self._lock = threading.Lock()
         proxy = self
@@ -47,7 +53,8 @@ class FaultyS3:
 
             def handle_any(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                fate = proxy._fate()
+                fate = proxy._fate(self.command, self.path)
+                time.sleep(proxy.delay_s)
                 if fate in ANSWERS:
                     code, message = ANSWERS[fate]
                     body = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
@@ -110,10 +117,12 @@ class FaultyS3:
         self._server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
-    def _fate(self) -> str:
+    def _fate(self, method: str, path: str) -> str:
         with self._lock:
             self.requests += 1
-            if self.script:
+            if ruled := self.rule(method, path):
+                fate = ruled
+            elif self.script:
                 fate = self.script.pop(0)
             elif self._random.random() < self.error_rate:
                 fate = self._random.choice(FATES[:2])

@@ -1,7 +1,5 @@
 """Flips in what evaluate, publish and a run that starts from a model read: each is named with its file, none is used."""
 
-import contextlib
-import random
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from pipeline.publishing.export import publish
 from pipeline.tokenizer import Encoder
 from pipeline.training.trainer import import_weights
 from tests.evaluation.make import MadeRun, make_run, run_config
+from tests.flips import check_flips, is_blank
 
 
 @pytest.fixture(scope="module")
@@ -34,25 +33,7 @@ def each_flip(request):
     """`each_flip(path, read)`: every one of so many random flips must be refused by a message with the file's name."""
 
     def check(path: Path, read, harmless=lambda data, byte: False) -> list[str]:
-        whole, rng, said = path.read_bytes(), random.Random(request.param), []
-        read()
-        for _ in range(request.param):
-            bit = rng.randrange(8 * len(whole))
-            data = bytearray(whole)
-            data[bit // 8] ^= 1 << bit % 8
-            path.write_bytes(bytes(data))
-            try:
-                if harmless(whole, bit // 8):
-                    with contextlib.suppress(ValueError):
-                        read()
-                    continue
-                with pytest.raises(ValueError) as refusal:
-                    read()
-                assert path.name in str(refusal.value)
-                said.append(str(refusal.value))
-            finally:
-                path.write_bytes(whole)
-        return said
+        return check_flips(path, read, request.param, harmless)
 
     return check
 
@@ -99,14 +80,12 @@ def test_published_files(run, published, each_flip):
 
 
 def test_records(run, published, each_flip):
-    """White space between fields is no content."""
-    blank = lambda data, byte: data[byte : byte + 1].isspace()  # noqa: E731
     folder = Path(run.storage.uri(registry.folder(published.name, published.version)))
-    each_flip(folder / "manifest.json", lambda: registry.find(run.storage, published.name, published.version), blank)
-    each_flip(folder.parent / "latest.json", lambda: registry.latest(run.storage, published.name), blank)
+    each_flip(folder / "manifest.json", lambda: registry.find(run.storage, published.name, published.version), is_blank)
+    each_flip(folder.parent / "latest.json", lambda: registry.latest(run.storage, published.name), is_blank)
     path = manifest_path(run.config, run.checkpoint)
     again = lambda: evaluate(run.config, run.dataset, run.checkpoint, run.storage, report=print)  # noqa: E731
-    each_flip(Path(run.storage.uri(path)), again, blank)
+    each_flip(Path(run.storage.uri(path)), again, is_blank)
 
 
 def test_a_model_starts_from_what_was_published(run, published):
