@@ -33,6 +33,7 @@ from data_prep.records import (
     Report,
     TailManifest,
     UnitManifest,
+    lease_path,
     plan_path,
     shard_path,
     units_path,
@@ -46,6 +47,7 @@ from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.file_index import dataset_path, index_path, read_dataset, write_index
 from pipeline.integrity import read_checked
+from pipeline.lease import hold, say_waiting
 from pipeline.manifest import (
     DatasetManifest,
     DocumentCounts,
@@ -78,12 +80,29 @@ def prepare(
     map_units: MapUnits = map_in_process,
     report: Report = lambda _progress: None,
 ) -> DatasetManifest:
-    """The committed dataset of this configuration and corpus, in `storage`; returns at once if it exists."""
+    """The committed dataset of this configuration and corpus, in `storage`; returns at once if it exists.
+
+    Raises Held if somebody else prepares it, and LeaseLost if somebody has taken over."""
     config = config.model_copy(update={"storage": storage.config})  # workers open it by their settings
     listings = _list(config)
     dataset_identity = _identity(config, listings)
     if storage.exists(dataset_path(dataset_identity)):
         return _checked(config, read_dataset(storage, dataset_identity))
+    path, what = lease_path(dataset_identity), f"dataset {dataset_identity[:8]}"
+    with hold(storage, path, what=what, waiting=say_waiting) as lease:
+        return _prepare(config, storage, listings, dataset_identity, map_units, report, lease.check)
+
+
+def _prepare(
+    config: RunConfig,
+    storage: Storage,
+    listings: dict[str, Listing],
+    dataset_identity: str,
+    map_units: MapUnits,
+    report: Report,
+    check: Callable[[], None],
+) -> DatasetManifest:
+    """`check`: raises if somebody else has taken over, whose tasks would count this one's unfinished attempts as crashes."""
     plan = _plan(config, storage, listings, dataset_identity, report)
     for note in plan.tokenizer.notes:
         log.warning("tokenizer: %s", note)
@@ -98,6 +117,7 @@ def prepare(
     facts = (len(units), len(units), failed, documents, text_bytes, dataset.tokens, 0.0, len(units))
     report(PrepareProgress("packed", *facts, padding=dataset.padding))
     _checked(config, dataset)
+    check()
     forget_attempts(storage, units.ids)
     storage.create(dataset_path(dataset_identity), dataset.to_json())
     storage.sweep("datasets")

@@ -40,6 +40,11 @@ def units_path(identity: str, sha256: str) -> str:
     return f"datasets/plans/{identity}-{sha256[:16]}.units"
 
 
+def lease_path(identity: str) -> str:
+    """Of the record that says who prepares the dataset (pipeline/lease.py)."""
+    return f"datasets/{identity}/writer.json"
+
+
 def plan_path(identity: str) -> str:
     return f"datasets/plans/{identity}.json"
 

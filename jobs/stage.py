@@ -14,11 +14,11 @@ from jobs.drivers.failures import HELD
 from jobs.on_ray.failed import WorkersFailed
 from jobs.on_ray.progress import ProgressLines, Work
 from jobs.on_ray.signals import Interrupted, raise_on_signals
+from jobs.stages.leases import refuse_held
 from jobs.stages.records import hold_dataset
 from pipeline.lease import Held, LeaseLost
 from pipeline.storage import said_by_storage
 from pipeline.training import initial
-from pipeline.training.commits import refuse_held
 
 
 def main(stage: str, arguments: Sequence[str] | None = None) -> int:
@@ -41,8 +41,7 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> int:
             from jobs.on_ray.demand import check_cluster
 
             check_cluster(config, [stage])
-        if stage == "train":
-            refuse_held(storage, config.run_id)
+        refuse_held(stage, config, storage)
         with connect(config), ProgressLines(storage, config.run_id, show=False) as lines:
             raise_on_signals()
             lines.work = Work(stage, since=time.time())

@@ -60,7 +60,7 @@ class Held(RuntimeError):
         record, wait = self.record, self.record.beat_s * BEATS_UNTIL_DEAD
         return (
             f"{self.what} is being written by {record.who}, since {record.since} (holder {record.number}); wait for it, stop it, or take "
-            f"over with `release`; {wait:.0f} s after its last sign of life the same command takes over"
+            f"over with `moonlight release`; {wait:.0f} s after its last sign of life the same command takes over"
         )
 
 
@@ -188,6 +188,18 @@ def acquire(
         if storage.swap(path, mine.to_json(), etag) or _read(storage, path) == mine:  # the answer may be lost
             return mine
     raise Held(_read(storage, path) or mine, what)
+
+
+def say_waiting(holder: LeaseRecord, seconds: float) -> None:
+    """For `waiting`: a line for people."""
+    print(f"waiting up to {seconds:.0f} s for a sign of life of {holder.who}", file=sys.stderr, flush=True)
+
+
+def refuse_held(storage: Storage, path: str, what: str) -> None:
+    """Raises Held if somebody who lives holds the lease: before any hardware is asked for. Waits for at most three beats."""
+    holder = living(storage, path)
+    if holder is not None:
+        raise Held(holder, what)
 
 
 def living(storage: Storage, path: str) -> LeaseRecord | None:

@@ -228,11 +228,11 @@ def test_release_takes_a_run_from_whoever_trains_it(tmp_path, capsys) -> None:
     from pipeline.training.commits import lease_path
 
     storage = open_storage(StorageConfig(root=str(tmp_path)))
-    command = ["--config", "debug", f"storage.root={tmp_path}"]
+    command = ["--config", "debug", "--stage", "train", f"storage.root={tmp_path}"]
     with hold(storage, lease_path("debug"), what="run debug") as held:
         assert release.main(command) == 0
-        assert "run debug: taken from " in capsys.readouterr().out
+        assert "run debug: train taken from " in capsys.readouterr().out
         with pytest.raises(LeaseLost):
             held.check()
     assert release.main(command) == 0
-    assert capsys.readouterr().out.endswith("run debug: nobody trains it\n")
+    assert capsys.readouterr().out.endswith("run debug: nobody is at work on it\n")

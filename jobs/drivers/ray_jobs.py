@@ -17,10 +17,10 @@ from jobs.on_ray.cluster import code_environment, connect, python
 from jobs.on_ray.progress import ProgressLines, Work
 from jobs.on_ray.signals import Interrupted, raise_on_signals
 from jobs.stages import prepare
+from jobs.stages.leases import refuse_held
 from pipeline.config.schema import RunConfig
 from pipeline.manifest import digest_of
 from pipeline.storage import Storage
-from pipeline.training.commits import refuse_held
 from pipeline.workflow.heartbeat import Heartbeat
 from pipeline.workflow.ray_jobs import StageJob, StageJobFailed, follow, stop, submit_or_attach
 from pipeline.workflow.record import duration
@@ -33,8 +33,9 @@ def run_on_ray(todo: list[str], config: RunConfig, storage: Storage) -> None:
     address = os.environ.get("RAY_ADDRESS", "")
     elsewhere = address.startswith("http")  # a job server is all we need
     own = connect(config, dashboard=True, job_name=f"{config.run_id} pipeline")
-    if not address and "train" in todo:  # on one cluster two drivers follow the same job; here is another one
-        refuse_held(storage, config.run_id)
+    if not address:  # on one cluster two drivers follow the same job; here is another one
+        for stage in todo:
+            refuse_held(stage, config, storage)
     with contextlib.nullcontext(address) if elsewhere else own as dashboard:
         raise_on_signals()
         token = os.environ.get("RAY_AUTH_TOKEN_PATH")

@@ -9,19 +9,20 @@ import ray
 from ray.exceptions import RayTaskError
 
 from pipeline.config.schema import ClusterConfig, RunConfig
+from pipeline.lease import Held, LeaseLost
 
 
 def run_in_task(config: RunConfig, name: str, function: Callable[..., Any], *args: Any, gpus: int = 0) -> Any:
     """`function(*args)` on a node with as many cores as training uses, or as the largest node has.
 
-    A ValueError is raised here as it was there, so that the user sees one line; anything else with Ray's traceback.
+    A ValueError, Held or LeaseLost is raised here as it was there, so that the user sees one line; anything else with Ray's traceback.
     """
     cpus = min(config.cluster.cpus_per_worker * config.parallelism.world_size, _largest_node())
     task = ray.remote(_call).options(name=name, num_cpus=cpus, num_gpus=gpus, max_retries=config.cluster.max_failures)
     try:
         return ray.get(task.remote(function, args, max(1, int(cpus))))
     except RayTaskError as error:
-        if isinstance(error.cause, ValueError):
+        if isinstance(error.cause, ValueError | Held | LeaseLost):
             raise error.cause from None
         raise
 

@@ -33,7 +33,7 @@ import torch.distributed as dist
 
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation.baselines import bits_per_byte, compressed_bits_per_byte, unigram_nats
-from pipeline.evaluation.result import EvaluationProgress, committed, identity, manifest_path, window_length
+from pipeline.evaluation.result import EvaluationProgress, commit, committed, identity, manifest_path, window_length
 from pipeline.evaluation.weights import load_model
 from pipeline.integrity import DamagedFile, read_checked
 from pipeline.manifest import (
@@ -106,7 +106,7 @@ def evaluate(
     if first:
         manifest = _manifest(config, dataset, checkpoint, texts, nats, encoder)
         manifest = manifest.model_copy(update={"harness": harness, "tasks": tasks})
-        storage.write(manifest_path(config, checkpoint), manifest.to_json())
+        commit(config, checkpoint, manifest, storage)
     if dist.is_initialized():
         dist.barrier()
     path = manifest_path(config, checkpoint)

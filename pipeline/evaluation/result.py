@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation import tasks
 from pipeline.integrity import read_record
-from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, digest_of
+from pipeline.manifest import CheckpointManifest, DamagedRecord, DatasetManifest, EvaluationManifest, digest_of
 from pipeline.storage import Storage
 
 FORMAT = 1  # enters the identity: raise it when the same inputs would score differently
@@ -55,6 +55,20 @@ def committed(
     """The result of these inputs, if there is one."""
     found = read_record(storage, manifest_path(config, checkpoint), EvaluationManifest)
     return found if found and found.identity == identity(config, dataset, checkpoint) else None
+
+
+def commit(config: RunConfig, checkpoint: CheckpointManifest, manifest: EvaluationManifest, storage: Storage) -> None:
+    """Store the result, unless there is one of the same inputs: of two evaluators the first one's counts, for both. Other
+    hardware may sum in another order, and the published version is named after the result."""
+    path = manifest_path(config, checkpoint)
+    while True:
+        etag = storage.etag(path)
+        try:
+            found = read_record(storage, path, EvaluationManifest)
+        except DamagedRecord:
+            found = None
+        if (found is not None and found.identity == manifest.identity) or storage.swap(path, manifest.to_json(), etag):
+            return
 
 
 def window_length(config: RunConfig) -> int:

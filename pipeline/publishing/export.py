@@ -76,10 +76,11 @@ def publish(
     report: Callable[[PublishProgress], None],
     checkpoint: CheckpointManifest | None = None,
     git_commit: str = "unknown",
+    check: Callable[[], None] = lambda: None,
 ) -> ModelManifest:
     """Publish the evaluated checkpoint (the run's last one unless given) and promote it if `publishing.promote`.
 
-    Raises GateError, before anything is written, for a loss over `publishing.max_loss` or one that is not finite, and
+    `check`: asked before the version is made to exist; raises if this process may not. Raises GateError, before anything is written, for a loss over `publishing.max_loss` or one that is not finite, and
     ValueError when evaluation, checkpoint and dataset do not belong together.
     """
     checkpoint = checkpoint or train.checkpoint
@@ -90,7 +91,7 @@ def publish(
     version = version_name(config, checkpoint, evaluation, dataset)
     manifest = registry.find(storage, config.publishing.name, version)
     if manifest is None:
-        manifest = _write(config, train, checkpoint, evaluation, dataset, storage, version, git_commit, report)
+        manifest = _write(config, train, checkpoint, evaluation, dataset, storage, version, git_commit, report, check)
     else:
         registry.check(storage, manifest)
     if config.publishing.promote:
@@ -121,6 +122,7 @@ def _write(
     version: str,
     git_commit: str,
     report: Callable[[PublishProgress], None],
+    check: Callable[[], None],
 ) -> ModelManifest:
     folder = registry.folder(config.publishing.name, version)
     files: list[FileEntry] = []
@@ -170,6 +172,7 @@ def _write(
         bits_per_byte=evaluation.overall.bits_per_byte,
         xxh3=xxh3,
     )
+    check()
     return registry.commit(storage, manifest)
 
 

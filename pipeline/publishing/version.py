@@ -41,6 +41,11 @@ def identity(
     )
 
 
+def lease_path(run_id: str) -> str:
+    """Of the record that says who publishes the run (pipeline/lease.py)."""
+    return f"runs/{run_id}/publish/writer.json"
+
+
 def version_name(
     config: RunConfig, checkpoint: CheckpointManifest, evaluation: EvaluationManifest, dataset: DatasetManifest
 ) -> str:

@@ -16,7 +16,6 @@ from typing import Any, overload
 from pipeline.config.schema import RunConfig
 from pipeline.dataset.order import Order
 from pipeline.integrity import read_record
-from pipeline.lease import Held, living
 from pipeline.manifest import CheckpointManifest, DamagedRecord, DatasetManifest
 from pipeline.storage import Storage
 from pipeline.training.identity import differences, identity_digest, identity_of
@@ -41,13 +40,6 @@ def train_folder(run_id: str) -> str:
 def lease_path(run_id: str) -> str:
     """Of the record that says who trains the run (writer.py)."""
     return f"{train_folder(run_id)}/writer.json"
-
-
-def refuse_held(storage: Storage, run_id: str) -> None:
-    """Raises Held if somebody trains the run just now: before any hardware is asked for. Waits for at most three beats."""
-    holder = living(storage, lease_path(run_id))
-    if holder is not None:
-        raise Held(holder, f"run {run_id}")
 
 
 def step_folder(run_id: str, step: int) -> str:

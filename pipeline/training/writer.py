@@ -9,12 +9,11 @@ was suspended, taken for dead and wakes can neither commit nor touch what its su
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 
 import torch.distributed as dist
 
-from pipeline.lease import Lease, LeaseRecord, hold
+from pipeline.lease import Lease, hold, say_waiting
 from pipeline.storage import Storage
 from pipeline.training.commits import lease_path, step_folder, step_folders
 
@@ -70,7 +69,7 @@ def _held(storage: Storage, run_id: str, owner: str | None) -> contextlib.Abstra
         what=f"run {run_id}",
         owner=owner,
         after=after,
-        waiting=_say,
+        waiting=say_waiting,
     )
 
 
@@ -78,11 +77,3 @@ def _last_number(storage: Storage, run_id: str) -> int:
     """The largest number under which parts of checkpoints were written, whatever became of their manifests."""
     names = (name for step in step_folders(storage, run_id) for name in storage.names(step_folder(run_id, step)))
     return max((int(name[7:]) for name in names if name.startswith("writer-") and name[7:].isdecimal()), default=0)
-
-
-def _say(holder: LeaseRecord, seconds: float) -> None:
-    print(
-        f"waiting up to {seconds:.0f} s for a sign of life of {holder.who}, who trained this run",
-        file=sys.stderr,
-        flush=True,
-    )

@@ -8,6 +8,8 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,12 @@ from tokenizers import Tokenizer
 from data_prep.listing import list_source
 from data_prep.mapping import map_in_process, map_on_ray
 from data_prep.prepare import identity, prepare
-from data_prep.records import PrepareProgress, UnitManifest
+from data_prep.records import PrepareProgress, UnitManifest, lease_path
 from data_prep.tokenizer_stage import ensure_tokenizer
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig
-from pipeline.file_index import open_index
+from pipeline.file_index import dataset_path, open_index
+from pipeline.lease import Held, Lease, LeaseLost, give_way, hold
 from pipeline.manifest import DatasetManifest
 from pipeline.storage import Storage, filesystem, open_storage
 from pipeline.tokenizer import Encoder
@@ -33,8 +36,9 @@ Make = Callable[..., RunConfig]
 
 
 def objects(storage: Storage) -> dict[str, str]:
-    """Every object and the sha256 of its content."""
-    return {entry.path: hashlib.sha256(storage.read(entry.path)).hexdigest() for entry in storage.list("")}
+    """Every object and the sha256 of its content, but for who wrote it."""
+    entries = [entry for entry in storage.list("") if not entry.path.endswith("/writer.json")]
+    return {entry.path: hashlib.sha256(storage.read(entry.path)).hexdigest() for entry in entries}
 
 
 def packed_documents(storage: Storage, dataset: DatasetManifest) -> list[list[int]]:
@@ -259,14 +263,53 @@ def test_a_killed_run_goes_on(jsonl: Path, tmp_path: Path, run_config: Make, sur
     assert objects(storage) == objects(open_storage(clean.storage))
 
 
-def test_two_runs_at_once_converge(jsonl: Path, tmp_path: Path, run_config: Make) -> None:
+def test_two_runs_at_once_converge(
+    jsonl: Path, tmp_path: Path, run_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the tasks of a writer that has lost its lease work on for a while."""
+    everybody = iter(range(3))
+
+    @contextmanager
+    def own(storage: Storage, path: str, **_: Any) -> Iterator[Lease]:
+        with hold(storage, f"{path}-{next(everybody)}/writer.json", what="") as lease:
+            yield lease
+
     clean = run_config(jsonl, storage__root=str(tmp_path / "clean"))
     dataset = prepare(clean, open_storage(clean.storage))
     config = run_config(jsonl)
+    monkeypatch.setattr("data_prep.prepare.hold", own)
     with ThreadPoolExecutor(3) as pool:
         runs = [pool.submit(prepare, config, open_storage(config.storage)) for _ in range(3)]
         assert {run.result().digest for run in runs} == {dataset.digest}
     assert objects(open_storage(config.storage)) == objects(open_storage(clean.storage))
+
+
+def test_one_prepares_at_a_time(jsonl: Path, run_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one leaves; a holder that was taken for dead commits nothing, and who took over finds its units."""
+    config = run_config(jsonl)
+    storage = open_storage(config.storage)
+    path = lease_path(identity(config, storage))
+    monkeypatch.setattr("data_prep.prepare.hold", partial(hold, beat_s=0.1))
+    first = [True]
+
+    def meanwhile(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        if not first:
+            yield from map_in_process(function, items)
+            return
+        first.clear()
+        with pytest.raises(
+            Held, match=r"dataset [0-9a-f]{8} is being written by .* take over with `moonlight release`"
+        ):
+            prepare(config, open_storage(config.storage))
+        yield from map_in_process(function, items)
+        give_way(storage, path)
+
+    with pytest.raises(LeaseLost, match="nothing more is written"):
+        prepare(config, storage, map_units=meanwhile)
+    assert not storage.exists(dataset_path(identity(config, storage)))
+    dataset = prepare(config, storage)
+    assert json.loads(storage.read(path))["released"]
+    assert dataset.digest == prepare(config, storage).digest
 
 
 def test_a_file_that_changes_under_the_run(jsonl: Path, run_config: Make) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.config.schema import ParallelismConfig
 from pipeline.evaluation.heldout import HeldoutText, evaluate, read_heldout, score, windows
-from pipeline.evaluation.result import identity, manifest_path
+from pipeline.evaluation.result import commit, committed, identity, manifest_path
 from pipeline.manifest import EvaluationManifest
 from pipeline.model.loss import LossOutput
 from tests.distributed import run_distributed
@@ -149,6 +149,21 @@ def test_evaluating_again_changes_nothing_and_loads_nothing(made: MadeRun):
     assert EvaluationManifest.model_validate_json(made.storage.read(path)) == first
     again = evaluate(made.config, made.dataset, made.checkpoint, made.storage, report=pytest.fail)
     assert again == first
+
+
+def test_of_two_evaluators_the_first_one_counts(made: MadeRun):
+    """Other hardware may sum in another order; what was published after the first result stays what it says."""
+    config, checkpoint, storage = made.config, made.checkpoint, made.storage
+    first = evaluate(config, made.dataset, checkpoint, storage, report=lambda _: None)
+    second = first.model_copy(update={"overall": first.overall.model_copy(update={"loss": first.overall.loss + 1e-6})})
+    commit(config, checkpoint, second, storage)
+    assert committed(config, made.dataset, checkpoint, storage) == first
+    other = first.model_copy(update={"identity": "of other inputs"})
+    commit(config, checkpoint, other, storage)
+    assert committed(config, made.dataset, checkpoint, storage) is None
+    storage.write(manifest_path(config, checkpoint), b"torn")
+    commit(config, checkpoint, first, storage)
+    assert committed(config, made.dataset, checkpoint, storage) == first
 
 
 def test_identity_follows_what_decides_the_scores(made: MadeRun):

@@ -11,7 +11,9 @@ from jobs.on_ray.evaluate import evaluate_with_ray
 from jobs.on_ray.publish import publish_with_ray
 from pipeline.evaluation.heldout import evaluate
 from pipeline.evaluation.result import manifest_path
+from pipeline.lease import Held, hold
 from pipeline.publishing.export import GateError
+from pipeline.publishing.version import lease_path
 from tests.evaluation.make import make_run, run_config
 from tests.evaluation.make_tasks import TASKS, write_tasks
 
@@ -47,6 +49,10 @@ def test_both_stages(tmp_path, capfd):
     manifest = publish_with_ray(made.config, made.train, there, made.dataset, git_commit="abc", report=print)
     assert manifest.git_commit == "abc"
     assert (tmp_path / "models/tiny" / manifest.version / "manifest.json").exists()
+
+    with hold(made.storage, lease_path(made.config.run_id), what="", beat_s=0.2), pytest.raises(Held) as held:
+        publish_with_ray(made.config, made.train, there, made.dataset, report=print)
+    assert str(held.value).startswith(f"the model of run {made.config.run_id} is being written by ")
 
     section = made.config.publishing.model_copy(update={"max_loss": 0.5})
     gated = made.config.model_copy(update={"publishing": section})
