@@ -10,6 +10,7 @@ module "plan" {
   cost_center    = var.cost_center
   budget         = var.budget
   replica_bucket = var.replica_bucket
+  history        = var.history
 }
 
 module "vpc" {

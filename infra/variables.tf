@@ -137,3 +137,9 @@ variable "replica_bucket" {
   type        = string
   default     = null
 }
+
+variable "history" {
+  description = "Rights for KubeRay's history server and its collectors (k8s/components/history-server)."
+  type        = bool
+  default     = false
+}

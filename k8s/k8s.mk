@@ -2,7 +2,7 @@
 IMAGE ?= moonlight-pipeline:e2e
 IMAGE_BASE ?= rayproject/ray:2.60.0-py311-gpu
 PIP_ARGS ?=
-OPERATORS ?= prometheus karpenter gpu-operator efa-device-plugin kuberay kueue argo-workflows
+OPERATORS ?= prometheus fluent-bit karpenter gpu-operator efa-device-plugin kuberay kueue argo-workflows
 VENV ?= .venv
 OVERLAY ?= prod
 

@@ -324,7 +324,14 @@ class TestAgreement:
             (entry["namespace"], entry["name"])
             for entries in plan(overlay)["service_accounts"].values()
             for entry in entries
+            if entry["namespace"] != "logging"
         } == accounts
+
+    def test_the_account_of_node_logs(self, overlay: str) -> None:
+        application = find(render("k8s/gitops"), "Application", "fluent-bit")["spec"]
+        name = application["source"]["helm"]["valuesObject"]["serviceAccount"]["name"]
+        expected = [{"namespace": application["destination"]["namespace"], "name": name}]
+        assert plan(overlay)["service_accounts"]["node-logs"] == expected
 
     def test_bucket_and_prefixes(self, overlay: str) -> None:
         given = unquoted(hcl2.loads((INFRA / f"examples/{overlay}.tfvars").read_text()))

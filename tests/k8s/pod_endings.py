@@ -1,6 +1,6 @@
 """How the pod of a workflow's step may end, and what Argo Workflows makes of it: what `lastRetry` holds in a retry expression.
 
-Restated from Argo's workflow/controller/operator.go (`source`): `inferFailedReason` calls every pod whose status has a message Failed,
+Restated from workflow/controller/operator.go of Argo Workflows 4.0.6, which the pinned chart installs (`source`): `inferFailedReason` calls every pod whose status has a message Failed,
 never Error; `buildRetryStrategyLocalScope` gives exit code -1 where the main container has none.
 """
 
@@ -44,6 +44,7 @@ ENDINGS = [
     Ending("init container failed", "Error", "-1", "init: Error (exit code 64)", True, OTHER),
     Ending("the executor was killed after the driver succeeded", "Error", "0", "wait: OOMKilled (exit code 137)", True, OTHER),
     Ending("the executor never reported", "Failed", "0", "pod failed: wait container did not complete successfully", True, UNREPORTED),
+    Ending("the driver never reported", "Failed", "-1", "pod failed: main container did not complete successfully", True, UNREPORTED),
     Ending("neither reported", "Failed", "-1", "pod failed: neither main nor wait container completed successfully", True, UNREPORTED),
     Ending("driver: infrastructure", "Failed", "12", "main: Error (exit code 12)", True, MAIN),
     Ending("driver: usage", "Failed", "2", "main: Error (exit code 2)", False, MAIN),

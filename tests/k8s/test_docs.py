@@ -14,7 +14,16 @@ from tests.k8s.rules.agreement import RUNS
 PAGE = (REPOSITORY / "docs/kubernetes.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.strip().splitlines()]
 TOOLS = {"make", "kubectl", "terraform", "aws", "docker", "argocd", "argo", "ray", "python", "cp", "export"}
-NAMESPACES = {"moonlight", "moonlight-submit", "kuberay-system", "kueue-system", "argo", "monitoring"}
+NAMESPACES = {
+    "moonlight-history",
+    "logging",
+    "moonlight",
+    "moonlight-submit",
+    "kuberay-system",
+    "kueue-system",
+    "argo",
+    "monitoring",
+}
 RUN = "first"  # the run that the page starts: its objects exist once somebody did
 KINDS = {
     "rayjob": "RayJob",
@@ -31,7 +40,20 @@ KINDS = {
     "pods": "Pod",
     "workflowtemplate": "WorkflowTemplate",
 }
-VERBS = {"auth", "apply", "create", "get", "describe", "delete", "patch", "kustomize", "port-forward", "wait", "logs"}
+VERBS = {
+    "auth",
+    "apply",
+    "create",
+    "get",
+    "describe",
+    "delete",
+    "patch",
+    "kustomize",
+    "port-forward",
+    "wait",
+    "logs",
+    "proxy",
+}
 PATHS = re.compile(r"(?<![\w/.:])((?:k8s|infra|docs|tests|pipeline)/[\w./-]*\w)")
 
 
@@ -144,11 +166,12 @@ def test_terraform_addresses_and_variables_exist() -> None:
 def test_where_your_names_belong_the_examples_stand() -> None:
     table = PAGE[PAGE.index("| Yours | In |") :].split("\n\n")[0]
     texts = {path: (REPOSITORY / path).read_text() for path in PATHS.findall(table)}
-    assert len(texts) == 5
+    assert len(texts) == 6
     for path, example in {
         "k8s/overlays/prod/kustomization.yaml": "111122223333.dkr.ecr",
         "k8s/base/artifact-repository.yaml": "bucket: moonlight",
         "k8s/overlays/prod/retrain.yaml": "storage.root=s3://moonlight/",
+        "k8s/gitops/operators/fluent-bit.yaml": "bucket moonlight",
         "k8s/queues/cluster-queues.yaml": "name: gpu-train",
         "k8s/gitops/operators/karpenter.yaml": "clusterName: moonlight-prod",
     }.items():

@@ -59,7 +59,8 @@ def test_opt_in_components_build_and_hold(component: str) -> None:
     if component == "provisioning-request":  # it needs pools that may be empty, topology needs Ready nodes
         lines[0] = "resources: [../overlays/dev]"
     digest = "0" * 64
-    lines.append(f"images: [{{name: kuberay-history-collector, digest: 'sha256:{digest}'}}]")
+    images = [f"{{name: kuberay-history-{name}, digest: 'sha256:{digest}'}}" for name in ("collector", "server")]
+    lines.append(f"images: [{', '.join(images)}]")
     with overlay_of_somebody(component, lines) as folder:
         objects = render(folder)
     assert [problem for problem in problems(objects, digests=True) if "part-of" not in problem] == []

@@ -7,6 +7,8 @@ locals {
   models  = ["${local.root}/models/*"]
   probe   = ["${local.root}/.probe-*"] # the writability check before a stage starts
 
+  history = ["${local.root}/history/*"] # dashboards of clusters that are gone (k8s/components/history-server)
+
   # Every writer reads what it writes. Nobody writes inputs; only publish writes models; only the driver keeps step logs.
   grants = {
     prepare  = { read = local.inputs, write = concat(local.product, local.runs, local.probe) }
@@ -14,12 +16,19 @@ locals {
     evaluate = { read = concat(local.inputs, local.product), write = concat(local.runs, local.probe) }
     publish  = { read = concat(local.inputs, local.product), write = concat(local.runs, local.models, local.probe) }
     driver   = { read = concat(local.inputs, local.product, local.models), write = concat(local.runs, local.probe, ["logs/workflows/*"]) }
+    # Fluent Bit on every node; the history server, which reads what collectors of stages wrote.
+    node-logs = { read = [], write = ["logs/nodes/*"] }
+    history   = { read = local.history, write = [] }
   }
+  granted = { for account, grant in local.grants : account => {
+    read  = grant.read
+    write = concat(grant.write, var.history && contains(["train", "evaluate"], account) ? local.history : [])
+  } if account != "history" || var.history }
 
   policies = {
-    for stage, grant in local.grants : stage => {
+    for stage, grant in local.granted : stage => {
       Version = "2012-10-17"
-      Statement = [
+      Statement = [for statement in [
         {
           Sid      = "Read"
           Effect   = "Allow"
@@ -41,7 +50,7 @@ locals {
           Resource  = ["arn:aws:s3:::${var.bucket}"]
           Condition = { StringLikeIfExists = { "s3:prefix" = concat(grant.read, grant.write, [for prefix in concat(grant.read, grant.write) : trimsuffix(prefix, "/*")]) } }
         },
-      ]
+      ] : statement if length(statement.Resource) > 0]
     }
   }
 
@@ -49,6 +58,8 @@ locals {
   service_accounts = merge(
     { for stage in ["prepare", "train", "evaluate", "publish"] : stage => [{ namespace = "moonlight", name = stage }] },
     { driver = [{ namespace = "moonlight", name = "driver" }, { namespace = "moonlight-submit", name = "driver" }] },
+    { node-logs = [{ namespace = "logging", name = "node-logs" }] },
+    var.history ? { history = [{ namespace = "moonlight-history", name = "history" }] } : {},
   )
 
   # With versioning a deleted object stays, and is paid for, as an old version. Nothing of a run expires by itself: the pipeline deletes

@@ -115,3 +115,9 @@ variable "prices" {
   type        = map(number)
   default     = {}
 }
+
+variable "history" {
+  description = "Rights for KubeRay's history server and its collectors (k8s/components/history-server)."
+  type        = bool
+  default     = false
+}

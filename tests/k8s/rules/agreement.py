@@ -14,6 +14,7 @@ RETRIED = {int(Outcome.INFRASTRUCTURE), int(Outcome.DETACHED), 137, -1, 0, 255}
 PRIORITIES = ["moonlight-interactive", "moonlight-scheduled", "moonlight-release"]
 RAY_VERSION = "2.60.0"
 RUNS = {"mountPath": "/etc/moonlight/runs", "readOnly": True}
+OF_OPERATORS = {"monitoring", "argo"}  # namespaces that their charts' applications make
 FORBIDDEN_TO_DRIVERS = {"secrets", "pods", "pods/exec", "clusterqueues"}
 
 
@@ -115,7 +116,7 @@ def _rights(objects: list[Manifest]) -> Iterator[str]:
 def _references(objects: list[Manifest]) -> Iterator[str]:
     for item in objects:
         namespace = item["metadata"].get("namespace")
-        if namespace and not list(select(objects, "Namespace", namespace)):
+        if namespace and namespace not in OF_OPERATORS and not list(select(objects, "Namespace", namespace)):
             yield f"{label(item)}: no Namespace {namespace}"
         for place, pod in pod_templates(item).items():
             for volume in pod["spec"].get("volumes", []):

@@ -382,3 +382,30 @@ run "a_copy_onto_itself" {
   }
   expect_failures = [var.replica_bucket]
 }
+
+run "the_history_server_reads_what_collectors_write" {
+  command = plan
+  variables {
+    history = true
+  }
+  assert {
+    condition     = [for s in jsondecode(output.policies["history"]).Statement : s.Sid] == ["Read", "List"] && output.service_accounts["history"] == [{ namespace = "moonlight-history", name = "history" }]
+    error_message = "the server writes nothing"
+  }
+  assert {
+    condition     = toset([for account, policy in output.policies : account if anytrue([for s in jsondecode(policy).Statement : anytrue([for r in s.Resource : strcontains(r, "/history/")]) if s.Sid == "Write"])]) == toset(["evaluate", "train"])
+    error_message = "collectors stand beside train and evaluate"
+  }
+}
+
+run "nodes_write_their_logs_and_nothing_else" {
+  command = plan
+  assert {
+    condition     = alltrue([for s in jsondecode(output.policies["node-logs"]).Statement : s.Sid == "List" || s.Resource == ["arn:aws:s3:::moonlight/logs/nodes/*"]])
+    error_message = "logs/nodes/ only"
+  }
+  assert {
+    condition     = !contains(keys(output.policies), "history")
+    error_message = "off by default"
+  }
+}
