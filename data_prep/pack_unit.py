@@ -91,7 +91,7 @@ def pack_unit(settings: PackSettings, task: PackTask) -> PackManifest:
     data = settings.data
     with tempfile.TemporaryDirectory(prefix="pack-") as folder:
         writer = packed_writer(Path(folder), pack_id, settings)
-        text_bytes = _pack(
+        text_bytes, too_long = _pack(
             storage,
             unit,
             excluded.ordinals,
@@ -105,10 +105,11 @@ def pack_unit(settings: PackSettings, task: PackTask) -> PackManifest:
         if settings.keep_rejected and (copies := write_copies(storage, unit, excluded.copies, Path(folder))).count:
             rejected = put(storage, copies.path, shard_path("rejected", pack_id, ".parquet"))
     found = {name: len(ordinals) for name, ordinals in excluded.copies.items() if len(ordinals)}
+    found |= {"longer_than_a_row": too_long} if too_long else {}
     filtered = {**unit.counts.filtered, **found}
     counts = DocumentCounts(
         docs_in=unit.counts.docs_in,
-        docs_out=unit.counts.docs_out - len(excluded.ordinals),
+        docs_out=unit.counts.docs_out - len(excluded.ordinals) - too_long,
         heldout=excluded.heldout,
         filtered=dict(sorted(filtered.items())),
         quarantined=unit.counts.quarantined,
@@ -166,9 +167,12 @@ def _excluded(storage: Storage, settings: PackSettings, task: PackTask, unit: Un
     return _Excluded(ordinals, len(chosen), reasons)
 
 
-def _pack(storage: Storage, unit: UnitManifest, excluded: np.ndarray, packer: Packer, writer: PackedWriter) -> int:
-    """Stream the shard through the packer. Returns the text bytes of the documents packed."""
-    first, text_bytes = 0, 0
+def _pack(
+    storage: Storage, unit: UnitManifest, excluded: np.ndarray, packer: Packer, writer: PackedWriter
+) -> tuple[int, int]:
+    """Stream the shard through the packer. Returns the text bytes of the documents packed, and how many were left out because
+    they are longer than a row and may not be cut."""
+    first, text_bytes, too_long = 0, 0, 0
     held: dict[int, np.ndarray] = {}  # tokens of documents that rows still open refer to
     for tokens, offsets, n_bytes in _windows(storage, unit, writer.dtype):
         count = len(offsets) - 1
@@ -176,6 +180,10 @@ def _pack(storage: Storage, unit: UnitManifest, excluded: np.ndarray, packer: Pa
         left_out = excluded[np.searchsorted(excluded, first) : np.searchsorted(excluded, first + count)] - first
         lengths[left_out] = 0
         n_bytes[left_out] = 0
+        if packer.method == "whole":
+            long = lengths > packer.length
+            lengths[long], n_bytes[long] = 0, 0
+            too_long += int(long.sum())
         text_bytes += int(n_bytes.sum())
         rows = packer.add(first, lengths.tolist())
         window = _Window(first, tokens, offsets.tolist(), held)
@@ -188,7 +196,7 @@ def _pack(storage: Storage, unit: UnitManifest, excluded: np.ndarray, packer: Pa
     )
     for row in packer.finish():
         writer.add(_row_tokens(row, held.__getitem__), [piece.length for piece in row.pieces])
-    return text_bytes
+    return text_bytes, too_long
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ into the open row with the least space that still fits (ties: the row opened fir
 full stay open for the next window, so windows cost no padding. About 1-2 M documents per CPU-second.
 At most one slot in SHARE is padding, one row aside: where whole documents would leave more (all of them three fifths of a
 row, say), the emptiest rows are taken apart again and fill the fullest ones, the last piece cut to fit.
+whole: best_fit without cuts: documents longer than L are not for it, and as many slots are padding as they leave.
 concat: documents one after another, cut wherever a row ends. pad: one piece a row.
 
 How many pieces a row has is not limited unless `max_documents` says so, because of what document masks cost: nothing where
@@ -27,7 +28,7 @@ from typing import Literal, NamedTuple
 OPEN_TOKENS = 4 << 20  # rows that may stay open between windows, in tokens of room: bounds the memory
 SHARE = 128
 
-Method = Literal["best_fit", "concat", "pad"]
+Method = Literal["best_fit", "concat", "pad", "whole"]
 
 
 class Piece(NamedTuple):
@@ -73,6 +74,7 @@ class Packer:
         documents = [(first_document + index, length) for index, length in enumerate(lengths) if length > 0]
         if self.method == "concat":
             return self._concat(documents)
+        assert self.method != "whole" or max(lengths, default=0) <= self.length, "a document that has to be cut"
         full, pieces = [], []
         for document, length in documents:
             whole = length // self.length
@@ -85,7 +87,7 @@ class Packer:
         return _in_order(full + self._best_fit(pieces))
 
     def finish(self) -> list[Row]:
-        if self.method == "best_fit":
+        if self.method in ("best_fit", "whole"):
             return _in_order(self._release(0))
         rows, self._open = self._open, []
         return _in_order(rows)
@@ -140,7 +142,11 @@ class Packer:
         done = []
         while len(rows) > keep:
             row = rows.pop()
-            if rows and (self._padding + self.length - row.used) * SHARE > self._slots + self.length:
+            if (
+                self.method == "best_fit"
+                and rows
+                and (self._padding + self.length - row.used) * SHARE > self._slots + self.length
+            ):
                 self._fill(row, rows)
             self._count([row])
             done.append(row)

@@ -77,6 +77,7 @@ def unit_settings(source: SourceConfig, corpus: CorpusConfig, tokenizer_sha256: 
         "heldout_max_documents": corpus.heldout_max_documents,
         "max_document_bytes": corpus.max_document_bytes,
     }
+    settings |= {"conversations": True} if source.conversations else {}
     return settings | {"keep_rejected": True} if corpus.keep_rejected else settings
 
 

@@ -57,6 +57,7 @@ from pipeline.manifest import (
     digest_of,
 )
 from pipeline.storage import Storage
+from pipeline.tokenizer import Encoder
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +107,9 @@ def _prepare(
     plan = _plan(config, storage, listings, dataset_identity, report)
     for note in plan.tokenizer.notes:
         log.warning("tokenizer: %s", note)
+    if any(source.conversations for source in config.corpus.sources):
+        encoder = Encoder.stored(plan.tokenizer, storage)
+        encoder.chat.marks(encoder)  # refuses a tokenizer without a chat template that says where answers are
     units = _read_units(storage, plan)
     roots = {name: listing.root for name, listing in listings.items()}
     tokenized = _tokenize(config, storage, roots, plan, units, map_units, report)

@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -34,7 +34,7 @@ from pipeline.integrity import read_record
 from pipeline.manifest import DocumentCounts, TokenizerManifest
 from pipeline.storage import Storage, filesystem, open_storage
 from pipeline.tokenizer import Encoder
-from pipeline.tokenizer.engines import REFERENCE
+from pipeline.tokenizer.engines import REFERENCE, concatenated
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def _tokenize(storage: Storage, unit: Unit, settings: TokenizeSettings, engines:
         documents = _Documents(Path(folder) / "documents.parquet", settings.tokenizer.vocab_size)
         rejected = RejectedDocuments(Path(folder) / "rejected.parquet") if settings.keep_rejected else None
         with (Path(folder) / "quarantine.jsonl").open("wb") as quarantine:
-            records = _that_fit(_records(settings, unit), encoder)
+            records = _that_fit(_records(settings, unit), encoder, settings.source.conversations)
             for batch in _batches(_usable(records, state, settings, quarantine, rejected)):
                 _encode(batch, encoder, documents, state, settings)
         documents.close()
@@ -171,12 +171,22 @@ def _etag(file: IO[bytes]) -> str | None:
     return None if etag is None else "etag:" + str(etag).strip('"')
 
 
-def _that_fit(records: Iterator[Record], encoder: Encoder) -> Iterator[Record]:
+def _that_fit(records: Iterator[Record], encoder: Encoder, conversations: bool) -> Iterator[Record]:
     for record in records:
         if record.reason or encoder.takes(record.text):
-            yield record
+            why = _refused_by_template(record, encoder) if conversations and not record.reason else ""
+            yield replace(record, text=b"", reason="template_refuses", excerpt=why.encode()[:200]) if why else record
         else:
             yield replace(record, text=b"", reason="too_large_for_engine", excerpt=record.text[:200])
+
+
+def _refused_by_template(record: Record, encoder: Encoder) -> str:
+    """Why the chat template does not lay out a conversation of these roles; '' if it does."""
+    try:
+        encoder.chat.parts(tuple(message["role"] for message in orjson.loads(record.text)))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _usable(
@@ -223,20 +233,22 @@ def _encode(
     batch: list[Record], encoder: Encoder, documents: _Documents, state: _Unit, settings: TokenizeSettings
 ) -> None:
     texts = [record.text for record in batch]
-    ids, offsets = encoder.encode(texts)
+    sizes = [len(text) for text in texts]
+    if settings.source.conversations:
+        ids, offsets, sizes = encoder.chat.encode(texts, encoder)
+    else:
+        ids, offsets = encoder.encode(texts)
     assert not len(ids) or int(ids.max()) < settings.tokenizer.vocab_size, "an id outside the vocabulary"
     hashes = [document_hash(text) for text in texts]
     for index, doc_hash in enumerate(hashes):
         if int.from_bytes(doc_hash[8:], "big") % CROSS_CHECK_ONE_IN == 0 or (not state.hashes and index == 0):
-            _cross_check(batch[index], ids[offsets[index] : offsets[index + 1]], encoder, state)
+            found = ids[offsets[index] : offsets[index + 1]]
+            _cross_check(batch[index], found, encoder, state, settings.source.conversations)
         if is_heldout_candidate(doc_hash, settings.heldout_fraction):
             tokens = ids[offsets[index] : offsets[index + 1]].astype(documents.dtype)
-            state.candidates.append(
-                (doc_hash, len(state.hashes) + index, tokens, len(texts[index]), batch[index].doc_id)
-            )
+            state.candidates.append((doc_hash, len(state.hashes) + index, tokens, sizes[index], batch[index].doc_id))
     if len(state.candidates) > 2 * settings.heldout_max_documents:
         state.candidates = _smallest(state.candidates, settings.heldout_max_documents)
-    sizes = [len(text) for text in texts]
     documents.add(ids, offsets, hashes, sizes, [record.doc_id for record in batch])
     state.hashes += hashes
     state.tokens += len(ids)
@@ -244,10 +256,23 @@ def _encode(
     encoder.recycle()
 
 
-def _cross_check(record: Record, ids: np.ndarray, encoder: Encoder, state: _Unit) -> None:
+class _Reference:
+    """The reference as an encoder of several texts."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+
+    def encode(self, documents: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        return concatenated([self._encoder.check(document) for document in documents])
+
+
+def _cross_check(record: Record, ids: np.ndarray, encoder: Encoder, state: _Unit, conversation: bool) -> None:
     if len(record.text) > CROSS_CHECK_BYTES:
         return
-    expected = encoder.check(record.text)
+    if conversation:
+        expected, _, _ = encoder.chat.encode([record.text], _Reference(encoder))
+    else:
+        expected = encoder.check(record.text)
     if not np.array_equal(ids, expected):
         at = next((i for i, (a, b) in enumerate(zip(ids, expected)) if a != b), min(len(ids), len(expected)))
         raise EnginesDisagree(

@@ -26,6 +26,7 @@ COMMANDS = {
     "verify": "prove a dataset: every checksum, count and invariant",
     "inspect": "which documents formed a step, a row as text, the mixture",
     "generate": "what a published model says after a prompt",
+    "chat": "a conversation with a published model",
     "release": "let somebody else do a stage of a run, whoever is at work on it now",
     "gate": "may this run be published?",
     "logs": "keep a cluster's logs in the run's folder",

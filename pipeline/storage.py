@@ -228,19 +228,34 @@ class Storage:
 
     @contextlib.contextmanager
     def stream(self, path: str) -> Iterator[IO[bytes]]:
-        """Write an object from front to back, durable when the block ends. Large ones need no memory. Not atomic: on a folder
-        a part of it is seen meanwhile, so something else must say that it counts."""
+        """Write an object from front to back, replacing any, there and durable when the block ends without an error. Atomic.
+        Large ones need no memory."""
         with self._naming(path):
             if self.config.is_s3:
-                with self.fs.open(self.key(path), "wb", block_size=UPLOAD_PART) as upload:
+                upload = self.fs.open(self.key(path), "wb", block_size=UPLOAD_PART)
+                try:
                     yield upload
+                except BaseException:
+                    upload.discard()
+                    upload.closed = True  # closing, which its destructor does, would complete what there is
+                    raise
+                try:
+                    upload.close()
+                except FileNotFoundError:  # the last answer was lost, and the upload is over when asked again
+                    if self.fs.info(self.key(path), refresh=True)["size"] != upload.loc:
+                        raise
                 return
             target = Path(self.key(path))
+            temporary = _temporary(target)
             target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
+            try:
+                with temporary.open("wb") as file:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def check_writable(self) -> None:
         """Write and delete one small object; raises StorageError that says why and what to change."""
@@ -274,7 +289,7 @@ class Storage:
         """On a folder: fill a temporary file beside the object, sync it, then `place` it (link or rename) in one step."""
         target = Path(self.key(path))
         for left in reversed(range(DELETIONS)):
-            temporary = target.with_name(f"{target.name}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}")
+            temporary = _temporary(target)
             try:
                 with contextlib.suppress(FileExistsError):  # raised, too, when it is deleted while we look at it
                     target.parent.mkdir(parents=True, exist_ok=True)
@@ -356,6 +371,11 @@ def sha256_of(file: IO[bytes]) -> str:
     while chunk := file.read(CHUNK):
         digest.update(chunk)
     return digest.hexdigest()
+
+
+def _temporary(target: Path) -> Path:
+    """Beside the object, with a name that `sweep` knows the writer by."""
+    return target.with_name(f"{target.name}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}")
 
 
 def _etag(info: dict[str, Any]) -> str:

@@ -13,6 +13,8 @@ empty_document
 too_large                     a record or document over `corpus.max_document_bytes`; its bytes are skipped, never held
 corrupt_file                  the rest of a damaged stream, or of a damaged Parquet row group, is one record
 page_too_large                a Parquet row group that cannot be read in bounded memory, as one record
+not_messages                  a conversation is no list of {role, content}, or its file is no JSON
+template_refuses              the tokenizer's chat template does not lay out messages of these roles
 missing_filter_field          a condition's field is not there, or
 filter_type_mismatch          holds something that does not compare with the condition's value
 batch_too_large               an Arrow record batch that cannot be read in bounded memory, as one record

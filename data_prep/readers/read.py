@@ -19,6 +19,8 @@ from data_prep.readers.text import read_text
 def read_slice(part: Slice, file: IO[bytes], settings: ReaderSettings) -> Iterator[Record]:
     """All records of a slice; `file` is the opened (still compressed) file, seekable."""
     kind = format_of(part.path, settings.format)
+    if settings.conversations and kind not in ("json", "jsonl"):
+        return iter([Record(part.path, reason="not_messages", excerpt=f"conversations in {kind}".encode())])
     if kind == "parquet":
         return read_parquet(part, file, settings)
     if kind == "arrow":

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from pipeline.config.conditions import Condition, parse
 from pipeline.config.schema import SourceConfig
+from pipeline.tokenizer.chat import conversation_of
 
 EXCERPT_BYTES = 200
 DATA_ERRORS = (
@@ -41,11 +42,12 @@ class ReaderSettings:
     id_field: str | None
     max_document_bytes: int
     where: tuple[Condition, ...] = ()
+    conversations: bool = False  # the text is a list of messages; a record's is that as JSON
 
     @classmethod
     def of(cls, source: SourceConfig, max_document_bytes: int) -> ReaderSettings:
         where = tuple(map(parse, source.filters.where))
-        return cls(source.format, source.text_field, source.id_field, max_document_bytes, where)
+        return cls(source.format, source.text_field, source.id_field, max_document_bytes, where, source.conversations)
 
 
 class _Missing:
@@ -80,7 +82,7 @@ def checked(record: Record) -> Record:
 
 def judged(record: Record, where: Iterable[Condition], values: Iterable[Any]) -> Record:
     """Reject a document that does not meet a condition; quarantine one whose field is not there or holds something else."""
-    if record.reason:
+    if record.reason or record.rejected:
         return record
     for condition, value in zip(where, values):
         try:
@@ -122,8 +124,12 @@ def from_json(line: bytes | memoryview, location: str, settings: ReaderSettings)
             return None
         return Record(location, reason=_why_unparsable(line), excerpt=line[:EXCERPT_BYTES])
     text = field(value, settings.text_field) if isinstance(value, dict) else MISSING
-    if not isinstance(text, str) or not text:
-        return Record(location, reason=_why_no_text(text), excerpt=bytes(line[:EXCERPT_BYTES]))
+    conversation, why = conversation_of(text) if settings.conversations and isinstance(text, list) else (b"", "")
+    if why == "not_messages":
+        return Record(location, reason=why, excerpt=bytes(line[:EXCERPT_BYTES]))
+    if not conversation and (settings.conversations or not isinstance(text, str) or not text):
+        reason = "not_messages" if settings.conversations and isinstance(text, str) else _why_no_text(text)
+        return Record(location, reason=reason, excerpt=bytes(line[:EXCERPT_BYTES]))
     doc_id = location
     if settings.id_field:
         given = field(value, settings.id_field)
@@ -132,7 +138,7 @@ def from_json(line: bytes | memoryview, location: str, settings: ReaderSettings)
             given = field(json.loads(bytes(line), parse_int=_Literal, parse_float=_Literal), settings.id_field)
         if given is not None and given is not MISSING:
             doc_id = str(given) if type(given) in (str, int) else _json_text(given)
-    record = Record(location, text.encode(), doc_id)
+    record = Record(location, conversation or str(text).encode(), doc_id, rejected=why)
     if settings.where:
         return judged(record, settings.where, (field(value, condition.field) for condition in settings.where))
     return record

@@ -1,18 +1,30 @@
-"""Publishing on Ray: one task that writes the Hugging Face folder and moves the pointer."""
+"""Publishing on Ray: a task that makes the Hugging Face folder and moves the pointer, and tasks that write its weight files.
+
+A task writes one file, so what a worker holds depends on the largest tensor and never on the size of the model. Which file has
+which bytes was settled before (layout.py): any number of workers, killed and started again, leave the same folder.
+"""
 
 from __future__ import annotations
 
+import os
 import uuid
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from jobs.on_ray.task import run_in_task, wants_gpu
+import ray
+
+from jobs.on_ray.task import result_of, run_in_task, wants_gpu
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.lease import hold, say_waiting
 from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, ModelManifest, TrainManifest
+from pipeline.publishing import targets
 from pipeline.publishing.version import PublishProgress, lease_path
-from pipeline.storage import open_storage
+from pipeline.storage import Storage, open_storage
+
+if TYPE_CHECKING:
+    from pipeline.publishing.weights import Written
 
 Report = Callable[[PublishProgress], None]
 
@@ -46,17 +58,78 @@ def _publish(config_values: dict[str, Any], records: list[str], git_commit: str,
 
     config = validate(config_values)
     storage = open_storage(config.storage)
-    train, evaluation, dataset, checkpoint = records
+    train = TrainManifest.model_validate_json(records[0])
+    evaluation = EvaluationManifest.model_validate_json(records[1])
+    dataset = DatasetManifest.model_validate_json(records[2])
+    checkpoint = CheckpointManifest.model_validate_json(records[3])
+    quiet = config.model_copy(update={"publishing": config.publishing.model_copy(update={"promote": False})})
     path, what = lease_path(config.run_id), f"the model of run {config.run_id}"
     with hold(storage, path, what=what, owner=owner, waiting=say_waiting) as lease:
-        return publish(
-            config,
-            TrainManifest.model_validate_json(train),
-            EvaluationManifest.model_validate_json(evaluation),
-            DatasetManifest.model_validate_json(dataset),
-            storage,
-            report=report,
-            checkpoint=CheckpointManifest.model_validate_json(checkpoint),
-            git_commit=git_commit,
-            check=lease.check,
-        ).model_dump_json()
+        options: dict[str, Any] = {"report": report, "git_commit": git_commit, "write_files": write_files}
+        options["check"] = lease.check
+        model = publish(config, train, evaluation, dataset, storage, checkpoint=checkpoint, **options)
+        models = [model]
+        for other, scores in targets.others(config, dataset, checkpoint, storage):
+            models.append(publish(quiet, train, scores, dataset, storage, checkpoint=other, **options))
+        for each in models:
+            for revision in targets.unpushed(config, each, storage):
+                lease.check()
+                _push(config, storage, each, revision, report)
+    return model.model_dump_json()
+
+
+def _push(config: RunConfig, storage: Storage, model: ModelManifest, revision: str, report: Report) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    from pipeline.publishing.hub import push
+
+    hub = config.publishing.hub
+    assert hub.repo is not None
+    report(PublishProgress(f"{hub.repo}, revision {revision}", 0, 0))
+    disable_progress_bars()
+    main = revision == targets.MAIN
+    push(
+        HfApi(endpoint=os.environ.get("HF_ENDPOINT")),  # token: HF_TOKEN, or the one that `hf auth login` left
+        storage,
+        model,
+        hub.repo,
+        revision,
+        private=hub.private,
+        tag=hub.revisions == "tags" and not main,
+        wanted=(lambda: targets.is_promoted(model, storage)) if main else (lambda: True),
+    )
+
+
+def write_files(config: RunConfig, checkpoint: CheckpointManifest, folder: str) -> Iterator[Written]:
+    """The weight files of a checkpoint, as they are done; `publishing.workers` tasks at a time."""
+    from pipeline.publishing.layout import plan_files  # here and below: the driver needs no torch
+
+    write = ray.remote(_write_file).options(
+        name="publish-weights", num_cpus=config.cluster.cpus_per_worker, max_retries=config.cluster.max_failures
+    )
+    start = partial(write.remote, ray.put(config.model_dump(mode="json")), checkpoint.model_dump_json(), folder)
+    left = iter(range(len(plan_files(config))))
+    running: list[Any] = []
+    workers = config.publishing.workers or config.parallelism.world_size
+    while True:
+        while len(running) < workers and (number := next(left, None)) is not None:
+            running.append(start(number))
+        if not running:
+            return
+        (done,), running = ray.wait(running)
+        yield result_of(done)
+
+
+def _write_file(config_values: dict[str, Any], checkpoint: str, folder: str, number: int) -> Written:
+    import torch
+
+    from pipeline.publishing.layout import plan_files
+    from pipeline.publishing.weights import write_file
+    from pipeline.training.files import CheckpointReader
+
+    torch.set_num_threads(1)
+    config = validate(config_values)
+    storage = open_storage(config.storage)
+    reader = CheckpointReader(storage, CheckpointManifest.model_validate_json(checkpoint))
+    return write_file(plan_files(config)[number], reader, storage, folder)

@@ -19,8 +19,13 @@ def run_in_task(config: RunConfig, name: str, function: Callable[..., Any], *arg
     """
     cpus = min(config.cluster.cpus_per_worker * config.parallelism.world_size, _largest_node())
     task = ray.remote(_call).options(name=name, num_cpus=cpus, num_gpus=gpus, max_retries=config.cluster.max_failures)
+    return result_of(task.remote(function, args, max(1, int(cpus))))
+
+
+def result_of(reference: Any) -> Any:
+    """What a task returned; a ValueError as it was raised there, without Ray's traceback."""
     try:
-        return ray.get(task.remote(function, args, max(1, int(cpus))))
+        return ray.get(reference)
     except RayTaskError as error:
         if isinstance(error.cause, ValueError | Held | LeaseLost):
             raise error.cause from None

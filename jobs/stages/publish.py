@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 from jobs.commit import git_commit
 from jobs.stages.records import Records
 from jobs.stages.train import chosen_checkpoint
+from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation.result import manifest_path
 from pipeline.integrity import read_record
 from pipeline.manifest import DamagedRecord, EvaluationManifest, ModelManifest
-from pipeline.publishing import registry
+from pipeline.publishing import registry, targets
 from pipeline.publishing.gate import refusal
 from pipeline.publishing.version import PublishProgress, version_name
 from pipeline.storage import Storage
@@ -27,11 +29,16 @@ def find(config: RunConfig, storage: Storage, records: Records) -> ModelManifest
     assert records.checkpoint is not None
     assert records.evaluation is not None
     version = version_name(config, records.checkpoint, records.evaluation, records.dataset)
-    return registry.find(storage, config.publishing.name, version)
+    found = registry.find(storage, config.publishing.name, version)
+    if found is None or targets.missing(config, records.dataset, records.checkpoint, found, storage):
+        return None
+    return found
 
 
 def check(config: RunConfig, storage: Storage, records: Records, *, here: bool) -> None:
     """Its gate is asked where the model is published: `publishing.max_loss` needs the evaluation."""
+    if config.publishing.gguf and here and importlib.util.find_spec("gguf") is None:
+        raise ConfigError("publishing.gguf: the gguf package is not installed; pip install 'moonlight-pipeline[gguf]'")
 
 
 def gate(config: RunConfig, storage: Storage) -> tuple[str, str]:

@@ -6,14 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jobs.on_ray.gauges import TRAINING
-from jobs.stages.records import Records
+from jobs.stages.records import HeldDataset, Records, held_path
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig
+from pipeline.file_index import read_dataset
 from pipeline.integrity import read_record
 from pipeline.manifest import CheckpointManifest, TrainManifest
 from pipeline.optim.schedule import total_steps
 from pipeline.storage import Storage, filesystem
-from pipeline.training import initial
+from pipeline.training import branch, initial
 from pipeline.training.commits import committed, committed_steps, read_manifest, train_folder
 from pipeline.training.identity import run_identity
 from pipeline.training.metrics import TrainProgress
@@ -44,8 +45,13 @@ def check(config: RunConfig, storage: Storage, records: Records, *, here: bool) 
             f"schedule.total_tokens {config.schedule.total_tokens:,} is less than one step of global_batch; raise it"
         )
     _refuse_missing_weights(config, storage, here)
-    if records.dataset is not None and not committed(storage, config.run_id):
+    if committed(storage, config.run_id):
+        return
+    if records.dataset is not None:
         initial.check(config, storage, records.dataset.tokenizer.sha256)
+    if config.training.start_from:
+        branch.check(config, storage)
+        _refuse_other_tokenizer(config, storage, records)
 
 
 def do(config: RunConfig, storage: Storage, records: Records, report: Callable[[TrainProgress], None]) -> None:
@@ -88,6 +94,24 @@ def _refuse_missing_weights(config: RunConfig, storage: Storage, here: bool) -> 
             )
     elif here and not filesystem(path, config.storage).exists(path.removeprefix("s3://")):
         raise ConfigError(f"{initial.KEY} {weights}: there is no such folder; give one with a Hugging Face model")
+
+
+def _refuse_other_tokenizer(config: RunConfig, storage: Storage, records: Records) -> None:
+    """A branch goes on with the parent's tokens. Of a parent whose dataset is gone nobody knows."""
+    assert config.training.start_from is not None
+    parent, _ = branch.split(config.training.start_from)
+    held = read_record(storage, held_path(parent), HeldDataset)
+    if held is None or records.dataset is None:
+        return
+    try:
+        theirs = read_dataset(storage, held.dataset).tokenizer
+    except FileNotFoundError:
+        return
+    if theirs.sha256 != records.dataset.tokenizer.sha256:
+        raise ConfigError(
+            f"{branch.KEY} {config.training.start_from}: the corpus is tokenized with {records.dataset.tokenizer.sha256[:16]}..., "
+            f"the parent's with {theirs.sha256[:16]}...; set tokenizer.path to {storage.uri(theirs.folder)}"
+        )
 
 
 def _chosen_checkpoint(config: RunConfig, train: TrainManifest, storage: Storage) -> CheckpointManifest:

@@ -71,10 +71,21 @@ class SourceConfig(Section):
     exclude: tuple[str, ...] = ()
     max_bytes: Bytes | None = None  # take files in hash order until this many bytes
     text_field: str = "text"  # a field or column, or the path of a nested one: meta.text
+    conversations: bool = (
+        False  # text_field is a list of {role, content}, laid out by the tokenizer's chat template; JSON only
+    )
     id_field: str | None = None
     weight: PositiveFloat = 1.0  # share of training sequences, normalised over sources
     max_epochs: PositiveFloat = 1.0  # how often a sequence of this source may be seen
     filters: FilterConfig = FilterConfig()
+
+    @model_validator(mode="after")
+    def _conversations_are_json(self) -> SourceConfig:
+        if self.conversations and self.format not in ("auto", "json", "jsonl"):
+            raise ValueError(
+                f"conversations are read from JSON and JSON lines, and format is {self.format!r}; convert them"
+            )
+        return self
 
     @field_validator("name")
     @classmethod
@@ -124,7 +135,7 @@ class DataConfig(Section):
     """Layout of the packed shards and the constants of the closed-form order (hashed into every checkpoint)."""
 
     sequence_length: PositiveInt = 8192  # tokens of a packed row: the longest length training may use
-    packing: Literal["best_fit", "concat", "pad"] = "best_fit"
+    packing: Literal["best_fit", "concat", "pad", "whole"] = "best_fit"  # whole: best fit, no document is ever cut
     max_documents_per_row: Count | None = (
         None  # None: as many as fit; document masks do not mind (data_prep/packing.py)
     )

@@ -34,14 +34,45 @@ class EvaluationConfig(Section):
 TASK_SETTINGS = frozenset({"tasks", "task_folder", "few_shot", "task_limit"})
 
 
+class HubConfig(Section):
+    """Where versions are published besides the storage. Endpoint and token: HF_ENDPOINT and HF_TOKEN, where the stage runs."""
+
+    repo: str | None = None  # namespace/name on the Hugging Face hub
+    revisions: Literal["branches", "tags"] = "branches"  # what a version's step-00000120 is there
+    private: bool = True  # if the repository has to be made
+
+    @field_validator("repo")
+    @classmethod
+    def _repo_has_a_namespace(cls, repo: str | None) -> str | None:
+        name = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+        if repo is not None and not re.fullmatch(f"{name}/{name}", repo):
+            raise ValueError(f"repo {repo!r} must be namespace/name, as in the address of its page")
+        return repo
+
+
+class CardConfig(Section):
+    """What only people know of a model, for its card. What is not given is not said."""
+
+    license: str | None = None  # the hub's identifier: apache-2.0, mit, other
+    languages: tuple[str, ...] = ()  # ISO 639-1 codes: en, zh
+    intended_use: str | None = None
+    limits: str | None = None
+    hardware: str | None = None  # what it was trained on
+
+
 class PublishingConfig(Section):
     name: str = "moonlight"  # of the folder below models/
     max_loss: PositiveFloat | None = None  # gate on the held-out loss (nats per token)
     promote: bool = True  # move latest.json to the new version
     shard_bytes: Bytes = 5_000_000_000  # of one safetensors file
     dtype: Literal["fp32", "bf16"] = "bf16"
+    workers: Count | None = None  # tasks that write weight files at a time; None: as many as there are training workers
     sample_prompts: tuple[str, ...] = ()
     sample_tokens: Count = 64
+    revisions: bool = False  # publish every kept checkpoint that has been evaluated as well, each under its step
+    gguf: bool = False  # also one file for llama.cpp; needs the `gguf` extra
+    hub: HubConfig = HubConfig()
+    card: CardConfig = CardConfig()
 
     @field_validator("name")
     @classmethod

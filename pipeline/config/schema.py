@@ -24,7 +24,7 @@ from pipeline.config.corpus import (
 )
 from pipeline.config.network import ModelConfig
 from pipeline.config.optimizer import AdamWConfig, MuonConfig, OptimizerConfig
-from pipeline.config.outcome import TASK_SETTINGS, EvaluationConfig, PublishingConfig
+from pipeline.config.outcome import TASK_SETTINGS, CardConfig, EvaluationConfig, HubConfig, PublishingConfig
 from pipeline.config.schedule import BatchStage, BiasRateStage, LearningRateStage, ScheduleConfig
 from pipeline.config.section import Section
 from pipeline.config.training import CheckpointConfig, ParallelismConfig, SpikeConfig, TrainingConfig
@@ -37,12 +37,14 @@ __all__ = [
     "AdamWConfig",
     "BatchStage",
     "BiasRateStage",
+    "CardConfig",
     "CheckpointConfig",
     "ClusterConfig",
     "CorpusConfig",
     "DataConfig",
     "EvaluationConfig",
     "FilterConfig",
+    "HubConfig",
     "LearningRateStage",
     "MixtureStage",
     "ModelConfig",
@@ -151,6 +153,31 @@ def _disagreements(run: RunConfig) -> list[str]:
     if where.endpoint_url is not None and not any(place and place.startswith("s3://") for place in used):
         found.append(
             f"storage.endpoint_url {where.endpoint_url}: nothing here is on S3; leave it out, or set storage.root to s3://bucket/prefix"
+        )
+    talks = [source.name for source in run.corpus.sources if source.conversations]
+    if talks and run.data.packing != "whole":
+        found.append(
+            f"data.packing {run.data.packing}: source {talks[0]!r} holds conversations, and an answer without its question teaches "
+            "nothing; set it to whole"
+        )
+    if talks and run.tokenizer.path is None and (not run.tokenizer.sources or set(talks) & set(run.tokenizer.sources)):
+        found.append(
+            f"tokenizer.sources: a tokenizer is not trained on conversations ({talks[0]!r}); name other sources, or load one "
+            "(tokenizer.path)"
+        )
+    if training.loss_on == "answers" and len(talks) < len(run.corpus.sources):
+        found.append(
+            "training.loss_on answers: every source has to hold conversations (corpus.sources[].conversations); of other text nothing "
+            "would be learned"
+        )
+    if training.loss_on == "answers" and training.sequence_length != run.data.sequence_length:
+        found.append(
+            f"training.sequence_length {training.sequence_length} must be data.sequence_length {run.data.sequence_length} with "
+            "training.loss_on answers: a row that is cut leaves answers without their beginning"
+        )
+    if training.start_from is not None and training.start_from.rpartition("@")[0] == run.run_id:
+        found.append(
+            f"training.start_from {training.start_from}: a run cannot start from itself; choose another run_id"
         )
     per_step = parallelism.world_size * training.micro_batch
     for index, stage in enumerate(run.schedule.global_batch):

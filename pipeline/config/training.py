@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.section import Section
 from pipeline.config.values import Count, Location, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -55,15 +56,39 @@ class TrainingConfig(Section):
     compile: bool = False  # torch.compile per block
     reshard_after_forward: bool = True
     document_mask: bool = False  # attention stays inside a document of a packed row
+    loss_on: Literal["all", "answers"] = (
+        "all"  # tokens that are labels; answers: what an assistant says in conversations
+    )
     aux_loss_weight: NonNegativeFloat = 1e-4  # sequence-wise balance loss
     initial_weights: Location | None = (
         None  # a Hugging Face folder, promoted or promoted-or-fresh (training/initial.py)
     )
+    start_from: str | None = None  # RUN@STEP: the whole state of that checkpoint, of a run below the same root
+    start_position: Literal["parent", "zero"] = "parent"  # of such a run: where that one stood, or its own beginning
     skip_sequences: tuple[tuple[int, int], ...] = ()  # ranges [from, to) of global positions left out
     max_skipped_steps: PositiveInt = 10  # non-finite steps in a row before the run stops
     spikes: SpikeConfig = SpikeConfig()
     step_timeout_s: PositiveFloat = 1800.0  # heartbeat watchdog
     log_every: Count = 10  # steps
+
+    @field_validator("start_from")
+    @classmethod
+    def _names_run_and_step(cls, start_from: str | None) -> str | None:
+        if start_from is not None and not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?@[1-9][0-9]{0,11}", start_from):
+            raise ValueError(
+                f"{start_from!r} must be RUN@STEP, a run_id and a step of it that has a checkpoint: base@4000"
+            )
+        return start_from
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> TrainingConfig:
+        if self.start_from is not None and self.initial_weights is not None:
+            raise ValueError("start_from and initial_weights both say where the weights come from: give one")
+        if self.start_from is None and self.start_position != "parent":
+            raise ValueError(
+                "start_position is of a run that starts from another one: give start_from, or leave it out"
+            )
+        return self
 
 
 class CheckpointConfig(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -28,16 +29,7 @@ class Published:
         told: Callable[[int, str], None] = lambda row, text: None,
     ) -> list[str]:
         """The text after each prompt. `told` hears pieces of it as they come: whole characters, with the prompt's number."""
-        tokens: list[list[int]] = [[] for _ in prompts]
-        said = [""] * len(prompts)
-
-        def hear(row: int, token: int) -> None:
-            tokens[row].append(token)
-            text = self.encoder.decode(tokens[row])
-            if not text.endswith("\ufffd"):  # a character that is not complete yet
-                told(row, text[len(said[row]) :])
-                said[row] = text
-
+        hearers = [pieces(self.encoder, partial(told, row)) for row in range(len(prompts))]
         found = generate(
             self.model,
             [self.encoder.encode([prompt.encode()])[0].tolist() for prompt in prompts],
@@ -45,13 +37,28 @@ class Published:
             eos=self.encoder.eos_id,
             max_new_tokens=max_new_tokens,
             max_positions=self.model.config.max_position_embeddings,
-            told=hear,
+            told=lambda row, token: hearers[row](token),
         )
-        texts = [self.encoder.decode(new) for new in found]
-        for row, text in enumerate(texts):
-            if len(text) > len(said[row]):
-                told(row, text[len(said[row]) :])
-        return texts
+        for hear in hearers:
+            hear(None)
+        return [self.encoder.decode(new) for new in found]
+
+
+def pieces(encoder: Encoder, told: Callable[[str], None]) -> Callable[[int | None], None]:
+    """To be called with each token as it comes, and with None at the end: `told` hears whole characters."""
+    tokens: list[int] = []
+    said = ""
+
+    def hear(token: int | None) -> None:
+        nonlocal said
+        tokens.extend([] if token is None else [token])
+        text = encoder.decode(tokens)
+        if token is None or not text.endswith("\ufffd"):  # a character that is not complete yet
+            if len(text) > len(said):
+                told(text[len(said) :])
+            said = text
+
+    return hear
 
 
 def load_published(folder: str, *, endpoint_url: str | None = None) -> Published:

@@ -55,9 +55,10 @@ def generate(
     eos: int,
     max_new_tokens: int,
     max_positions: int,
+    stop: frozenset[int] = frozenset(),
     told: Callable[[int, int], None] = lambda row, token: None,
 ) -> list[list[int]]:
-    """New token ids after each prompt, at most so many, ending before an EOS. `sampling`: one for each prompt.
+    """New token ids after each prompt, at most so many, ending before an EOS or a token of `stop`. `sampling`: one for each prompt.
 
     `told` hears of every token as it comes, with the number of its prompt.
     """
@@ -78,7 +79,7 @@ def generate(
             for place, logits_V in zip(decoder.rows, logits_BV):
                 row = numbers[place]
                 token = sampling[row].choose(logits_V, generators[row])
-                if token == eos:
+                if token == eos or token in stop:
                     continue
                 texts[row].append(token)
                 told(row, token)

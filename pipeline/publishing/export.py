@@ -5,34 +5,34 @@
         model-00001-of-00002.safetensors ...          weights in `publishing.dtype`, router biases in fp32
         model.safetensors.index.json
         tokenizer.json tokenizer_config.json          and the chat templates that came with them
-        README.md loss.png                            the model card
+        README.md loss.png training_log.jsonl         the model card, and what was logged up to the checkpoint
+        NAME-bf16.gguf                                with `publishing.gguf`: one file for llama.cpp (gguf_file.py)
         manifest.json                                 sha256 of every file and all digests; written last: the commit
+        provenance.json                               where all of it comes from, as tools read it (provenance.py)
 
 Every byte follows from the manifests and the configuration, and the version's name from their digests. A publisher that
 was killed is cured by running it again: it writes the same bytes over the half-written folder. A version that exists is
 not written again; only its promotion is completed.
 
-The tensors are read from the checkpoint block by block, in the network's order, and cut into files of at most
-`publishing.shard_bytes` (one larger tensor makes a file of its own). Memory: one block in fp32 and one file (Moonlight:
-8 GB); only samples of text need the whole network. A file passes through the local temporary folder.
+The weight files are laid out before anything is written (layout.py), so any number of writers write the same bytes
+(weights.py); here one after the other, on Ray several at a time. All of it is checked before it is committed (check.py).
+Memory: one tensor of the checkpoint and one of its pieces a writer, and the first layers; only samples of text need the whole network.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from math import prod
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import orjson
 import torch
-import xxhash
-from safetensors.torch import save_file
 
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation.report import read_metrics
-from pipeline.evaluation.weights import count_parameters, empty_model, load_model, stream_tensors
+from pipeline.evaluation.weights import count_parameters
 from pipeline.generation.sample import Sampling, generate
 from pipeline.manifest import (
     CheckpointManifest,
@@ -42,23 +42,28 @@ from pipeline.manifest import (
     ModelManifest,
     TokenizerManifest,
     TrainManifest,
+    canonical_json,
 )
-from pipeline.model.hf import hf_config, hf_shapes, hf_split
+from pipeline.model.hf import hf_config, load_hf
 from pipeline.model.moonlight import Moonlight
-from pipeline.model.safetensors import header_of
 from pipeline.publishing import registry
+from pipeline.publishing.check import check_first_layers, check_texts, open_published
 from pipeline.publishing.gate import refusal
+from pipeline.publishing.gguf_file import check_gguf, write_gguf
+from pipeline.publishing.layout import DTYPES, INDEX, index_of, plan_files
 from pipeline.publishing.model_card import Sample, model_card
 from pipeline.publishing.plots import loss_plot
+from pipeline.publishing.provenance import write_provenance
 from pipeline.publishing.version import PublishProgress, published_config, version_name
+from pipeline.publishing.weights import Written, write_file
 from pipeline.storage import Storage, sha256_of
 from pipeline.tokenizer import Encoder
 from pipeline.tokenizer.files import CONFIG_JSON, RANK_FILE, TOKENIZER_JSON, checked_files
-from pipeline.training.content import as_bytes
+from pipeline.training.branch import origin_of
+from pipeline.training.files import CheckpointReader
 from pipeline.training.retention import reading
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ROUTER_BIAS = "e_score_correction_bias"  # stays fp32: it decides near-ties between experts
+WriteFiles = Callable[[RunConfig, CheckpointManifest, str], Iterable[Written]]
 SAMPLE_TEMPERATURE = 0.8
 
 
@@ -77,10 +82,14 @@ def publish(
     checkpoint: CheckpointManifest | None = None,
     git_commit: str = "unknown",
     check: Callable[[], None] = lambda: None,
+    write_files: WriteFiles | None = None,
 ) -> ModelManifest:
     """Publish the evaluated checkpoint (the run's last one unless given) and promote it if `publishing.promote`.
 
-    `check`: asked before the version is made to exist; raises if this process may not. Raises GateError, before anything is written, for a loss over `publishing.max_loss` or one that is not finite, and
+    `check`: asked before the version is made to exist; raises if this process may not. `write_files(config, checkpoint, folder)`
+    writes all weight files, in any order; None: here, one after the other.
+
+    Raises GateError, before anything is written, for a loss over `publishing.max_loss` or one that is not finite, and
     ValueError when evaluation, checkpoint and dataset do not belong together.
     """
     checkpoint = checkpoint or train.checkpoint
@@ -91,9 +100,12 @@ def publish(
     version = version_name(config, checkpoint, evaluation, dataset)
     manifest = registry.find(storage, config.publishing.name, version)
     if manifest is None:
-        manifest = _write(config, train, checkpoint, evaluation, dataset, storage, version, git_commit, report, check)
+        manifest = _write(
+            config, train, checkpoint, evaluation, dataset, storage, version, git_commit, report, check, write_files
+        )
     else:
         registry.check(storage, manifest)
+    write_provenance(storage, manifest, checkpoint, evaluation, dataset, origin_of(checkpoint.run_id, storage))
     if config.publishing.promote:
         registry.promote(storage, manifest)
     return manifest
@@ -123,10 +135,13 @@ def _write(
     git_commit: str,
     report: Callable[[PublishProgress], None],
     check: Callable[[], None],
+    write_files: WriteFiles | None,
 ) -> ModelManifest:
     folder = registry.folder(config.publishing.name, version)
     files: list[FileEntry] = []
     xxh3: dict[str, str] = {}
+    layout = plan_files(config)
+    total = sum(file.nbytes for file in layout)
 
     def put(name: str, data: bytes) -> None:
         storage.write(f"{folder}/{name}", data)
@@ -134,27 +149,41 @@ def _write(
 
     storage.sweep(folder)
     with reading(storage, checkpoint.run_id, checkpoint.step):
-        files += write_weights(config, checkpoint, storage, folder, report, xxh3)
+        report(PublishProgress("weights", 0, total))
+        for written in (write_files or partial(write_here, storage))(config, checkpoint, folder):
+            files.append(written.entry)
+            xxh3 |= written.xxh3
+            report(PublishProgress(written.entry.path, sum(file.bytes for file in files), total))
+    put(INDEX, registry.pretty_json(index_of(layout)))
     tokenizer = tokenizer_files(checked_files(dataset.tokenizer, storage), config)
     ids = _role_ids(dataset.tokenizer, tokenizer)
-    put("config.json", registry.pretty_json(_config_json(config, ids)))
+    fields = _config_json(config, ids)
+    put("config.json", registry.pretty_json(fields))
     put("generation_config.json", registry.pretty_json(ids))  # a max_length makes max_new_tokens warn
     for name, data in tokenizer.items():
         put(name, data)
 
-    report(PublishProgress("samples and model card", 0, 0))
-    curve = [
-        (record["tokens"], record["loss"]) for record in read_metrics(train, storage) if record["loss"] is not None
-    ]
+    report(PublishProgress("reading back", total, total))
+    with reading(storage, checkpoint.run_id, checkpoint.step):
+        tensors = open_published(config, layout, storage, folder, xxh3)
+        check_first_layers(config, CheckpointReader(storage, checkpoint), tensors, fields, storage.uri(folder))
+
+    if config.publishing.gguf:
+        report(PublishProgress("gguf", total, total))
+        files.append(_put_gguf(config, storage, folder))
+
+    report(PublishProgress("samples and model card", total, total))
+    log = [record for record in read_metrics(train, storage) if record["step"] <= checkpoint.step]
+    put("training_log.jsonl", b"".join(canonical_json(record) + b"\n" for record in log))
+    curve = [(record["tokens"], record["loss"]) for record in log if record["loss"] is not None]
     heldout = (checkpoint.tokens_seen, evaluation.overall.loss)
     title = f"{config.publishing.name}, step {checkpoint.step:,}"
     put("loss.png", loss_plot(curve, heldout, evaluation.unigram_entropy, title))
-    samples = []
-    if config.publishing.sample_prompts:
-        model = load_model(config, checkpoint, storage)
-        samples = write_samples(model, config, Encoder.stored(dataset.tokenizer, storage))
+    samples = write_samples(config, dataset.tokenizer, storage, folder)
     parameters = count_parameters(config.model)
-    put("README.md", model_card(config, dataset, train, checkpoint, evaluation, parameters, samples).encode())
+    origin = origin_of(checkpoint.run_id, storage)
+    card = model_card(config, dataset, train, checkpoint, evaluation, parameters, samples, origin)
+    put("README.md", card.encode())
 
     manifest = ModelManifest(
         name=config.publishing.name,
@@ -176,80 +205,23 @@ def _write(
     return registry.commit(storage, manifest)
 
 
-# -- weights -----------------------------------------------------------------------------------------------------------
-
-
-def published_dtype(name: str, dtype: str) -> torch.dtype:
-    return torch.float32 if name.endswith(ROUTER_BIAS) else DTYPES[dtype]
-
-
-def plan_shards(sizes: Iterable[tuple[str, int]], limit: int) -> list[list[str]]:
-    """Names in order, cut into groups of at most `limit` bytes; a larger tensor is alone in its group."""
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes:
-        if groups[-1] and filled + size > limit:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += size
-    return groups
-
-
-def write_weights(
-    config: RunConfig,
-    checkpoint: CheckpointManifest,
-    storage: Storage,
-    folder: str,
-    report: Callable[[PublishProgress], None],
-    xxh3: dict[str, str] | None = None,
-) -> Iterator[FileEntry]:
-    """Write the safetensors files and their index; yields an entry for each as soon as it is in storage.
-
-    `xxh3` is filled with the checksums of tensors and headers (`ModelManifest.xxh3`).
-    """
-    dtype, shapes = config.publishing.dtype, hf_shapes(empty_model(config.model))
-    sizes = {name: prod(shape) * published_dtype(name, dtype).itemsize for name, shape in shapes.items()}
-    shards = plan_shards(sizes.items(), config.publishing.shard_bytes)
-    total, done = sum(sizes.values()), 0
-    tensors = (
-        part for name, full in stream_tensors(config.model, checkpoint, storage) for part in hf_split(name, full)
-    )
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        report(PublishProgress(file, done, total))
-        contents = {}
-        for expected in names:
-            name, tensor = next(tensors)
-            assert name == expected, f"the checkpoint gives {name} where {expected} was announced"
-            contents[name] = tensor.to(published_dtype(name, dtype), copy=True)  # a view would hold its whole stack
-            weight_map[name] = file
-            done += sizes[name]
-        yield _upload(contents, storage, folder, file, {} if xxh3 is None else xxh3)
-    index = {
-        "metadata": {"total_parameters": sum(map(prod, shapes.values())), "total_size": total},
-        "weight_map": weight_map,
-    }
-    data = registry.pretty_json(index)
-    storage.write(f"{folder}/model.safetensors.index.json", data)
-    yield FileEntry(path="model.safetensors.index.json", bytes=len(data), sha256=registry.sha256_bytes(data))
-    report(PublishProgress("weights written", done, total))
-
-
-def _upload(
-    contents: dict[str, torch.Tensor], storage: Storage, folder: str, file: str, xxh3: dict[str, str]
-) -> FileEntry:
+def _put_gguf(config: RunConfig, storage: Storage, folder: str) -> FileEntry:
+    """The folder as one file, made and read back beside the program, then stored."""
+    name = f"{config.publishing.name}-{config.publishing.dtype}.gguf"
     with tempfile.TemporaryDirectory() as scratch:
-        local = Path(scratch) / file
-        save_file(contents, local, metadata={"format": "pt"})
+        local = Path(scratch) / name
+        write_gguf(folder, storage, local, config.publishing.name)
+        check_gguf(folder, storage, local)
         with local.open("rb") as handle:
-            xxh3[file] = xxhash.xxh3_128_hexdigest(header_of(handle))
-            handle.seek(0)
-            entry = FileEntry(path=file, bytes=local.stat().st_size, sha256=sha256_of(handle))
-        xxh3 |= {name: xxhash.xxh3_128_hexdigest(as_bytes(tensor)) for name, tensor in contents.items()}
-        storage.upload(local, f"{folder}/{file}")
+            entry = FileEntry(path=name, bytes=local.stat().st_size, sha256=sha256_of(handle))
+        storage.upload(local, f"{folder}/{name}")
     return entry
+
+
+def write_here(storage: Storage, config: RunConfig, checkpoint: CheckpointManifest, folder: str) -> Iterator[Written]:
+    """`publish`'s weight files, one after the other in this process."""
+    reader = CheckpointReader(storage, checkpoint)
+    return (write_file(file, reader, storage, folder) for file in plan_files(config))
 
 
 # -- what stands beside the weights -------------------------------------------------------------------------------------
@@ -262,7 +234,8 @@ def tokenizer_files(stored: dict[str, bytes], config: RunConfig) -> dict[str, by
         "model_max_length": config.model.max_position_embeddings,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    kept = {name: data for name, data in stored.items() if name != RANK_FILE}
+    came_as_ranks = config.tokenizer.path is not None  # else they are only how this project keeps its own
+    kept = {name: data for name, data in stored.items() if name != RANK_FILE or came_as_ranks}
     return {**kept, CONFIG_JSON: registry.pretty_json(settings)}
 
 
@@ -289,18 +262,32 @@ def _config_json(config: RunConfig, ids: dict[str, int]) -> dict[str, Any]:
     return {**fields, "dtype": dtype, "pad_token_id": pad}
 
 
-def write_samples(model: Moonlight, config: RunConfig, encoder: Encoder) -> list[Sample]:
-    """The likeliest and one random continuation of each of `publishing.sample_prompts`."""
+def write_samples(config: RunConfig, tokenizer: TokenizerManifest, storage: Storage, folder: str) -> list[Sample]:
+    """The likeliest and one random continuation of each of `publishing.sample_prompts`, by the weights in the published folder.
+
+    Raises NotTheModel if transformers finds other continuations likelier."""
     prompts, seed = config.publishing.sample_prompts, config.seed
+    if not prompts:
+        return []
+    encoder = Encoder.stored(tokenizer, storage)
     ways = [Sampling(), Sampling(SAMPLE_TEMPERATURE, seed=seed)]
+    encoded = [encoder.encode([prompt.encode()])[0].tolist() for prompt in prompts]
+    device = torch.device("cuda", torch.cuda.current_device()) if config.cluster.use_gpu else torch.device("cpu")
+    with torch.device("meta"):
+        model = Moonlight(config.model)
+    model.to_empty(device=device)
+    load_hf(model, folder, storage)
     found = generate(
-        model,
-        [encoder.encode([prompt.encode()])[0].tolist() for prompt in prompts for _ in ways],
+        model.eval().requires_grad_(False),
+        [prompt for prompt in encoded for _ in ways],
         ways * len(prompts),
         eos=encoder.eos_id,
         max_new_tokens=config.publishing.sample_tokens,
         max_positions=config.model.max_position_embeddings,
     )
+    del model
+    greedy = [([encoder.eos_id, *prompt], new) for prompt, new in zip(encoded, found[::2])]
+    check_texts(storage, folder, greedy, config.model.max_position_embeddings, device)
     texts = [encoder.decode(new) for new in found]
     return [
         Sample(prompt, greedy, drawn, SAMPLE_TEMPERATURE, seed)

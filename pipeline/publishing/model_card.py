@@ -26,6 +26,7 @@ from pipeline.manifest import (
     TaskScore,
     TrainManifest,
 )
+from pipeline.training.branch import Origin
 from pipeline.training.left_out import order_of
 
 
@@ -48,19 +49,22 @@ def model_card(
     evaluation: EvaluationManifest,
     parameters: ParameterCount,
     samples: list[Sample],
+    origin: Origin | None = None,
 ) -> str:
-    """The whole card as Markdown with a YAML header."""
-    name = config.publishing.name
+    """The whole card as Markdown with a YAML header. `origin`: where the run branched off, if it did."""
+    name, said = config.publishing.name, config.publishing.card
     parts = [
-        _header(name, evaluation),
+        _header(config, evaluation),
         f"# {name}",
-        _summary(config, checkpoint, parameters),
+        _summary(config, checkpoint, parameters, origin),
+        *(["## Intended use", said.intended_use] if said.intended_use else []),
+        *(["## Limits", said.limits] if said.limits else []),
         "![Training and held-out loss over tokens seen](loss.png)",
         "## Held-out results",
         _results(dataset, evaluation),
         *(["## Tasks", _tasks(evaluation)] if evaluation.tasks else []),
         "## Load it",
-        _usage(),
+        _usage(config),
     ]
     if samples:
         parts += ["## What it writes", *(_sample(sample) for sample in samples)]
@@ -70,7 +74,7 @@ def model_card(
         "## Training",
         _training(config, train, checkpoint),
         "## Provenance",
-        _provenance(dataset, train, checkpoint, evaluation),
+        _provenance(config, dataset, train, checkpoint, evaluation, origin),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -81,7 +85,8 @@ def table(head: list[str], rows: Iterable[list[str]], right: int = 1) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *rows])
 
 
-def _header(name: str, evaluation: EvaluationManifest) -> str:
+def _header(config: RunConfig, evaluation: EvaluationManifest) -> str:
+    name, said = config.publishing.name, config.publishing.card
     metrics = [
         {"type": "cross_entropy", "name": "Held-out loss (nats per token)", "value": evaluation.overall.loss},
         {"type": "bits_per_byte", "name": "Held-out bits per byte", "value": evaluation.overall.bits_per_byte},
@@ -93,25 +98,45 @@ def _header(name: str, evaluation: EvaluationManifest) -> str:
     }
     results = [result, *(_task_result(name, score) for name, score in evaluation.tasks.items() if score.group is None)]
     header = {
+        **({"license": said.license} if said.license else {}),
+        **({"language": list(said.languages)} if said.languages else {}),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["moonlight", "deepseek_v3", "mixture-of-experts", "muon"],
+        "tags": ["moonlight", "deepseek_v3", "mixture-of-experts", *(["muon"] if _is_muon(config) else [])],
         "model-index": [{"name": name, "results": results}],
     }
     return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---"
 
 
-def _summary(config: RunConfig, checkpoint: CheckpointManifest, parameters: ParameterCount) -> str:
+def _summary(
+    config: RunConfig, checkpoint: CheckpointManifest, parameters: ParameterCount, origin: Origin | None
+) -> str:
     model = config.model
+    if config.training.loss_on == "answers":
+        kind = "It was fine-tuned on conversations, with the loss on answers; `chat_template` lays them out."
+    else:
+        kind = "It is a base model: it continues text and follows no instructions."
     return (
         f"A mixture-of-experts language model with the Moonlight architecture (`DeepseekV3ForCausalLM`): "
         f"**{compact(parameters.total)} parameters, {compact(parameters.active)} active** per token. "
         f"{model.num_hidden_layers} layers of width {model.hidden_size}, multi-head latent attention with "
         f"{model.num_attention_heads} heads, {model.n_routed_experts} routed experts of which "
-        f"{model.num_experts_per_tok} see each token, and {model.n_shared_experts} shared. Trained from scratch on "
+        f"{model.num_experts_per_tok} see each token, and {model.n_shared_experts} shared. {_beginning(config, origin)} "
         f"{compact(checkpoint.tokens_seen)} tokens ({checkpoint.step:,} steps) with "
-        f"{_optimizer_name(config)}. It is a base model: it continues text and follows no instructions."
+        f"{_optimizer_name(config)}. {kind}"
     )
+
+
+def _beginning(config: RunConfig, origin: Origin | None) -> str:
+    """What the weights were before, up to `on ... tokens`."""
+    if origin is not None:
+        place = f"run `{origin.run_id}` at step {origin.step:,} ({compact(origin.tokens_seen)} tokens)"
+        counted = ", which are counted here," if config.training.start_position == "parent" else ""
+        return f"Trained from the state of {place}{counted} on"
+    weights = config.training.initial_weights
+    if weights is not None:
+        return f"Trained from the weights of `{weights.partition('@')[0].rstrip('/').rsplit('/', 1)[-1]}` on"
+    return "Trained from scratch on"
 
 
 def _results(dataset: DatasetManifest, evaluation: EvaluationManifest) -> str:
@@ -155,7 +180,21 @@ def _tasks(evaluation: EvaluationManifest) -> str:
     return f"{table(['task', *TASK_HEAD], rows, right=2)}\n\n{scored_how(evaluation)}"
 
 
-def _usage() -> str:
+def _usage(config: RunConfig) -> str:
+    if config.training.loss_on == "answers":
+        return """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+messages = [{"role": "user", "content": "What is the moon?"}]
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+answer = model.generate(**prompt, max_new_tokens=64)[0, prompt["input_ids"].shape[1]:]
+print(tokenizer.decode(answer))
+```
+
+No remote code is needed."""
     return """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -228,6 +267,8 @@ def _training(config: RunConfig, train: TrainManifest, checkpoint: CheckpointMan
         ["balance loss weight", f"{training.aux_loss_weight:g}"],
         ["attention", "within documents" if training.document_mask else "causal over packed rows"],
         ["mesh, at the checkpoint", ranks],
+        *([["hardware", config.publishing.card.hardware]] if config.publishing.card.hardware else []),
+        *([["loss", "on answers only"]] if training.loss_on == "answers" else []),
         ["steps, skipped as non-finite", f"{checkpoint.step:,} of {train.steps:,}, {checkpoint.skipped_steps:,}"],
         ["seed", str(config.seed)],
     ]
@@ -239,7 +280,12 @@ def _training(config: RunConfig, train: TrainManifest, checkpoint: CheckpointMan
 
 
 def _provenance(
-    dataset: DatasetManifest, train: TrainManifest, checkpoint: CheckpointManifest, evaluation: EvaluationManifest
+    config: RunConfig,
+    dataset: DatasetManifest,
+    train: TrainManifest,
+    checkpoint: CheckpointManifest,
+    evaluation: EvaluationManifest,
+    origin: Origin | None,
 ) -> str:
     rows = [
         ["run", checkpoint.run_id],
@@ -252,14 +298,23 @@ def _provenance(
         ["tokenizer", f"`{dataset.tokenizer.sha256}`"],
         ["evaluation", f"`{evaluation.digest}`"],
     ]
+    if origin is not None:
+        rows.insert(1, ["started from", f"{origin.run_id}, step {origin.step:,}, `{origin.checkpoint_digest}`"])
+    elif config.training.initial_weights is not None:
+        rows.insert(1, ["started from", f"`{config.training.initial_weights}`"])
     return (
         f"{table(['made from', 'sha256'], rows, right=2)}\n\n"
-        "`manifest.json` holds these digests, the whole configuration and the sha256 of every file in this folder."
+        "`manifest.json` holds these digests, the whole configuration and the sha256 of every file in this folder; `provenance.json` "
+        "says the same as an in-toto statement (SLSA provenance), `training_log.jsonl` what was logged up to this checkpoint."
     )
 
 
 def _optimizer_name(config: RunConfig) -> str:
-    return "Muon (matrices) and AdamW (the rest)" if config.optimizer.name == "muon" else "AdamW"
+    return "Muon (matrices) and AdamW (the rest)" if _is_muon(config) else "AdamW"
+
+
+def _is_muon(config: RunConfig) -> bool:
+    return config.optimizer.name == "muon"
 
 
 def _inline(text: str) -> str:

@@ -21,9 +21,10 @@ import psutil
 
 from pipeline.manifest import TokenizerManifest
 from pipeline.storage import Storage
+from pipeline.tokenizer.chat import ChatTemplate, template_of
 from pipeline.tokenizer.engines import REFERENCE, REFERENCE_DOCUMENT_BYTES, Engine, Reference, concatenated, engine
 from pipeline.tokenizer.files import CONFIG_JSON, RANK_FILE, TOKENIZER_JSON, checked_files
-from pipeline.tokenizer.given import token_bytes
+from pipeline.tokenizer.given import CHAT_TEMPLATE, token_bytes
 from pipeline.tokenizer.newer_letters import holds_newer_letters
 
 
@@ -57,7 +58,7 @@ class Encoder:
     def load(cls, folder: str | Path, storage: Storage | None = None, engines: Sequence[str] = (REFERENCE,)) -> Encoder:
         """From a local folder, or from a folder of `storage` (path relative to its root; "": the root)."""
         files = {}
-        for name in (TOKENIZER_JSON, CONFIG_JSON, RANK_FILE):
+        for name in (TOKENIZER_JSON, CONFIG_JSON, RANK_FILE, CHAT_TEMPLATE):
             data = storage.read_or_none(f"{folder}/{name}".lstrip("/")) if storage else _read_local(Path(folder) / name)
             if data is not None:
                 files[name] = data
@@ -85,6 +86,15 @@ class Encoder:
                 for at, place in enumerate(places):
                     parts[place] = ids[offsets[at] : offsets[at + 1]]
         return concatenated(parts)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return template_of(self._files) is not None
+
+    @cached_property
+    def chat(self) -> ChatTemplate:
+        """How conversations are laid out. Raises ValueError if the tokenizer does not say."""
+        return ChatTemplate(self._files)
 
     def takes(self, document: bytes) -> bool:
         """False where it would take the reference more memory than a unit has: see REFERENCE_DOCUMENT_BYTES."""

@@ -222,6 +222,10 @@ class Checkpointer:
         result: LeftOut = self.on_rank_0(leave)
         return result
 
+    def take_over(self, state: dict[str, Tensor], manifest: CheckpointManifest) -> None:
+        """Fill `state` in place from another run's checkpoint, that one or none. Raises as `load_state` does."""
+        load_state(state, self._storage, manifest, self._group)
+
     def collect_leftovers(self, resumed: int) -> None:
         """When the run begins after step `resumed`: later checkpoints are damaged and count no more, and what crashes left
         goes."""

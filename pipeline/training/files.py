@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -158,6 +158,7 @@ class CheckpointReader(StorageReader):
         self._folder = parts_folder(manifest.run_id, manifest.step, manifest.fence)
         self._expected = manifest.metadata_sha256
         self._check = check
+        self._buffer = memoryview(b"")  # of `read_box`: the same memory for every piece
         self._metadata: Metadata | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -198,6 +199,49 @@ class CheckpointReader(StorageReader):
         done: TorchFuture[None] = TorchFuture()
         done.set_result(None)
         return done
+
+    def read_box(self, name: str, target: Tensor, offsets: Sequence[int]) -> None:
+        """Fill `target` with the box of a stored tensor that begins at `offsets`, in the target's dtype. Memory: one piece.
+
+        Raises ValueError for a tensor that is not stored or has no such box.
+        """
+        metadata = self.read_metadata()
+        facts: Any = metadata.state_dict_metadata.get(name)
+        where = f"checkpoint {self._storage.uri(self._folder)}: {name}"
+        ends = [start + size for start, size in zip(offsets, target.shape)]
+        if facts is None or len(facts.size) != target.dim() or any(end > size for end, size in zip(ends, facts.size)):
+            found = "is missing" if facts is None else f"has shape {list(facts.size)}"
+            raise ValueError(
+                f"{where} {found}, expected shape {ends} or more; use the model section that the run was trained with"
+            )
+        files: dict[str, int] = {}
+        filled = 0
+        try:
+            for chunk in facts.chunks:
+                starts = [max(*pair) for pair in zip(chunk.offsets, offsets)]
+                lengths = [
+                    min(offset + size, end) - start
+                    for offset, size, end, start in zip(chunk.offsets, chunk.sizes, ends, starts)
+                ]
+                if any(length <= 0 for length in lengths):
+                    continue
+                piece: Piece = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+                if len(self._buffer) < piece.bytes:
+                    self._buffer = memoryview(bytearray(piece.bytes))
+                data = self._buffer[: piece.bytes]
+                self._fill(piece, name, data, self._source(piece, files))
+                part = torch.frombuffer(data, dtype=facts.properties.dtype).view(chunk.sizes)
+                into = target
+                for dim, (start, length) in enumerate(zip(starts, lengths)):
+                    part = part.narrow(dim, start - chunk.offsets[dim], length)
+                    into = into.narrow(dim, start - offsets[dim], length)
+                into.copy_(part)
+                filled += into.numel()
+        finally:
+            for number in files.values():
+                os.close(number)
+        if filled != target.numel():
+            raise DamagedCheckpoint(f"{where}: its pieces hold {filled:,} of {target.numel():,} numbers of this part")
 
     def verify(self) -> Iterator[tuple[str, int, str]]:
         """Read every piece, whatever layout: (path, bytes, what is wrong or '') of each."""

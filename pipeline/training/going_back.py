@@ -31,7 +31,7 @@ def decide(config: RunConfig, dataset: DatasetManifest, storage: Storage, before
             f"{what}; the run has gone back {len(before.detours)} times already (training.spikes.go_back_limit): {look}, then lower the "
             "learning rate or raise the limit"
         )
-    after = LeftOut(detours=(*before.detours, detour))
+    after = before.model_copy(update={"detours": (*before.detours, detour)})
     try:
         sequences = total_sequences(config.schedule, sequence)
         epochs = {source.name: source.max_epochs for source in config.corpus.sources}

@@ -45,6 +45,10 @@ def identity_of(config: RunConfig, dataset_digest: str, order: dict[str, Any]) -
     if spikes.action != "count":
         decide = {"action", "deviations", "horizon_steps", *(["go_back_steps"] if spikes.action == "go_back" else [])}
         values["training"]["spikes"] = spikes.model_dump(mode="json", include=decide)
+    if config.training.loss_on != "all":
+        values["training"]["loss_on"] = config.training.loss_on
+    if config.training.start_from is not None:
+        values["training"] |= config.training.model_dump(mode="json", include={"start_from", "start_position"})
     return dict(_flatten("", values))
 
 

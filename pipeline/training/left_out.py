@@ -40,10 +40,11 @@ class LeftOut(Record):
     """`left_out.json`, oldest first."""
 
     detours: tuple[Detour, ...] = ()
+    inherited: tuple[Range, ...] = ()  # left out by the run that this one branched off from (branch.py)
 
     @property
     def ranges(self) -> tuple[Range, ...]:
-        return tuple(detour.left_out for detour in self.detours)
+        return (*self.inherited, *(detour.left_out for detour in self.detours))
 
     def is_stale(self, manifest: CheckpointManifest) -> bool:
         """Was it taken on a way that the run has left?"""

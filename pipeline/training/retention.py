@@ -157,12 +157,12 @@ def evaluated(storage: Storage, run_id: str) -> set[int]:
 def pinned(storage: Storage, run_id: str) -> set[int]:
     """Steps that somebody reads. Pins that have expired are deleted."""
     found, now = set(), time.time()
-    for name in storage.names(_pins(run_id)):
+    for name in storage.names(pins_folder(run_id)):
         match = PIN.fullmatch(name)
         if match and int(match.group(2)) > now:
             found.add(int(match.group(1)))
         elif match:
-            storage.delete(f"{_pins(run_id)}/{name}")
+            storage.delete(f"{pins_folder(run_id)}/{name}")
     return found
 
 
@@ -189,10 +189,11 @@ def reading(storage: Storage, run_id: str, step: int, seconds: float = PIN_SECON
 
 
 def _pin(storage: Storage, run_id: str, step: int, seconds: float) -> str:
-    path = f"{_pins(run_id)}/{step:08d}-{int(time.time() + seconds)}-{uuid.uuid4().hex[:12]}"
+    path = f"{pins_folder(run_id)}/{step:08d}-{int(time.time() + seconds)}-{uuid.uuid4().hex[:12]}"
     storage.write(path, b"")
     return path
 
 
-def _pins(run_id: str) -> str:
+def pins_folder(run_id: str) -> str:
+    """Of the pins on a run's checkpoints."""
     return f"{train_folder(run_id)}/pins"

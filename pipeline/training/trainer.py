@@ -1,7 +1,7 @@
 """The training loop: one process, `torchrun` ranks or Ray Train workers, all the same.
 
     build      network on the meta device, sharded, shards allocated, weights drawn by name; optimizer with its state
-    restore    newest committed checkpoint of the run, if any, resharded to the ranks that are here
+    restore    newest committed checkpoint of the run, if any, resharded to the ranks that are here; else, of a branch, the parent's
     loop       read the step's rows, train on them (step.py), look at the figures of the step before, save when due
     finish     last checkpoint, metrics and the run's manifest
 
@@ -37,10 +37,11 @@ from pipeline.optim.schedule import at_step, total_steps
 from pipeline.parallel.mesh import Meshes, build_meshes
 from pipeline.parallel.shard import shard_model
 from pipeline.storage import Storage
-from pipeline.training import initial
+from pipeline.tokenizer import Encoder
+from pipeline.training import branch, initial
 from pipeline.training.batches import read_step
 from pipeline.training.checkpoint import Checkpointer
-from pipeline.training.commits import RunFacts, train_folder
+from pipeline.training.commits import RunFacts, committed, train_folder
 from pipeline.training.figures import Fetch, PendingRecord
 from pipeline.training.going_back import WentBack, decide
 from pipeline.training.guard import Guard, check_skipped, check_spikes
@@ -134,9 +135,17 @@ class Run:
             storage, config.checkpoint, self.facts, self.device, self.named, self.writer.check
         )
         self.left_out = self.checkpoints.leave_stale()
+        parent: CheckpointManifest | None = None
+        if config.training.start_from:
+            parent = self.checkpoints.on_rank_0(self.parent)
+            self.left_out = self.checkpoints.leave_stale()  # the parent's detours, too
         self.order = order_of(config, dataset, self.left_out.ranges)
         self.loader = Loader(self.order, storage, self.rank, self.meshes.world_size)
         self.steps = total_steps(config.schedule, config.training.sequence_length)
+        self.answers = None
+        if config.training.loss_on == "answers":
+            encoder = Encoder.stored(dataset.tokenizer, storage)
+            self.answers = encoder.chat.marks(encoder)
 
         resume_from = self.checkpoints.newest(self.order)
         self.model, self.optimizer = build(config, self.meshes, self.device)
@@ -156,6 +165,8 @@ class Run:
             note = other_products(resume_from.newton_schulz, self.optimizer.muon.multiplied)
             if note and self.rank == 0:
                 log.warning("%s", note)
+        elif parent is not None:
+            self.branch_off(parent)
         elif config.training.initial_weights:
             import_weights(self.model, config, storage)
         self.checkpoints.collect_leftovers(self.at.step)
@@ -165,6 +176,24 @@ class Run:
     def state(self) -> dict[str, Tensor]:
         """Every tensor that a restart needs, by name; sharing memory with the live ones."""
         return {**self.model.state_dict(), **self.optimizer.state_dict(), **self.guard.state()}
+
+    def parent(self) -> CheckpointManifest | None:
+        """Of a branch that has no checkpoint of its own: the one that it begins with."""
+        if committed(self.storage, self.config.run_id):
+            branch.release(self.config, self.storage)  # it may have died between its first commit and this
+            return None
+        return branch.begin(self.config, self.storage)
+
+    def branch_off(self, parent: CheckpointManifest) -> None:
+        """Begin as the parent was (branch.py)."""
+        goes_on = self.config.training.start_position == "parent"
+        guard = self.guard.state() if goes_on else {name: tensor.clone() for name, tensor in self.guard.state().items()}
+        state = {**self.model.state_dict(), **self.optimizer.state_dict(), **guard}
+        self.checkpoints.take_over(state, parent)
+        self.optimizer.load_state_dict({name: state[name] for name in self.optimizer.state_dict()})
+        if goes_on:
+            self.at = Position(parent.step, parent.next_sequence)
+            self.loss, self.tokens_seen = parent.loss, parent.tokens_seen
 
     def close(self) -> None:
         self.loader.close()
@@ -204,6 +233,8 @@ class Run:
         def settle() -> None:
             manifest = self.checkpoints.settle()
             if manifest is not None:
+                if self.checkpoint is None and config.training.start_from:
+                    self.checkpoints.on_rank_0(lambda: branch.release(config, self.storage))
                 self.checkpoint = manifest
                 on_checkpoint(manifest)
 
@@ -253,7 +284,8 @@ class Run:
         at, training = self.at, self.config.training
         now = at_step(self.config.schedule, training.sequence_length, at.step)
         assert now.first_sequence == at.next_sequence, (now, at)
-        batch = read_step(self.loader, now.first_sequence, now.sequences, training.micro_batch, training.document_mask)
+        shape = (now.first_sequence, now.sequences, training.micro_batch, training.document_mask)
+        batch = read_step(self.loader, *shape, self.answers)
         values = self.step(batch, now.learning_rate, now.bias_rate, stop)
         at.step += 1
         at.next_sequence += now.sequences
@@ -266,7 +298,7 @@ class Run:
         """Leave the data between an earlier checkpoint and the spike out. Raises WentBack, on all ranks, or RunDiverged."""
         config, wanted = self.config, spike.step - self.config.training.spikes.go_back_steps
         target = self.checkpoints.newest(self.order, below=wanted + 1)
-        first = 0 if target is None else target.next_sequence
+        first = branch.first_sequence(config, self.storage) if target is None else target.next_sequence
         end = spike.slots // config.training.sequence_length
         begin, last = (int(position) for position in self.order.positions([first, end - 1]))
         detour = Detour(

@@ -24,7 +24,7 @@ def refusal(*overrides: str, config: str = "debug") -> str:
     return message
 
 
-@pytest.mark.parametrize("preset", ["debug", "moonlight-16b-a3b"])
+@pytest.mark.parametrize("preset", preset_names())
 def test_presets_validate_and_round_trip(preset: str, tmp_path: Path) -> None:
     assert preset in preset_names()
     config = load_config(preset, [f"storage.root={tmp_path / 'runs'}"])

@@ -56,6 +56,18 @@ def test_a_document_that_goes_on_ends_its_row(
         assert row.used == length or not goes_on[-1]
 
 
+@settings(derandomize=True, max_examples=200, deadline=None)
+@given(LENGTHS, st.sampled_from([1, 3, 1 << 20]), st.integers(1, 6))
+def test_whole_documents_are_never_cut(windows: list[list[int]], rows_open: int, max_documents: int) -> None:
+    """Whatever is padding then; no document is longer than a row."""
+    with mock.patch.object(packing, "OPEN_TOKENS", rows_open * 100):
+        rows = pack(windows, 100, "whole", max_documents)
+    pieces = sorted(piece for row in rows for piece in row.pieces)
+    documents = enumerate(length for window in windows for length in window)
+    assert pieces == [(document, 0, length) for document, length in documents if length]
+    assert all(row.used <= 100 and len(row.pieces) <= max_documents for row in rows)
+
+
 def padding(rows: list[Row], length: int) -> int:
     return sum(length - row.used for row in rows)
 

@@ -1,5 +1,7 @@
 """The last two stages on a real Ray give what the library gives, and its errors."""
 
+import hashlib
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,33 +11,40 @@ import ray
 
 from jobs.on_ray.evaluate import evaluate_with_ray
 from jobs.on_ray.publish import publish_with_ray
+from pipeline.config.schema import HubConfig
 from pipeline.evaluation.heldout import evaluate
 from pipeline.evaluation.result import manifest_path
 from pipeline.lease import Held, hold
 from pipeline.publishing.export import GateError
 from pipeline.publishing.version import lease_path
-from tests.evaluation.make import make_run, run_config
+from tests.evaluation.make import folder_digests, make_run, run_config
 from tests.evaluation.make_tasks import TASKS, write_tasks
+from tests.publishing.fake_hub import TOKEN, Hub, serving
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """A small local Ray, unless one is running already."""
-    if ray.is_initialized():
-        yield
-        return
+def hub() -> Iterator[Hub]:
+    with serving(Hub()) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def cluster(hub: Hub) -> Iterator[None]:
+    """A small local Ray whose workers know the hub as a pod would."""
+    ray.shutdown()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         env = {"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}}
+        env["env_vars"] |= {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
         ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=10**8, runtime_env=env)
         yield
         ray.shutdown()
 
 
 @pytest.mark.usefixtures("cluster")
-def test_both_stages(tmp_path, capfd):
+def test_both_stages(tmp_path, capfd, hub):
     made = make_run(run_config(str(tmp_path)))
     tasks = {"tasks": TASKS, "task_folder": str(write_tasks(tmp_path / "tasks", tmp_path / "cache"))}
     section = made.config.evaluation.model_copy(update=tasks)
@@ -48,7 +57,18 @@ def test_both_stages(tmp_path, capfd):
 
     manifest = publish_with_ray(made.config, made.train, there, made.dataset, git_commit="abc", report=print)
     assert manifest.git_commit == "abc"
-    assert (tmp_path / "models/tiny" / manifest.version / "manifest.json").exists()
+    folder = tmp_path / "models/tiny" / manifest.version
+    assert (folder / "manifest.json").exists()
+    before = folder_digests(folder)
+    shutil.rmtree(tmp_path / "models")
+    section = made.config.publishing.model_copy(update={"workers": 3, "hub": HubConfig(repo="people/tiny")})
+    several = made.config.model_copy(update={"publishing": section})
+    again = publish_with_ray(several, made.train, there, made.dataset, git_commit="abc", report=print)
+    assert again == manifest
+    assert folder_digests(folder) == before  # the same bytes from three tasks
+    on_hub = {path: hashlib.sha256(data).hexdigest() for path, data in hub.content("people/tiny", "main").items()}
+    assert on_hub == before
+    assert hub.content("people/tiny", "step-00000050") == hub.content("people/tiny", "main")
 
     with hold(made.storage, lease_path(made.config.run_id), what="", beat_s=0.2), pytest.raises(Held) as held:
         publish_with_ray(made.config, made.train, there, made.dataset, report=print)
