@@ -164,7 +164,7 @@ def _tagged(api: HfApi, repo: str, tag: str) -> str | None:
 
 @contextlib.contextmanager
 def _refusals(where: str) -> Iterator[None]:
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
 
     try:
         yield
