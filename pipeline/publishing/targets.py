@@ -14,6 +14,7 @@ from pipeline.evaluation.result import committed as evaluation_of
 from pipeline.integrity import read_record
 from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, ModelManifest
 from pipeline.publishing import registry
+from pipeline.publishing.gate import refusal
 from pipeline.publishing.hub import Pushed, record_path, revision_of
 from pipeline.publishing.version import version_name
 from pipeline.storage import Storage
@@ -25,12 +26,13 @@ MAIN = "main"
 def others(
     config: RunConfig, dataset: DatasetManifest, chosen: CheckpointManifest, storage: Storage
 ) -> Iterator[tuple[CheckpointManifest, EvaluationManifest]]:
-    """Every other checkpoint of the run that has been evaluated, oldest first; none unless `publishing.revisions`."""
+    """Every other checkpoint of the run that has been evaluated, with scores that are numbers, oldest first; none unless
+    `publishing.revisions`. Limits on them are for what is promoted."""
     if not config.publishing.revisions:
         return
     for checkpoint in committed(storage, config.run_id):
         evaluation = None if checkpoint.step == chosen.step else evaluation_of(config, dataset, checkpoint, storage)
-        if evaluation is not None:
+        if evaluation is not None and refusal(evaluation, None) is None:
             yield checkpoint, evaluation
 
 
