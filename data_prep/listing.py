@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 from botocore.exceptions import BotoCoreError
 
 from data_prep.formats import LeftOut, documents_among, format_of
+from pipeline.arrow import column
 from pipeline.config.load import ConfigError, expand_path
 from pipeline.config.schema import SourceConfig, StorageConfig
 from pipeline.s3_listing import below
@@ -80,9 +81,10 @@ class Listing(Sequence[InputFile]):
     def digest(self) -> str:
         """sha256 over path, size and identity of every file, in the order of their paths."""
         digest = hashlib.sha256()
+        between, end = column(["\n", "\0"], pa.string())  # NUL is in no path
         for batch in self.table.to_batches(ROWS):
             path, size, identity = batch.columns
-            lines = pc.binary_join_element_wise(path, size.cast(pa.string()), identity, "\n", "\0")  # NUL is in no path
+            lines = pc.binary_join_element_wise(path, size.cast(pa.string()), identity, between, end)
             digest.update("".join(lines.to_pylist()).encode())
         return digest.hexdigest()
 
@@ -90,7 +92,7 @@ class Listing(Sequence[InputFile]):
 def _table(rows: Iterable[tuple[object, ...]], schema: pa.Schema) -> pa.Table:
     rows, batches = iter(rows), []
     while some := list(islice(rows, ROWS)):
-        columns = [pa.array(column, field.type) for column, field in zip(zip(*some), schema)]
+        columns = [column(values, field.type) for values, field in zip(zip(*some), schema)]
         batches.append(pa.record_batch(columns, schema=schema))
     return pa.Table.from_batches(batches, schema)
 
@@ -131,7 +133,7 @@ def list_source(source: SourceConfig, index: int, storage: StorageConfig) -> Lis
         if source.format == "auto":
             table = _table(found, FOUND)
             chosen, left_out = documents_among((path for path, _, _ in _rows(table)), source.format)
-            found = _rows(table.filter(pa.array(chosen)))
+            found = _rows(table.filter(column(chosen.tolist(), pa.bool_())))
     if left_out.count:
         log.warning("source %s: %s. %s", source.name, left_out, REMEDY)
     files = Listing(root, (_identified(root, *file) for file in _within(root, found, source.max_bytes)))

@@ -24,6 +24,7 @@ from data_prep.resolve import read_duplicates, read_index
 from data_prep.tokenize_unit import token_dtype
 from data_prep.worker import working
 from data_prep.writer import PackedWriter, put, put_packed, token_buffer
+from pipeline.arrow import integers
 from pipeline.config.schema import DataConfig, StorageConfig
 from pipeline.integrity import open_checked, read_checked, read_record
 from pipeline.manifest import DocumentCounts, FileEntry, TokenizerManifest, digest_of
@@ -231,4 +232,4 @@ def _windows(storage: Storage, unit: UnitManifest, dtype: Any) -> Iterator[tuple
             table = parquet.read_row_group(group, columns=["tokens", "n_bytes"], use_threads=False).combine_chunks()
             if table.num_rows:
                 tokens, offsets = token_buffer(table["tokens"].chunk(0), dtype)
-                yield tokens, offsets, table["n_bytes"].to_numpy().copy()
+                yield tokens, offsets, integers(table["n_bytes"].chunk(0)).copy()

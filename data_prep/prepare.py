@@ -9,23 +9,22 @@ Raises ConfigError (one line, naming the key) before any work for a corpus, toke
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 from data_prep.attempts import forget_attempts, tokenize_guarded
-from data_prep.listing import Listing, list_source
+from data_prep.dataset import dataset_manifest
+from data_prep.dataset_plan import plan_dataset, read_units
+from data_prep.identity import identity, list_corpus, versions
+from data_prep.listing import Listing
 from data_prep.mapping import MapUnits, map_in_process
-from data_prep.pack_unit import PackSettings, PackTask, layout, pack_unit
-from data_prep.plan import FORMAT_VERSION, Unit, plan_source, unit_settings
+from data_prep.pack_unit import PackSettings, PackTask, pack_unit
+from data_prep.plan import Unit, unit_settings
 from data_prep.quarantine_share import QuarantineShare
-from data_prep.readers import is_json_lines, row_group_bytes
 from data_prep.records import (
     PackManifest,
     Plan,
@@ -34,59 +33,39 @@ from data_prep.records import (
     TailManifest,
     UnitManifest,
     lease_path,
-    plan_path,
     shard_path,
-    units_path,
 )
 from data_prep.resolve import READ_THREADS, Heldout, Partition, choose_heldout, find_duplicates, partitions_of
 from data_prep.tail import TailTask, build_tail, tail_tasks
-from data_prep.tokenize_unit import TokenizeSettings, open_input, token_dtype
-from data_prep.tokenizer_stage import ensure_tokenizer, tokenizer_identity
+from data_prep.tokenize_unit import TokenizeSettings
 from data_prep.units import Units
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig
-from pipeline.file_index import dataset_path, index_path, read_dataset, write_index
-from pipeline.integrity import read_checked
+from pipeline.file_index import dataset_path, read_dataset
 from pipeline.lease import hold, say_waiting
-from pipeline.manifest import (
-    DatasetManifest,
-    DocumentCounts,
-    FileEntry,
-    SourceManifest,
-    TokenizerManifest,
-    digest_of,
-)
+from pipeline.manifest import DatasetManifest, FileEntry
 from pipeline.storage import Storage
 from pipeline.tokenizer import Encoder
 
 log = logging.getLogger(__name__)
-
-LIBRARIES = ("pyarrow", "gigatoken", "tokenizers")  # whose versions decide bytes
-
-
-def identity(config: RunConfig, storage: Storage) -> str:
-    """Digest of the listing and of every setting that decides the dataset: known in seconds, without doing the work."""
-    return _identity(config, _list(config))
-
-
-def settings_digest(config: RunConfig) -> str:
-    """Digest of every setting that decides the dataset, whatever files are in the corpus."""
-    return _identity(config, {})
 
 
 def prepare(
     config: RunConfig,
     storage: Storage,
     *,
+    listings: dict[str, Listing] | None = None,
     map_units: MapUnits = map_in_process,
     report: Report = lambda _progress: None,
 ) -> DatasetManifest:
     """The committed dataset of this configuration and corpus, in `storage`; returns at once if it exists.
 
-    Raises Held if somebody else prepares it, and LeaseLost if somebody has taken over."""
+    `listings`: those of `list_corpus`, by whoever has them already. Raises Held if somebody else prepares it, and LeaseLost if
+    somebody has taken over.
+    """
     config = config.model_copy(update={"storage": storage.config})  # workers open it by their settings
-    listings = _list(config)
-    dataset_identity = _identity(config, listings)
+    listings = listings or list_corpus(config)
+    dataset_identity = identity(config, listings)
     if storage.exists(dataset_path(dataset_identity)):
         return _checked(config, read_dataset(storage, dataset_identity))
     path, what = lease_path(dataset_identity), f"dataset {dataset_identity[:8]}"
@@ -104,18 +83,18 @@ def _prepare(
     check: Callable[[], None],
 ) -> DatasetManifest:
     """`check`: raises if somebody else has taken over, whose tasks would count this one's unfinished attempts as crashes."""
-    plan = _plan(config, storage, listings, dataset_identity, report)
+    plan = plan_dataset(config, storage, listings, dataset_identity, report)
     for note in plan.tokenizer.notes:
         log.warning("tokenizer: %s", note)
     if any(source.conversations for source in config.corpus.sources):
         encoder = Encoder.stored(plan.tokenizer, storage)
         encoder.chat.marks(encoder)  # refuses a tokenizer without a chat template that says where answers are
-    units = _read_units(storage, plan)
+    units = read_units(storage, plan)
     roots = {name: listing.root for name, listing in listings.items()}
     tokenized = _tokenize(config, storage, roots, plan, units, map_units, report)
     heldout, packed = _resolve_and_pack(config, storage, plan, units, tokenized, map_units, report)
     tails = _tails(config, plan, units, packed, map_units, report)
-    dataset = _dataset(config, storage, plan, units, tokenized, heldout, packed, tails)
+    dataset = dataset_manifest(config, storage, plan, units, tokenized, heldout, packed, tails)
     failed = sum(len(source.failed_units) for source in dataset.sources)
     documents, text_bytes = sum(pack.counts.docs_out for pack in packed), sum(pack.text_bytes for pack in packed)
     facts = (len(units), len(units), failed, documents, text_bytes, dataset.tokens, 0.0, len(units))
@@ -135,99 +114,6 @@ def _checked(config: RunConfig, dataset: DatasetManifest) -> DatasetManifest:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return dataset
-
-
-def _list(config: RunConfig) -> dict[str, Listing]:
-    return {
-        source.name: list_source(source, index, config.storage) for index, source in enumerate(config.corpus.sources)
-    }
-
-
-def _identity(config: RunConfig, listings: dict[str, Listing]) -> str:
-    sources = {}
-    for source in config.corpus.sources:
-        settings = unit_settings(source, config.corpus, "")
-        settings["drop_exact_duplicates"] = source.filters.drop_exact_duplicates
-        sources[source.name] = {
-            "settings": settings,
-            "files": listings[source.name].digest if source.name in listings else "",
-        }
-    parts = {
-        "format_version": FORMAT_VERSION,
-        "sources": sources,
-        "unit_bytes": config.corpus.unit_bytes,
-        "tokenizer": tokenizer_identity(config),
-        "layout": layout(config.data),
-        "versions": _versions(),
-    }
-    if config.corpus.drop_duplicates_across_sources:  # then their order decides which of two copies stays
-        parts["order_of_sources"] = [source.name for source in config.corpus.sources]
-    return digest_of(parts)[:32]
-
-
-def _versions() -> dict[str, str]:
-    return {"format": str(FORMAT_VERSION), **{name: importlib.metadata.version(name) for name in LIBRARIES}}
-
-
-# -- plan ------------------------------------------------------------------------------------------------------------
-
-
-def _plan(
-    config: RunConfig, storage: Storage, listings: dict[str, Listing], dataset_identity: str, report: Report
-) -> Plan:
-    """The plan that was committed for this identity, or a new one. Of concurrent planners the first one's holds."""
-    path = plan_path(dataset_identity)
-    if not storage.exists(path):
-        report(PrepareProgress("tokenizer", 0, 1, 0, 0, 0, 0, 0.0))
-        tokenizer = ensure_tokenizer(config, storage, listings)
-        units = Units(_planned(config, listings, tokenizer, _known_units(storage)))
-        data = units.to_bytes()
-        sha256 = hashlib.sha256(data).hexdigest()
-        entry = FileEntry(path=units_path(dataset_identity, sha256), bytes=len(data), sha256=sha256)
-        storage.write(entry.path, data)
-        plan = Plan(identity=dataset_identity, tokenizer=tokenizer, units=entry, count=len(units))
-        storage.create(path, plan.to_json())
-    return Plan.parse(storage.read(path), path)
-
-
-def _planned(
-    config: RunConfig, listings: dict[str, Listing], tokenizer: TokenizerManifest, known: Units
-) -> Iterator[Unit]:
-    for source in config.corpus.sources:
-        settings = unit_settings(source, config.corpus, tokenizer.sha256)
-        files, unit_bytes = listings[source.name], config.corpus.unit_bytes
-        groups, lines = partial(_row_group_bytes, files.root, config), partial(_is_json_lines, files.root, config)
-        yield from plan_source(source, files, unit_bytes, settings, known, groups, lines)
-
-
-def _known_units(storage: Storage) -> Units:
-    """Units of earlier plans here, larger plans first: a later version of a dataset contains the earlier ones."""
-    heads = [entry.path for entry in storage.list("datasets/plans") if entry.path.endswith(".json")]
-    plans = [Plan.parse(storage.read(path), path) for path in heads]
-    seen: set[str] = set()
-
-    def new() -> Iterator[Unit]:
-        for plan in sorted(plans, key=lambda plan: (-plan.count, plan.identity)):
-            for unit in _read_units(storage, plan):
-                if unit.id not in seen:
-                    seen.add(unit.id)
-                    yield unit
-
-    return Units(new())
-
-
-def _read_units(storage: Storage, plan: Plan) -> Units:
-    return Units.from_bytes(read_checked(storage, plan.units))
-
-
-def _row_group_bytes(root: str, config: RunConfig, path: str) -> list[int] | None:
-    with open_input(root, path, config.storage) as file:
-        return row_group_bytes(file)
-
-
-def _is_json_lines(root: str, config: RunConfig, path: str) -> bool:
-    with open_input(root, path, config.storage) as file:
-        return is_json_lines(path, file)
 
 
 # -- units -----------------------------------------------------------------------------------------------------------
@@ -286,7 +172,7 @@ def _tokenize(
             max_document_bytes=config.corpus.max_document_bytes,
             keep_rejected=config.corpus.keep_rejected,
             unit_settings=unit_settings(source, config.corpus, plan.tokenizer.sha256),
-            versions=_versions(),
+            versions=versions(),
         )
 
     quarantined = QuarantineShare(config.corpus.sources, config.corpus.max_quarantined_fraction)
@@ -416,74 +302,3 @@ def _build_tail(settings: PackSettings, task: TailTask) -> dict[str, Any]:
 
 def _tokens(files: list[dict[str, Any]]) -> int:
     return sum(file["tokens"] for file in files)
-
-
-# -- commit ----------------------------------------------------------------------------------------------------------
-
-
-def _dataset(
-    config: RunConfig,
-    storage: Storage,
-    plan: Plan,
-    units: Units,
-    tokenized: list[UnitManifest],
-    heldout: dict[str, Heldout],
-    packed: list[PackManifest],
-    tails: dict[str, list[TailManifest]],
-) -> DatasetManifest:
-    sources = []
-    indexed: list[dict[str, Sequence[FileEntry]]] = []
-    for source in config.corpus.sources:
-        mine = [(tokenized[place], packed[place]) for place in units.of(source.name)]
-        chosen = heldout[source.name].file
-        counts = total_counts([pack.counts for _, pack in mine])
-        assert counts.balanced(), f"{source.name}: documents were lost: {counts}"
-        assert counts.heldout == (chosen.documents if chosen else 0), f"{source.name}: held-out documents were lost"
-        files = [file for _, pack in mine for file in pack.packed]
-        files += [file for tail in tails[source.name] for file in tail.packed]
-        indexed.append(
-            {
-                "packed": files,
-                "documents": [unit.documents for unit, _ in mine if unit.documents],
-                "quarantine": [unit.quarantine for unit, _ in mine if unit.quarantine],
-                "rejected": [record.rejected for pair in mine for record in pair if record.rejected],
-            }
-        )
-        sources.append(
-            SourceManifest(
-                name=source.name,
-                heldout=(chosen,) if chosen else (),
-                failed_units=tuple(unit.id for unit, _ in mine if unit.failed),
-                counts=counts,
-                rows=sum(file.rows for file in files),
-                tokens=sum(file.tokens for file in files),
-                text_bytes=sum(pack.text_bytes for _, pack in mine),
-                dropped_rows=sum(tail.dropped_rows for tail in tails[source.name]),
-            )
-        )
-    records = [pack.digest for pack in packed] + [tail.digest for found in tails.values() for tail in found]
-    return DatasetManifest(
-        identity=plan.identity,
-        tokenizer=plan.tokenizer,
-        token_dtype=token_dtype(plan.tokenizer.vocab_size).name,
-        sequence_length=config.data.sequence_length,
-        rows_per_group=config.data.rows_per_group,
-        sources=tuple(sources),
-        files=write_index(storage, index_path(plan.identity), indexed, records),
-        versions=_versions(),
-    )
-
-
-def total_counts(parts: Sequence[DocumentCounts]) -> DocumentCounts:
-    filtered: Counter[str] = Counter()
-    quarantined: Counter[str] = Counter()
-    for part in parts:
-        filtered.update(part.filtered)
-        quarantined.update(part.quarantined)
-    return DocumentCounts(
-        docs_in=sum(part.docs_in for part in parts),
-        docs_out=sum(part.docs_out for part in parts),
-        heldout=sum(part.heldout for part in parts),
-        filtered=dict(sorted(filtered.items())),
-        quarantined=dict(sorted(quarantined.items())),
-    )

@@ -177,7 +177,7 @@ def choose_heldout(
 
     def load(unit: UnitManifest) -> pa.Table:
         assert unit.candidates is not None
-        return pq.read_table(io.BytesIO(read_checked(storage, unit.candidates)))
+        return pq.ParquetFile(io.BytesIO(read_checked(storage, unit.candidates))).read()
 
     with_candidates = [place for place, unit in enumerate(units) if unit.candidates]
     with ThreadPoolExecutor(READ_THREADS) as pool:

@@ -68,6 +68,6 @@ def build_tail(settings: PackSettings, task: TailTask) -> TailManifest:
 
 def _rows(storage: Storage, rests: Sequence[PackedFile], dtype: np.dtype) -> Iterator[tuple[np.ndarray, list[int]]]:
     for rest in rests:
-        table = pq.read_table(io.BytesIO(read_checked(storage, rest)), use_threads=False)
+        table = pq.ParquetFile(io.BytesIO(read_checked(storage, rest))).read(use_threads=False)
         for tokens, doc_lens in zip(table["tokens"].to_pylist(), table["doc_lens"].to_pylist()):
             yield np.frombuffer(tokens, dtype), doc_lens

@@ -29,6 +29,7 @@ from data_prep.records import UnitManifest, shard_path
 from data_prep.rejected import RejectedDocuments
 from data_prep.worker import working
 from data_prep.writer import DOCUMENT_SCHEMA, document_table, parquet_writer, put
+from pipeline.arrow import column
 from pipeline.config.schema import SourceConfig, StorageConfig
 from pipeline.integrity import read_record
 from pipeline.manifest import DocumentCounts, TokenizerManifest
@@ -378,12 +379,12 @@ def index_bytes(hashes: list[bytes]) -> bytes:
 
 def _write_candidates(path: Path, candidates: list[tuple[bytes, int, np.ndarray, int, str]]) -> None:
     columns = {
-        "tokens": pa.array([tokens.tobytes() for _, _, tokens, _, _ in candidates], pa.binary()),
-        "n_bytes": pa.array([n_bytes for _, _, _, n_bytes, _ in candidates], pa.int64()),
-        "doc_id": pa.array([doc_id for *_, doc_id in candidates], pa.string()),
-        "doc_hash": pa.array([doc_hash for doc_hash, *_ in candidates], pa.binary(16)),
-        "ordinal": pa.array([ordinal for _, ordinal, *_ in candidates], pa.int64()),
+        "tokens": column([tokens.tobytes() for _, _, tokens, _, _ in candidates], pa.binary()),
+        "n_bytes": column([n_bytes for _, _, _, n_bytes, _ in candidates], pa.int64()),
+        "doc_id": column([doc_id for *_, doc_id in candidates], pa.string()),
+        "doc_hash": column([doc_hash for doc_hash, *_ in candidates], pa.binary(16)),
+        "ordinal": column([ordinal for _, ordinal, *_ in candidates], pa.int64()),
     }
-    table = pa.table(columns)
+    table = pa.Table.from_arrays(list(columns.values()), list(columns))
     with parquet_writer(path, table.schema) as writer:
         writer.write_table(table)

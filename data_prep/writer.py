@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from data_prep.records import shard_path
+from pipeline.arrow import column
 from pipeline.manifest import FileEntry, PackedFile
 from pipeline.packed import group_crc32
 from pipeline.storage import Storage, sha256_of
@@ -66,16 +67,18 @@ def document_table(
     columns = [
         token_column,
         _fixed(pa.py_buffer(b"".join(hashes)), 16, len(hashes)),
-        pa.array(n_bytes, pa.int64()),
-        pa.array(ids, pa.string()),
+        column(n_bytes, pa.int64()),
+        column(ids, pa.string()),
     ]
     return pa.Table.from_arrays(columns, schema=DOCUMENT_SCHEMA)
 
 
-def token_buffer(column: pa.Array, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+def token_buffer(documents: pa.Array, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, offsets [n + 1]) of a binary column without copying."""
-    _, offset_buffer, data = column.buffers()
-    offsets = np.frombuffer(offset_buffer, np.int32)[column.offset : column.offset + len(column) + 1].astype(np.int64)
+    _, offset_buffer, data = documents.buffers()
+    offsets = np.frombuffer(offset_buffer, np.int32)[documents.offset : documents.offset + len(documents) + 1].astype(
+        np.int64
+    )
     values = np.frombuffer(data, dtype=np.uint8) if data is not None else np.zeros(0, np.uint8)
     tokens = values[offsets[0] : offsets[-1]].view(dtype)
     return tokens, (offsets - offsets[0]) // np.dtype(dtype).itemsize
@@ -142,10 +145,12 @@ class PackedWriter:
             self._schema.field("doc_lens").type,
             rows,
             [None, pa.py_buffer(edges)],
-            children=[pa.array(lens, pa.int32())],
+            children=[pa.Array.from_buffers(pa.int32(), len(lens), [None, pa.py_buffer(lens)])],
         )
-        column = _fixed(data, length * self._tokens_RL.itemsize, rows)
-        self._writer.write_table(pa.Table.from_arrays([column, doc_lens], schema=self._schema), row_group_size=rows)
+        tokens_column = _fixed(data, length * self._tokens_RL.itemsize, rows)
+        self._writer.write_table(
+            pa.Table.from_arrays([tokens_column, doc_lens], schema=self._schema), row_group_size=rows
+        )
         path, rows_before, tokens_before = self.files[-1]
         tokens = int(lens.sum())
         self.files[-1] = (path, rows_before + rows, tokens_before + tokens)
@@ -170,8 +175,8 @@ def verify_packed(path: Path, written: bytes) -> None:
     found = xxhash.xxh3_128()
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         for group in range(file.metadata.num_row_groups):
-            column = file.read_row_group(group, columns=["tokens"], use_threads=False).column(0).combine_chunks()
-            found.update(column.buffers()[1])
+            tokens = file.read_row_group(group, columns=["tokens"], use_threads=False).column(0).combine_chunks()
+            found.update(tokens.buffers()[1])
     if found.digest() != written:
         raise OSError(
             f"{path.name}: what was read back differs from what was written; the local disk or memory is faulty"

@@ -18,6 +18,7 @@ from typing import Generic, TypeVar, overload
 import numpy as np
 import pyarrow as pa
 
+from pipeline.arrow import column
 from pipeline.integrity import read_checked
 from pipeline.manifest import DamagedRecord, DatasetManifest, FileEntry, PackedFile
 from pipeline.storage import Storage
@@ -112,7 +113,9 @@ def write_index(
             columns[name].append(value)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, SCHEMA) as writer:
-        writer.write_table(pa.table(columns, schema=SCHEMA))
+        writer.write_table(
+            pa.Table.from_arrays([column(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
+        )
     data = sink.getvalue().to_pybytes()
     storage.write(path, data)
     return FileEntry(path=path, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from data_prep.dataset import total_counts
 from data_prep.formats import ROWS, SEEKING, format_of, is_compressed
-from data_prep.listing import InputFile, Listing, list_source
+from data_prep.identity import identity
+from data_prep.listing import InputFile, Listing
 from data_prep.look import look
-from data_prep.prepare import identity, prepare, total_counts
+from data_prep.prepare import prepare
 from data_prep.records import PrepareProgress
 from data_prep.tokenizer_stage import check_given, find_tokenizer
 from jobs.on_ray.gauges import PREPARING, PrepareGauges
@@ -31,7 +33,7 @@ SHORTEST_LINE = 12  # bytes of {"text":"x"}
 
 def find(config: RunConfig, storage: Storage, records: Records) -> DatasetManifest | None:
     """Raises ConfigError for a corpus that is missing or empty, and for a demand that the prepared data cannot meet."""
-    name = held_dataset(config, storage, records.seen_by) or identity(config, storage)
+    name = held_dataset(config, storage, records.seen_by) or identity(config, records.corpus(config))
     try:
         return _enough(config, read_dataset(storage, name))
     except FileNotFoundError:
@@ -40,10 +42,7 @@ def find(config: RunConfig, storage: Storage, records: Records) -> DatasetManife
 
 def check(config: RunConfig, storage: Storage, records: Records, *, here: bool) -> None:
     if held_dataset(config, storage) is None:
-        listings = {
-            source.name: list_source(source, index, config.storage)
-            for index, source in enumerate(config.corpus.sources)
-        }
+        listings = records.corpus(config)
         for index, source in enumerate(config.corpus.sources):
             look(source, index, listings[source.name], config)
         check_given(config)
@@ -55,7 +54,8 @@ def do(config: RunConfig, storage: Storage, records: Records, report: Callable[[
     from data_prep.mapping import map_on_ray
 
     gauges = PrepareGauges(config.run_id, then=report)
-    dataset = prepare(config, storage, map_units=map_on_ray(config.cluster), report=gauges)
+    listings = records.corpus(config)
+    dataset = prepare(config, storage, listings=listings, map_units=map_on_ray(config.cluster), report=gauges)
     print(outcome(dataset), flush=True)
     hold_dataset(config, storage, _enough(config, dataset))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import cast
 
-from data_prep.prepare import identity, settings_digest
+from data_prep.identity import identity, list_corpus, settings_digest
+from data_prep.listing import Listing
 from pipeline.config.schema import RunConfig
 from pipeline.file_index import read_dataset
 from pipeline.integrity import read_record
@@ -28,9 +29,15 @@ class Records:
     of: dict[str, Record] = field(default_factory=dict)
     checkpoint: CheckpointManifest | None = None  # the one to evaluate and publish
     seen_by: str = "prepare"  # the stage that asks, see `held_dataset`
+    _corpus: dict[str, Listing] = field(default_factory=dict, compare=False, repr=False)
 
     def done(self, stage: str) -> bool:
         return stage in self.of
+
+    def corpus(self, config: RunConfig) -> dict[str, Listing]:
+        """The files of every source: listed when somebody asks for the first time, the same for all who ask later. Raises ConfigError."""
+        self._corpus = self._corpus or list_corpus(config)
+        return self._corpus
 
     @property
     def dataset(self) -> DatasetManifest | None:
@@ -88,7 +95,7 @@ def open_dataset(config: RunConfig, storage: Storage, name: str | None = None) -
 
     Raises ValueError if there is none.
     """
-    found = name or held_dataset(config, storage, "train") or identity(config, storage)
+    found = name or held_dataset(config, storage, "train") or identity(config, list_corpus(config))
     try:
         return read_dataset(storage, found)
     except FileNotFoundError:

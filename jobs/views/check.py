@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.listing import list_source
 from data_prep.look import Look, look
 from data_prep.tokenizer_stage import find_tokenizer
 from jobs.stages.records import Records
@@ -34,9 +33,7 @@ def lines(config: RunConfig, storage: Storage, records: Records, *, document: bo
     if records.done("prepare"):
         yield "data: prepared"
         return
-    listings = {
-        source.name: list_source(source, index, config.storage) for index, source in enumerate(config.corpus.sources)
-    }
+    listings = records.corpus(config)
     looks = [look(source, index, listings[source.name], config) for index, source in enumerate(config.corpus.sources)]
     manifest = find_tokenizer(config, storage, listings)
     encoder = None if manifest is None else Encoder.load(manifest.folder, storage)

@@ -3,7 +3,8 @@
 Special tokens are not recognised: a literal "[EOS]" in a web page stays text; the closing EOS is added by id, by whoever
 lays out documents. `engines` names who encodes, as `find_engines` chose: the first all documents, the second, if there is
 one, those with letters that not every Unicode table has. By default the reference does; it is slow, and right by
-definition. `check` is the reference, too. gigatoken 0.10 caches pieces without bound; `recycle` starts a new engine once
+definition. `check` is the reference, too. Where Moonlight's pattern splits, only the lines with such letters are encoded apart;
+and the first of them by the reference: in most corpora there are few, and another engine takes as long to build. gigatoken 0.10 caches pieces without bound; `recycle` starts a new engine once
 the process has grown too far.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +28,9 @@ from pipeline.tokenizer.engines import REFERENCE, REFERENCE_DOCUMENT_BYTES, Engi
 from pipeline.tokenizer.files import CONFIG_JSON, RANK_FILE, TOKENIZER_JSON, checked_files
 from pipeline.tokenizer.given import CHAT_TEMPLATE, token_bytes
 from pipeline.tokenizer.newer_letters import holds_newer_letters
+
+NEWER_BYTES = 512 * 1024  # of documents or lines with newer letters, before their engine is built
+_LINE = re.compile(rb"(?<=\n)(?=[!-~])")
 
 
 class Encoder:
@@ -50,8 +55,11 @@ class Encoder:
         if eos not in self.special_tokens:
             raise ValueError(f"{TOKENIZER_JSON}: its eos_token {eos!r} is not one of its special tokens")
         self.eos_id = self.special_tokens[eos]
-        self._bytes = token_bytes(document)
-        self.vocab_size = max(self._bytes) + 1
+        ids = [*document["model"]["vocab"].values(), *(token["id"] for token in document["added_tokens"])]
+        self.vocab_size = max(ids) + 1
+        # Moonlight's pattern ends a piece at a line end before a printable character, and no token in the text is looked for
+        self._lines_are_apart = RANK_FILE in files and all(token["special"] for token in document["added_tokens"])
+        self._newer_bytes = 0
         self._start()
 
     @classmethod
@@ -78,11 +86,21 @@ class Encoder:
         newer = holds_newer_letters(documents) if len(self.engines) > 1 else np.zeros(len(documents), bool)
         if not newer.any():
             return self._engine.encode(documents)
+        if not self._lines_are_apart:
+            return self._encode_apart(documents, newer)
+        lines, edges = list[bytes](), [0]
+        for document, is_newer in zip(documents, newer.tolist()):
+            lines += _LINE.split(document) if is_newer else [document]
+            edges.append(len(lines))
+        ids, offsets = self._encode_apart(lines, holds_newer_letters(lines))
+        return ids, offsets[edges]
+
+    def _encode_apart(self, documents: Sequence[bytes], newer: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         parts: list[np.ndarray] = [np.zeros(0, np.uint32)] * len(documents)
-        for chosen, each in ((newer, self._engine_of_newer_letters), (~newer, self._engine)):
+        for chosen, encode in ((newer, self._encode_newer_letters), (~newer, self._engine.encode)):
             places = np.flatnonzero(chosen).tolist()
             if places:
-                ids, offsets = each.encode([documents[place] for place in places])
+                ids, offsets = encode([documents[place] for place in places])
                 for at, place in enumerate(places):
                     parts[place] = ids[offsets[at] : offsets[at + 1]]
         return concatenated(parts)
@@ -122,6 +140,15 @@ class Encoder:
     def _start(self) -> None:
         self._engine = self._reference if self.engines[0] == REFERENCE else engine(self.engines[0], self._files)
         self._start_rss = psutil.Process().memory_info().rss
+
+    def _encode_newer_letters(self, documents: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        self._newer_bytes += sum(map(len, documents))
+        few = self._newer_bytes <= NEWER_BYTES
+        return (self._reference if few else self._engine_of_newer_letters).encode(documents)
+
+    @cached_property
+    def _bytes(self) -> dict[int, bytes]:
+        return token_bytes(orjson.loads(self._files[TOKENIZER_JSON]))
 
     @cached_property
     def _engine_of_newer_letters(self) -> Engine:

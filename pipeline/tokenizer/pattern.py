@@ -40,7 +40,11 @@ def byte_alphabet() -> list[str]:
 
 
 _TO_CHARACTER = dict(enumerate(byte_alphabet()))
-_TO_BYTE = {character: byte for byte, character in _TO_CHARACTER.items()}
+_OUTSIDE = "\uffff"  # no Latin-1 letter
+_TO_LATIN_1 = {
+    **dict.fromkeys(range(256), _OUTSIDE),
+    **{ord(character): chr(byte) for byte, character in _TO_CHARACTER.items()},
+}
 
 
 def to_characters(token: bytes) -> str:
@@ -49,4 +53,7 @@ def to_characters(token: bytes) -> str:
 
 def to_bytes(token: str) -> bytes:
     """Raises KeyError if the token is not written in the byte alphabet."""
-    return bytes(_TO_BYTE[character] for character in token)
+    try:
+        return token.translate(_TO_LATIN_1).encode("latin-1")
+    except UnicodeEncodeError as error:
+        raise KeyError(token[error.start]) from None

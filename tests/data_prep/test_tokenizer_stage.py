@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from data_prep.identity import identity, list_corpus
 from data_prep.listing import list_source
-from data_prep.prepare import identity
 from data_prep.tokenizer_stage import ensure_tokenizer, sample, tokenizer_sources
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import MixtureStage, RunConfig
@@ -48,7 +48,7 @@ def tokenizer_of(config: RunConfig) -> TokenizerManifest:
 def test_settings_of_the_mixture_decide_neither_tokenizer_nor_dataset(run_config: Make, sources: dict) -> None:
     code, prose = sources["code"], sources["prose"]
     first = config_of(run_config, code, prose)
-    tokenizer, name = tokenizer_of(first), identity(first, open_storage(first.storage))
+    tokenizer, name = tokenizer_of(first), identity(first, list_corpus(first))
     mixture = (MixtureStage(until_tokens=1000, weights={"code": 0.1, "prose": 0.9}),)
     for changed in (
         config_of(run_config, code | {"weight": 9.0}, prose),
@@ -56,7 +56,7 @@ def test_settings_of_the_mixture_decide_neither_tokenizer_nor_dataset(run_config
         first.model_copy(update={"corpus": first.corpus.model_copy(update={"mixture": mixture})}),
     ):
         assert tokenizer_of(changed) == tokenizer
-        assert identity(changed, open_storage(changed.storage)) == name
+        assert identity(changed, list_corpus(changed)) == name
 
 
 def test_a_filter_that_the_sample_does_not_see_keeps_the_tokenizer(run_config: Make, sources: dict) -> None:

@@ -9,15 +9,16 @@ from typing import NamedTuple
 
 import pytest
 
-from data_prep.listing import InputFile
-from data_prep.prepare import identity
+from data_prep.identity import identity, list_corpus
+from data_prep.listing import InputFile, Listing, list_source
+from data_prep.prepare import prepare
 from jobs import stages
 from jobs.commit import git_commit
 from jobs.stages import MissingInput, find, run
 from jobs.stages.prepare import check_supply, outcome
 from jobs.stages.records import Records
 from pipeline.config.load import ConfigError, load_config
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import RunConfig, SourceConfig, StorageConfig
 from pipeline.evaluation.heldout import evaluate
 from pipeline.evaluation.result import manifest_path
 from pipeline.file_index import dataset_path
@@ -56,7 +57,7 @@ def living(tmp_path: Path) -> Living:
     data = plain.data.model_copy(update={"lanes": 2, "mixture_block": 8, "rows_per_group": 1})
     config = plain.model_copy(update={"corpus": corpus, "data": data})
     made = make_run(config)
-    dataset = made.dataset.model_copy(update={"identity": identity(config, made.storage)})
+    dataset = made.dataset.model_copy(update={"identity": identity(config, list_corpus(config))})
     train = made.train.model_copy(update={"identity": run_identity(config, dataset)})
     return Living(config, made.storage, made, dataset, train)
 
@@ -112,6 +113,20 @@ def test_other_settings_under_the_same_run_id_are_not_done(living: Living, tmp_p
     assert done(change(config, "cluster", cpus_per_worker=3.0), storage) == stages.names()
     (tmp_path / "prose" / "0.txt").write_text("The corpus changed.")
     assert done(config, storage) == []
+
+
+def test_a_command_lists_its_corpus_once(living: Living, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, storage, listed = living.config, living.storage, list[str]()
+
+    def counting(source: SourceConfig, index: int, storage: StorageConfig) -> Listing:
+        listed.append(source.name)
+        return list_source(source, index, storage)
+
+    monkeypatch.setattr("data_prep.identity.list_source", counting)
+    records = find(config, storage)
+    stages.check(["prepare"], config, storage, records)
+    prepare(config, storage, listings=records.corpus(config))
+    assert sorted(listed) == sorted(source.name for source in config.corpus.sources)
 
 
 def test_a_lost_record_is_a_stage_to_do_again(living: Living) -> None:

@@ -76,6 +76,44 @@ def test_they_are_found(texts: list[str]) -> None:
     assert found.tolist() == [any(ord(character) in NEWER for character in text) for text in texts]
 
 
+@pytest.mark.parametrize("newer_bytes", [0, 1 << 30], ids=["second engine", "reference"])
+def test_lines_encoded_apart_have_the_ids_of_their_document(newer_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is around a line end, and whatever Unicode calls a space."""
+    monkeypatch.setattr("pipeline.tokenizer.encoder.NEWER_BYTES", newer_bytes)
+    files = revealing()
+    encoder, reference = Encoder(files, ("gigatoken", "fastokens")), engine("tokenizers", files)
+    pick = random.Random(5)
+    around = [
+        "\n",
+        "\n",
+        "\r",
+        "\r\n",
+        " ",
+        "\t",
+        "a",
+        "B",
+        "12",
+        ".",
+        "-",
+        "'s",
+        "é",
+        "漢",
+        "\u0301",
+        "\u00a0",
+        "\u2028",
+        "\x85",
+        "\x0b",
+        "[EOS]",
+    ]
+    letters = [chr(point) for pair in RANGES for point in pair]
+    documents = ["".join(pick.choices(around + letters[::9], k=pick.randint(1, 40))).encode() for _ in range(3000)]
+    assert sum(b"\n" in document for document in documents) > 1000
+    ids, offsets = encoder.encode(documents)
+    expected, edges = reference.encode(documents)
+    assert offsets.tolist() == edges.tolist()
+    assert (ids == expected).all()
+
+
 def differences(name: str, files: dict[str, bytes], points: Sequence[int]) -> list[int]:
     """Characters around which gigatoken or fastokens split or compose otherwise than the reference."""
     documents = [probe(point).encode() for point in points]
