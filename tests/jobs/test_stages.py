@@ -116,7 +116,7 @@ def test_other_settings_under_the_same_run_id_are_not_done(living: Living, tmp_p
 
 
 def test_a_command_lists_its_corpus_once(living: Living, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, storage, listed = living.config, living.storage, list[str]()
+    config, storage, listed = change(living.config, "data", max_padding=1.0), living.storage, list[str]()
 
     def counting(source: SourceConfig, index: int, storage: StorageConfig) -> Listing:
         listed.append(source.name)
