@@ -9,6 +9,7 @@ Raises ConfigError (one line, naming the key) before any work for a corpus, toke
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
