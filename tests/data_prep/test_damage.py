@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from data_prep import pack_unit, tail
-from data_prep.prepare import _list, _read_units, prepare
+from data_prep.dataset_plan import read_units
+from data_prep.identity import list_corpus
+from data_prep.prepare import prepare
 from data_prep.records import PackManifest, Plan, TailManifest, UnitManifest, shard_path
 from data_prep.resolve import choose_heldout, read_duplicates, read_index
 from data_prep.tokenizer_stage import find_tokenizer
@@ -136,7 +138,7 @@ def index(made: Made) -> None:
 
 
 def tokenizer(made: Made) -> object:
-    return find_tokenizer(made.config, made.storage, _list(made.config))
+    return find_tokenizer(made.config, made.storage, list_corpus(made.config))
 
 
 def relative(made: Made, pattern: str) -> str:
@@ -155,7 +157,7 @@ KINDS: dict[str, tuple[str, Callable[[Made], object], Any]] = {
     "pack": record(PackManifest, "packs/*/*.json"),
     "tail": record(TailManifest, "tails/*/*.json"),
     "plan": record(Plan, "plans/*.json"),
-    "units of a plan": ("datasets/plans/*.units", lambda made: _read_units(made.storage, made.plan), nothing),
+    "units of a plan": ("datasets/plans/*.units", lambda made: read_units(made.storage, made.plan), nothing),
     "tokenizer manifest": ("tokenizers/*/manifest.json", tokenizer, is_blank),
     "tokenizer training.json": ("tokenizers/*/training.json", tokenizer, is_blank),
     "documents": ("{unit.documents}", documents, nothing),

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_prep.prepare import identity
+from data_prep.identity import identity, list_corpus
 from data_prep.records import lease_path
 from jobs import release
 from jobs.stages.leases import LEASED, refuse_held
@@ -56,7 +56,7 @@ def test_one_driver_prepares_and_one_leaves(arguments: list[str]) -> None:
     """The first one's tasks stand still while the second comes, as if they were long; its own process lives."""
     config = load_config("debug", arguments[2:])
     storage = open_storage(config.storage)
-    lease = lease_path(identity(config, storage))
+    lease = lease_path(identity(config, list_corpus(config)))
     first = drive(arguments)
     stopped: list[psutil.Process] = []
     try:
@@ -80,7 +80,7 @@ def test_one_driver_prepares_and_one_leaves(arguments: list[str]) -> None:
             process.send_signal(signal.SIGCONT)
     _, error = first.communicate(timeout=200)
     assert first.returncode == 0, error
-    assert read_dataset(storage, identity(config, storage)).tokens > 0
+    assert read_dataset(storage, identity(config, list_corpus(config))).tokens > 0
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_release_takes_every_stage(
 ) -> None:
     config = load_config("debug", arguments[2:])
     storage, path = publishing
-    dataset = lease_path(identity(config, storage))
+    dataset = lease_path(identity(config, list_corpus(config)))
     with hold(storage, path, what=""), hold(storage, dataset, what=""):
         assert release.main([*arguments, "--stage", "prepare"]) == 0
         assert capsys.readouterr().out.startswith("run debug: prepare taken from ")
