@@ -293,7 +293,7 @@ def test_one_prepares_at_a_time(jsonl: Path, run_config: Make, monkeypatch: pyte
     """The second one leaves; a holder that was taken for dead commits nothing, and who took over finds its units."""
     config = run_config(jsonl)
     storage = open_storage(config.storage)
-    path = lease_path(identity(config, storage))
+    path = lease_path(identity(config, list_corpus(config)))
     monkeypatch.setattr("data_prep.prepare.hold", partial(hold, beat_s=0.1))
     first = [True]
 
@@ -311,7 +311,7 @@ def test_one_prepares_at_a_time(jsonl: Path, run_config: Make, monkeypatch: pyte
 
     with pytest.raises(LeaseLost, match="nothing more is written"):
         prepare(config, storage, map_units=meanwhile)
-    assert not storage.exists(dataset_path(identity(config, storage)))
+    assert not storage.exists(dataset_path(identity(config, list_corpus(config))))
     dataset = prepare(config, storage)
     assert json.loads(storage.read(path))["released"]
     assert dataset.digest == prepare(config, storage).digest
