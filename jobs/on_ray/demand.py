@@ -35,7 +35,7 @@ def this_machine(config: RunConfig) -> Node:
 
 def check_nodes(config: RunConfig, nodes: Sequence[Node], where: str, stages: Sequence[str]) -> None:
     """Raises ConfigError for the first thing that the stages want and the nodes do not have."""
-    cluster, world = config.cluster, config.parallelism.world_size
+    cluster, world = config.cluster, config.sizes[0]  # an elastic run begins with the least
     largest = max((node.cpus for node in nodes), default=0)
     if "prepare" in stages:
         if cluster.prepare_cpus > largest:
@@ -53,15 +53,20 @@ def check_nodes(config: RunConfig, nodes: Sequence[Node], where: str, stages: Se
         gpus = int(sum(node.gpus for node in nodes))
         if gpus < world:
             raise ConfigError(
-                f"cluster.use_gpu: parallelism.replicate * shard = {world} workers want a GPU each, and {where} has {gpus}; "
+                f"cluster.use_gpu: {_workers(config)} = {world} workers want a GPU each, and {where} has {gpus}; "
                 "lower them, set cluster.use_gpu=false, or use a cluster that has them (RAY_ADDRESS)"
             )
     room = sum(int(node.cpus // cluster.cpus_per_worker) for node in nodes)
     if room < world:
         raise ConfigError(
             f"cluster.cpus_per_worker {cluster.cpus_per_worker:g}: {where} has room for {room} of {world} workers; "
-            "lower it, or parallelism.replicate or shard, or use a larger cluster"
+            f"lower it, or {_workers(config).replace(' * ', ' or ')}, or use a larger cluster"
         )
+
+
+def _workers(config: RunConfig) -> str:
+    """What says how many there must be."""
+    return "parallelism.replicate * shard" if config.parallelism.elastic is None else "parallelism.elastic.min_workers"
 
 
 def check_cluster(config: RunConfig, stages: Sequence[str]) -> None:

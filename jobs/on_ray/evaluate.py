@@ -44,7 +44,11 @@ def evaluate_with_ray(
 
 
 def _worker(loop_config: dict[str, Any]) -> None:
-    _evaluate(*loop_config["arguments"])
+    import ray.train
+
+    config_values, *rest = loop_config["arguments"]
+    config = validate(config_values).at_size(ray.train.get_context().get_world_size())
+    _evaluate(config.model_dump(mode="json"), *rest)
 
 
 def _plain(config: RunConfig, dataset: DatasetManifest, checkpoint: CheckpointManifest) -> tuple[Any, ...]:

@@ -12,20 +12,33 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.on_ray.signals import Interrupted
 
 ASK_S = 1.0
 
 
+class Asked(Protocol):
+    """Something that workers can be asked for, in an actor."""
+
+    def asked(self) -> bool: ...
+
+
+def beside_the_driver() -> dict[str, Any]:
+    """Options of an actor that must not go with a node of the workers."""
+    node = ray.get_runtime_context().get_node_id()
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+
+
 class StopFlag:
     """A handle to the actor; picklable, so it goes to the workers."""
 
     def __init__(self) -> None:
-        self._actor: Any = ray.remote(_Flag).options(num_cpus=0, max_restarts=-1).remote()
+        self._actor: Any = ray.remote(_Flag).options(num_cpus=0, max_restarts=-1, **beside_the_driver()).remote()
 
     def ask(self) -> None:
         self._actor.ask.remote()
@@ -46,7 +59,7 @@ class _Flag:
 
 
 @contextmanager
-def listening(flag: StopFlag) -> Iterator[threading.Event]:
+def listening(flag: Asked) -> Iterator[threading.Event]:
     """In a worker: an event that is set soon after somebody has asked to stop."""
     stop, ended = threading.Event(), threading.Event()
 

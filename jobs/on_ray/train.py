@@ -24,6 +24,7 @@ from typing import Any
 import ray.train
 from ray.train.torch import get_device
 
+from jobs.on_ray.elastic import Pause
 from jobs.on_ray.failed import WorkersFailed
 from jobs.on_ray.gauges import TrainingGauges
 from jobs.on_ray.group import run_in_group
@@ -37,9 +38,10 @@ from pipeline.integrity import read_record
 from pipeline.lease import Held, LeaseLost
 from pipeline.manifest import CheckpointManifest, DatasetManifest, TrainManifest
 from pipeline.storage import Storage, open_storage
-from pipeline.training.commits import RunFacts, continue_from, train_folder
+from pipeline.training.commits import RunFacts, committed_steps, continue_from, train_folder
 from pipeline.training.left_out import order_of, read_left_out
 from pipeline.training.metrics import TrainProgress
+from pipeline.workflow.record import add_event
 
 Report = Callable[[TrainProgress], None]
 
@@ -60,6 +62,7 @@ def train_with_ray(config: RunConfig, dataset: DatasetManifest, storage: Storage
     config = config.model_copy(update={"storage": storage.config.model_copy(update={"root": storage.root})})  # absolute
     folder = train_folder(config.run_id)
     flag = StopFlag()
+    pause = None if config.parallelism.elastic is None else Pause()
     group = partial(
         run_in_group,
         config,
@@ -67,10 +70,12 @@ def train_with_ray(config: RunConfig, dataset: DatasetManifest, storage: Storage
         _worker,
         name=config.run_id,
         folder=f"{folder}/ray",
+        pause=pause,
         config_values=config.model_dump(mode="json"),
         dataset={"identity": dataset.identity, "digest": dataset.digest},
         report=report,
         flag=flag,
+        growing=pause,
         owner=uuid.uuid4().hex,
     )
     refusal, number = run_until_signal(group, flag)
@@ -108,20 +113,24 @@ def _worker(arguments: dict[str, Any]) -> str | Stopped | Held | LeaseLost | Non
     else:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     notice = PreemptionNotice(every=config.training.log_every)
-    report, flag = arguments["report"], arguments["flag"]
+    report, flag, growing = arguments["report"], arguments["flag"], arguments["growing"]
     asked: AbstractContextManager[threading.Event] = contextlib.nullcontext(threading.Event())
+    paused = asked
     if ray.train.get_context().get_world_rank() == 0:
         report = TrainingGauges(config.run_id, then=report)
         asked = listening(flag)
+        if growing is not None:
+            paused = listening(growing)
+            note_size(config, storage, ray.train.get_context().get_world_size())
     try:
-        with asked as stop:
+        with asked as stop, paused as pause:
             train(
                 config,
                 read_dataset(storage, **arguments["dataset"]),
                 storage,
                 report=report,
                 on_checkpoint=_report_checkpoint,
-                should_stop=lambda: notice() or stop.is_set(),
+                should_stop=lambda: notice() or stop.is_set() or pause.is_set(),
                 owner=arguments["owner"],
             )
     except RunDiverged as error:
@@ -131,9 +140,20 @@ def _worker(arguments: dict[str, Any]) -> str | Stopped | Held | LeaseLost | Non
     except TrainingStopped as stopped:
         if flag.asked():
             return Stopped(str(stopped))
+        if growing is not None and growing.asked():
+            growing.note_saved()
         notice.wait_for_the_end()
         raise
     return None
+
+
+def note_size(config: RunConfig, storage: Storage, workers: int) -> None:
+    """Tell people and the run's events how many workers an elastic run has now."""
+    mesh = config.at_size(workers).parallelism
+    shape = f"replicate {mesh.replicate}, shard {mesh.shard}, ep {mesh.ep}"
+    print(f"train     on {workers} of at most {config.sizes[-1]} workers: {shape}", flush=True)
+    step = max(committed_steps(storage, config.run_id), default=0)
+    add_event(storage, config.run_id, "sized", "train", workers=workers, most=config.sizes[-1], step=step)
 
 
 def _report_checkpoint(manifest: CheckpointManifest) -> None:

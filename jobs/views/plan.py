@@ -17,6 +17,10 @@ def show(config: RunConfig, hardware: Hardware, price: float | None) -> int:
     found = estimate(config, hardware)
     print("\n".join(lines(config, found, hardware, price)))
     room = hardware.memory_gb - RESERVED_GB
+    if config.parallelism.elastic is not None:  # fewer workers hold more each
+        config = config.at_size(min(config.sizes, key=lambda size: config.at_size(size).parallelism.shard))
+        found = estimate(config, hardware)
+        print(f"elastic    {smallest(config, found)}")
     if found.memory.peak / GB > room:
         print(f"\nit does not fit: {found.memory.peak / GB:.1f} GB of {room:.0f}. {remedy(config, found)}")
         return 1
@@ -61,6 +65,15 @@ def lines(config: RunConfig, found: Estimate, hardware: Hardware, price: float |
         f"run        {duration(found.seconds)}, {hours:,.0f} GPU hours{cost}; {found.tokens_per_second:,.0f} tokens/s a GPU"
     )
     yield f"storage    {found.checkpoint_bytes / GB:,.1f} GB a checkpoint, {config.checkpoint.keep} kept"
+
+
+def smallest(config: RunConfig, found: Estimate) -> str:
+    """The fullest GPU of an elastic run: with the smallest shard."""
+    mesh = config.parallelism
+    return (
+        f"{found.memory.peak / GB:.1f} GB a GPU on {mesh.world_size} (replicate {mesh.replicate} x shard {mesh.shard}), the fullest; "
+        f"step {found.step.total:.2f} s there"
+    )
 
 
 def remedy(config: RunConfig, found: Estimate) -> str:

@@ -27,7 +27,8 @@ from pipeline.config.optimizer import AdamWConfig, MuonConfig, OptimizerConfig
 from pipeline.config.outcome import TASK_SETTINGS, CardConfig, EvaluationConfig, HubConfig, PublishingConfig
 from pipeline.config.schedule import BatchStage, BiasRateStage, LearningRateStage, ScheduleConfig
 from pipeline.config.section import Section
-from pipeline.config.training import CheckpointConfig, ParallelismConfig, SpikeConfig, TrainingConfig
+from pipeline.config.sizes import refused_sizes, valid_sizes
+from pipeline.config.training import CheckpointConfig, ElasticConfig, ParallelismConfig, SpikeConfig, TrainingConfig
 from pipeline.config.values import Bytes, Endpoint, Location
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "ClusterConfig",
     "CorpusConfig",
     "DataConfig",
+    "ElasticConfig",
     "EvaluationConfig",
     "FilterConfig",
     "HubConfig",
@@ -107,6 +109,17 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     publishing: PublishingConfig = PublishingConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The numbers of workers that training may have, ascending: one, unless `parallelism.elastic` is set."""
+        return valid_sizes(self.parallelism, self.model, self.training, self.schedule)
+
+    def at_size(self, workers: int) -> RunConfig:
+        """The run with the mesh of so many workers, where it may have that number; else as it is."""
+        if self.parallelism.elastic is None or workers not in self.sizes:
+            return self
+        return self.model_copy(update={"parallelism": self.parallelism.at(workers)})
 
     @field_validator("run_id")
     @classmethod
@@ -185,4 +198,4 @@ def _disagreements(run: RunConfig) -> list[str]:
             found.append(
                 f"schedule.global_batch[{index}].sequences {stage.sequences} must be a multiple of replicate * shard * micro_batch = {per_step}"
             )
-    return found
+    return found or refused_sizes(parallelism, model, training, run.schedule)

@@ -11,12 +11,21 @@ from pipeline.config.section import Section
 from pipeline.config.values import Count, Location, NonNegativeFloat, PositiveFloat, PositiveInt
 
 
+class ElasticConfig(Section):
+    """A run under Ray that goes on smaller when nodes leave, and larger when they come (jobs/on_ray/elastic.py)."""
+
+    min_workers: Count
+    max_workers: Count | None = None  # None: replicate * shard
+    look_every_s: PositiveFloat = 60.0  # for nodes that came; to grow is to take a checkpoint and to start again
+
+
 class ParallelismConfig(Section):
     """Meshes: dense parameters on (replicate, shard); experts on (replicate, efsdp, ep) with efsdp * ep = shard."""
 
     replicate: Count = 1
     shard: Count = 1
     ep: Count = 1
+    elastic: ElasticConfig | None = None  # None: replicate * shard workers, always
 
     @property
     def world_size(self) -> int:
@@ -25,6 +34,16 @@ class ParallelismConfig(Section):
     @property
     def efsdp(self) -> int:
         return self.shard // self.ep
+
+    def at(self, workers: int) -> ParallelismConfig | None:
+        """The mesh of another number of workers: whole replicas while there is one, then multiples of ep. None: it has none."""
+        if workers % self.shard == 0:
+            changed = {"replicate": workers // self.shard}
+        elif workers < self.shard and workers % self.ep == 0:
+            changed = {"replicate": 1, "shard": workers}
+        else:
+            return None
+        return self.model_copy(update={**changed, "elastic": None})
 
     @model_validator(mode="after")
     def _ep_divides_shard(self) -> ParallelismConfig:
@@ -68,6 +87,9 @@ class TrainingConfig(Section):
     skip_sequences: tuple[tuple[int, int], ...] = ()  # ranges [from, to) of global positions left out
     max_skipped_steps: PositiveInt = 10  # non-finite steps in a row before the run stops
     spikes: SpikeConfig = SpikeConfig()
+    recompute_every: Annotated[int, Field(gt=0)] | None = (
+        None  # steps: one in so many is computed twice, by other ranks
+    )
     step_timeout_s: PositiveFloat = 1800.0  # heartbeat watchdog
     log_every: Count = 10  # steps
 

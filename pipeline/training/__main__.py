@@ -62,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = initial.pin(config, storage)
         initial.check(config, storage, dataset.tokenizer.sha256)
         join_ranks(config)
+        config = config.at_size(dist.get_world_size() if dist.is_initialized() else 1)
         if int(os.environ.get("RANK", "0")) == 0:
             print(start_line(config, storage), flush=True)
         manifest = train(config, dataset, storage, report=show, should_stop=stop.is_set)

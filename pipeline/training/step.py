@@ -37,6 +37,10 @@ from pipeline.parallel.mesh import Meshes
 from pipeline.training.batches import MicroBatch, StepBatch
 from pipeline.training.guard import Guard
 
+Compute = Callable[
+    [StepBatch], tuple[Tensor, Tensor]
+]  # gradients of a batch; this rank's share of loss and balance loss
+
 
 class Step:
     """Callable; owns nothing but references to the parts it drives."""
@@ -62,14 +66,28 @@ class Step:
         self.before_update: Callable[[], None] = lambda: None  # asked when the weights are about to change
         observe_max_logits(model, self.qk_clip is not None)
 
-    def __call__(self, batch: StepBatch, learning_rate: float, bias_rate: float, stop: bool) -> Tensor:
-        """Train on one global batch; the figures of the step as a device vector (see figures.py)."""
+    def __call__(
+        self,
+        batch: StepBatch,
+        learning_rate: float,
+        bias_rate: float,
+        stop: bool,
+        recompute: Callable[[StepBatch, Compute, Callable[[], None]], tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """Train on one global batch; the figures of the step as a device vector (see figures.py).
+
+        `recompute`: computes the gradients in a way of its own, with the plain one at hand (recompute.py)."""
         sequences = sum(micro.sequences for micro in batch.micro_batches)
         counts = torch.stack([self._fill(batch.labels), self._fill(sequences)])
         if self.meshes.world_size > 1:
             dist.all_reduce(counts)
         labels, sequences_in_all = counts.unbind()
-        loss, aux_loss = self.forward_backward(batch.micro_batches, labels.clamp(min=1), sequences_in_all.clamp(min=1))
+        at_least_one = labels.clamp(min=1), sequences_in_all.clamp(min=1)
+
+        def compute(batch: StepBatch) -> tuple[Tensor, Tensor]:
+            return self.forward_backward(batch.micro_batches, *at_least_one)
+
+        loss, aux_loss = compute(batch) if recompute is None else recompute(batch, compute, self.optimizer.zero_grad)
         self.before_update()
         return self.update(loss, aux_loss, labels, learning_rate, bias_rate, stop)
 

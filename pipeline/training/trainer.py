@@ -19,6 +19,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,6 +49,7 @@ from pipeline.training.guard import Guard, check_skipped, check_spikes
 from pipeline.training.identity import identity_digest
 from pipeline.training.left_out import Detour, order_of
 from pipeline.training.metrics import MetricsFiles, Pace, StepRecord, TrainProgress, sound_files
+from pipeline.training.recompute import Recomputation
 from pipeline.training.retention import check_named, named_steps
 from pipeline.training.step import Step
 from pipeline.training.watchdog import Watchdog
@@ -94,6 +96,7 @@ def train(
     check_demand(config, dataset)
     check_named(config, storage)
     ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    config = config.at_size(ranks[1])
     hangs = f"{train_folder(config.run_id)}/hangs"
     with (
         Watchdog(
@@ -172,6 +175,11 @@ class Run:
         self.checkpoints.collect_leftovers(self.at.step)
         self.step = Step(self.model, self.optimizer, self.guard, self.meshes, config.optimizer, self.device)
         self.step.before_update = self.checkpoints.wait_staged
+        self.recomputation: Recomputation | None = None
+        if config.training.recompute_every is not None:
+            self.recomputation = Recomputation(
+                self.model, config.parallelism.ep, config.training.recompute_every, self.device
+            )
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that a restart needs, by name; sharing memory with the live ones."""
@@ -263,7 +271,7 @@ class Run:
                     loss=self.loss,
                     skipped_steps=seen.skipped_steps,
                     left_out=self.left_out.ranges,
-                    mesh=config.parallelism.model_dump(),
+                    mesh=config.parallelism.model_dump(exclude={"elastic"}),
                     metrics=self.checkpoints.on_rank_0(write_metrics),
                     newton_schulz=self.optimizer.muon.multiplied,
                 )
@@ -286,7 +294,9 @@ class Run:
         assert now.first_sequence == at.next_sequence, (now, at)
         shape = (now.first_sequence, now.sequences, training.micro_batch, training.document_mask)
         batch = read_step(self.loader, *shape, self.answers)
-        values = self.step(batch, now.learning_rate, now.bias_rate, stop)
+        check = self.recomputation
+        recompute = partial(check, at.step + 1) if check is not None and check.is_due(at.step + 1) else None
+        values = self.step(batch, now.learning_rate, now.bias_rate, stop, recompute)
         at.step += 1
         at.next_sequence += now.sequences
         slots = at.next_sequence * training.sequence_length

@@ -157,12 +157,15 @@ def instantiate(
 def size_workers(cluster: dict[str, Any], config: RunConfig, most: int = 0) -> None:
     """Set the training gang's pods to world size / ranks of a pod, in place.
 
+    Of an elastic run: room for its most workers. Kueue admits the whole gang or none of it, without an autoscaler KubeRay makes each lost pod
+    anew, and meanwhile training goes on with those that are there: minReplicas would say nothing to anybody.
+
     Ranks of a pod: its GPUs, or with `cluster.use_gpu: false` its CPUs / cpus_per_worker. Raises ValueError if the world
     does not fill whole pods, the pod cannot hold a rank, or more than `most` pods would be needed (0: any number).
     """
     group = cluster["workerGroupSpecs"][0]
     limits = group["template"]["spec"]["containers"][0].get("resources", {}).get("limits", {})
-    world = config.parallelism.world_size
+    world = config.sizes[-1]
     cpus = _quantity(limits.get("cpu", "0"))
     ranks = int(limits.get(GPU, 0)) if config.cluster.use_gpu else int(cpus // config.cluster.cpus_per_worker)
     kind = GPU if config.cluster.use_gpu else f"cpu / cluster.cpus_per_worker {config.cluster.cpus_per_worker:g}"
@@ -178,6 +181,7 @@ def size_workers(cluster: dict[str, Any], config: RunConfig, most: int = 0) -> N
     if world % ranks:
         raise ValueError(
             f"parallelism: {world} ranks do not fill whole workers of {ranks} ranks; change replicate or shard"
+            + (", or elastic.max_workers" if config.parallelism.elastic else "")
         )
     pods = world // ranks
     if most and pods > most:

@@ -53,6 +53,13 @@ def test_a_cluster_that_is_too_small(answer: dict[str, object]) -> None:
     check_cluster(load_config("debug"), STAGES)
 
 
+def test_an_elastic_run_begins_on_the_least(answer: dict[str, object]) -> None:
+    mesh = "parallelism={shard: 2, elastic: {min_workers: %d}}"
+    check_cluster(load_config("debug", [mesh % 1]), STAGES)
+    with pytest.raises(ConfigError, match=r"has room for 1 of 2 workers; lower it, or parallelism.elastic.min_workers"):
+        check_cluster(load_config("debug", [mesh % 2]), STAGES)
+
+
 def test_a_cluster_that_does_not_say(answer: dict[str, object]) -> None:
     answer["code"] = 401
     check_cluster(load_config("debug"), STAGES)

@@ -76,7 +76,7 @@ def test_an_attempt_is_the_template_with_little_added(stage: str) -> None:
     assert spec[
         "entrypoint"
     ] == f"python -m jobs.{stage} --config debug storage.root=s3://bucket/runs 'tokenizer.eos_token=[a b]'" + {
-        "evaluate": " parallelism.replicate=1 parallelism.shard=4 parallelism.ep=4",
+        "evaluate": " parallelism.replicate=1 parallelism.shard=4 parallelism.ep=4 parallelism.elastic=null training.recompute_every=null",
         "publish": " cluster.use_gpu=false",
     }.get(stage, "")
     logs = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][1]
@@ -106,6 +106,17 @@ def test_a_gang_larger_than_the_template_allows_is_refused_before_it_is_sent() -
         instantiate(template, config, "train", 1, [], priority="moonlight-interactive")
     template["metadata"]["annotations"]["moonlight.ai/max-workers"] = "32"
     instantiate(template, config, "train", 1, [], priority="moonlight-interactive")
+
+
+def test_an_elastic_gang_has_room_for_the_most() -> None:
+    """Of 16 replicas, with 16 more when there are machines: 32 hosts, of which all but 8 may leave."""
+    overrides = ["parallelism.replicate=16", "parallelism.elastic={min_workers: 64, max_workers: 256}"]
+    config = load_config("moonlight-16b-a3b", overrides)
+    job = instantiate(TEMPLATES["train"], config, "train", 1, ARGUMENTS, priority="moonlight-release")
+    group = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    assert (group["minReplicas"], group["replicas"], group["maxReplicas"]) == (32, 32, 32)
+    if crds.FOLDER:
+        assert crds.problems(job) == []
 
 
 def test_a_small_world_on_cpus_takes_one_worker() -> None:

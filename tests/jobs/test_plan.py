@@ -1,0 +1,25 @@
+"""What the planner says of a run that may get smaller: it has to fit when each worker holds most."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobs.views.plan import show
+from pipeline.config.load import load_config
+from pipeline.planner.estimate import Hardware
+
+MESH = "parallelism={replicate: 4, shard: 64, ep: 8, elastic: {min_workers: %d}}"
+
+
+def test_the_fullest_size_has_to_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    """One replica of 64 holds as much as four do; 8 workers hold all of the network between them."""
+    assert show(load_config("moonlight-16b-a3b", [MESH % 64]), Hardware(), None) == 0
+    first, *_, said = capsys.readouterr().out.splitlines()
+    assert "256 GPUs" in first
+    assert said.startswith("elastic    ")
+    assert said.endswith("s there")
+    assert "(replicate 1 x shard 64)" in said
+    assert show(load_config("moonlight-16b-a3b", [MESH % 8]), Hardware(memory_gb=40), None) == 1
+    out = capsys.readouterr().out
+    assert "on 8 (replicate 1 x shard 8), the fullest" in out
+    assert "it does not fit" in out
