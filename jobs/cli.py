@@ -1,7 +1,7 @@
 """The command line that all jobs share: `--config <preset or path> [section.key=value ...]`.
 
 Exit codes: 0 done; 1 failed; 2 wrong configuration or input, told in one line before anything starts; 3 the
-run is somebody else's just now; 130 and 143 for SIGINT and SIGTERM.
+run is somebody else's just now; 4 a gate before publishing is closed; 130 and 143 for SIGINT and SIGTERM.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""May this run be published? Compares the evaluation of the checkpoint that is meant with `publishing.max_loss` and says `open` or `closed`.
+"""May this run be published? Asks all gates about the evaluation of the checkpoint that is meant, and says `open` or `closed` with a table.
 
 `python -m jobs.gate --config <preset or path> --output <folder> [section.key=value ...]` writes the files `gate` and `reason` into the
 folder, for a workflow's step outputs. Without an evaluation the gate stays closed. The exit code is 0 either way: a closed gate is an
-answer, not a failure. 2: wrong configuration; 12: the storage does not answer, ask again. Publishing checks the same limit again.
+answer, not a failure. 2: wrong configuration; 12: the storage does not answer, ask again. Publishing asks the same gates again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jobs.views import gate
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    made = parser("gate", "May this run be published? Compares its evaluation with publishing.max_loss.")
+    made = parser("gate", "May this run be published? Asks all gates about its evaluation.")
     made.add_argument("--output", required=True, type=Path, help="folder for the files gate and reason")
     given = made.parse_args(arguments)
     return gate.write(given.config, given.overrides, given.output)

@@ -29,6 +29,7 @@ COMMANDS = {
     "chat": "a conversation with a published model",
     "release": "let somebody else do a stage of a run, whoever is at work on it now",
     "gate": "may this run be published?",
+    "models": "published versions: list, show, diff, promote, rollback",
     "logs": "keep a cluster's logs in the run's folder",
 }
 
@@ -69,6 +70,10 @@ def _command(name: str) -> Callable[[Sequence[str]], int] | None:
             f"jobs.{'pipeline' if name == 'run' else name}"
         ).main
         return found
+    if name == "evaluate":  # a stage with options of its own
+        from jobs.evaluate import main as evaluate_main
+
+        return evaluate_main
     if name in _stages():
         from jobs.stage import main as stage_main
 

@@ -10,13 +10,14 @@ from botocore.exceptions import BotoCoreError
 
 from jobs import stages
 from jobs.cli import looking, open_run, parser
-from jobs.drivers.failures import HELD
+from jobs.drivers.failures import CLOSED, HELD
 from jobs.on_ray.failed import WorkersFailed
 from jobs.on_ray.progress import ProgressLines, Work
 from jobs.on_ray.signals import Interrupted, raise_on_signals
 from jobs.stages.leases import refuse_held
 from jobs.stages.records import hold_dataset
 from pipeline.lease import Held, LeaseLost
+from pipeline.publishing.gate import GateError
 from pipeline.storage import said_by_storage
 from pipeline.training import initial
 
@@ -52,13 +53,16 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> int:
     except Interrupted as error:
         print(f"{stage}: {error}", file=sys.stderr)
         return error.exit_code
+    except GateError as error:
+        print(f"{stage}: {error}", file=sys.stderr)
+        return CLOSED
     except WorkersFailed as error:
         print(f"{stage}: {error}", file=sys.stderr)
         return 1
     except (OSError, BotoCoreError) as error:
         print(f"{stage}: {said_by_storage(error)}", file=sys.stderr)
         return 1
-    except ValueError as error:  # ConfigError, StorageError, MissingInput, GateError: the message is the whole story
+    except ValueError as error:  # ConfigError, StorageError, MissingInput: the message is the whole story
         print(f"{stage}: {error}", file=sys.stderr)
         return 2
     return 0

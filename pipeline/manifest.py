@@ -232,6 +232,7 @@ class CheckpointManifest(Record):
     world_size: int
     mesh: dict[str, int] = {}  # replicate, shard, ep of the ranks that wrote it
     fence: int | None = None  # fencing number of the writer; None: written without a lease
+    average_of: tuple[int, ...] = ()  # steps whose weights this is the mean of, without an optimizer's state
     newton_schulz: str = (
         ""  # what its products multiplied up to here: bf16, fp16 or fp32; "": AdamW alone, or not recorded
     )
@@ -239,7 +240,7 @@ class CheckpointManifest(Record):
     VOLATILE: ClassVar[frozenset[str]] = frozenset(
         {"files", "metadata_sha256", "metrics", "world_size", "mesh", "fence", "newton_schulz"}
     )
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"skipped_steps", "left_out"})
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"skipped_steps", "left_out", "average_of"})
 
 
 class TrainManifest(Record):
@@ -258,6 +259,12 @@ class SourceScore(Record):
     text_bytes: int
     loss: float  # nats per token
     bits_per_byte: float
+    stderr: float | None = (
+        None  # of the loss, over documents (evaluation/errors.py); None: one document, or not recorded
+    )
+    bits_stderr: float | None = None  # of the bits per byte
+
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"stderr", "bits_stderr"})
 
 
 class TaskMetric(Record):
@@ -302,8 +309,11 @@ class EvaluationManifest(Record):
     source_baselines: dict[str, dict[str, float]]  # the same, each source's text by itself
     harness: str = ""  # "lm-eval 0.4.13", where tasks were scored
     tasks: dict[str, TaskScore] = {}
+    tokens_seen: int | None = None  # by the checkpoint: where it stands on a curve
+    tokenizer_sha256: str = ""  # under another one losses per token do not compare
+    documents: FileEntry | None = None  # what each document scored (evaluation/documents.py)
 
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"harness", "tasks"})
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"harness", "tasks", "tokens_seen", "tokenizer_sha256", "documents"})
 
 
 class ModelManifest(Record):
@@ -325,6 +335,7 @@ class ModelManifest(Record):
     loss: float
     bits_per_byte: float
     xxh3: dict[str, str] = {}  # of the bytes of each tensor, and of each weight file's header under the file's name
+    dataset: str = ""  # identity: datasets/<identity>/
 
     VOLATILE: ClassVar[frozenset[str]] = frozenset({"git_commit"})
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"xxh3"})
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"xxh3", "dataset"})

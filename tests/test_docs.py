@@ -57,7 +57,15 @@ def test_a_command(page: str, command: str, capsys: pytest.CaptureFixture[str]) 
 
 def test_there_are_commands_in_every_page_that_tells_how() -> None:
     told = {page for page, _ in commands()}
-    assert {"README.md", "first-run.md", "training.md", "kubernetes.md", "data-order.md", "data.md"} <= told
+    assert {
+        "README.md",
+        "first-run.md",
+        "training.md",
+        "kubernetes.md",
+        "data-order.md",
+        "data.md",
+        "evaluation.md",
+    } <= told
 
 
 def test_the_yaml_of_the_first_run(tmp_path: Path) -> None:

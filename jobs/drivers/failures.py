@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 HELD = 3  # exit code: the run is somebody else's just now
+CLOSED = 4  # a gate is closed: the model is not good enough to be published
 
 
 class StageFailure(Exception):

@@ -10,7 +10,7 @@ from botocore.exceptions import BotoCoreError
 
 from jobs import stages
 from jobs.cli import looking, open_run
-from jobs.drivers.failures import HELD, StageFailure
+from jobs.drivers.failures import CLOSED, HELD, StageFailure
 from jobs.on_ray.cluster import in_a_ray_job
 from jobs.on_ray.demand import check_cluster
 from jobs.on_ray.signals import Interrupted
@@ -19,6 +19,7 @@ from jobs.views.summary import print_summary
 from pipeline.config.load import ConfigError, dump_yaml, load_config
 from pipeline.config.schema import RunConfig
 from pipeline.lease import Held
+from pipeline.publishing.gate import GateError
 from pipeline.storage import Storage, said_by_storage
 from pipeline.training import initial
 
@@ -41,6 +42,9 @@ def run(given: argparse.Namespace) -> int:
             records = stages.find(config, storage)
         if not given.only:
             print_summary(config, storage, records, given.config)
+    except GateError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return CLOSED
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -65,9 +69,11 @@ def _open(given: argparse.Namespace) -> tuple[RunConfig, Storage, Records]:
         _refuse_relative_root(given)
     config, storage = open_run(given.config, given.overrides)
     storage.check_writable()
+    if given.only == "follow" and given.backend != "kuberay":
+        raise ConfigError("--only follow belongs to --backend kuberay; elsewhere run python -m jobs.evaluate --follow")
     if given.only in (None, "prepare", "train"):
         config = initial.pin(config, storage)
-    records = stages.find(config, storage, given.only or "prepare")
+    records = stages.find(config, storage, "train" if given.only == "follow" else given.only or "prepare")
     here = given.backend == "ray" and not os.environ.get("RAY_ADDRESS", "").startswith("http")
     stages.check(_wanted(given), config, storage, records, here=here)
     todo = [stage for stage in _wanted(given) if not records.done(stage)]
@@ -91,6 +97,8 @@ def _refuse_relative_root(given: argparse.Namespace) -> None:
 
 
 def _wanted(given: argparse.Namespace) -> list[str]:
+    if given.only == "follow":  # waits for what it follows
+        return []
     return [given.only] if given.only else stages.names()
 
 

@@ -12,7 +12,8 @@ from ray.job_submission import JobSubmissionClient
 
 from jobs import stages
 from jobs.commit import git_commit
-from jobs.drivers.failures import HELD, StageFailure
+from jobs.drivers.beside import followed
+from jobs.drivers.failures import CLOSED, HELD, StageFailure
 from jobs.on_ray.cluster import code_environment, connect, python
 from jobs.on_ray.progress import ProgressLines, Work
 from jobs.on_ray.signals import Interrupted, raise_on_signals
@@ -42,15 +43,51 @@ def run_on_ray(todo: list[str], config: RunConfig, storage: Storage) -> None:
         print(f"Ray dashboard: {dashboard}" + (f" (asks for the token in {token})" if token else ""), flush=True)
         client = JobSubmissionClient(dashboard or None)
         for stage in todo:
-            _run_stage_job(client, stage, config, storage)
+            if stage == "evaluate" and stages.find(config, storage, stage).done(stage):  # by what followed training
+                print(f"{stage:<9} done beside training", flush=True)
+                continue
+            beside = stage == "train" and "evaluate" in todo and config.evaluation.follow
+            with (
+                followed(client, _job("evaluate", config, storage), config, storage)
+                if beside
+                else contextlib.nullcontext()
+            ):
+                _run_stage_job(client, stage, config, storage)
 
 
 def _run_stage_job(client: JobSubmissionClient, stage: str, config: RunConfig, storage: Storage) -> None:
     """Submit or follow the stage's job, show its progress, and check that its record is there at the end."""
+    job = _job(stage, config, storage)
+    start = time.monotonic()
+    submitting = f"{stage:<9} starting its Ray job"
+    print(submitting, flush=True)
+    with Heartbeat(submitting):
+        submission_id = submit_or_attach(client, job)
+    print(f"{stage:<9} job {submission_id}", flush=True)
+    try:
+        with ProgressLines(storage, config.run_id) as lines:
+            lines.work = Work(stage, since=time.time())
+            follow(client, submission_id)
+    except StageJobFailed as error:
+        raise StageFailure(str(error), error.exit_code if error.exit_code in (2, HELD, CLOSED) else 1) from error
+    except Interrupted:
+        print(f"{stage:<9} is asked to stop, and training to commit a checkpoint; once more leaves at once", flush=True)
+        with Heartbeat(f"{stage:<9} stopping"):
+            stop(client, submission_id, patience_s=STOP_S)
+        raise
+    if not stages.finished(stage, config, storage):
+        raise StageFailure(f"{submission_id} SUCCEEDED, but the stage's record is not in {storage.uri()}", 1)
+    if stage == prepare.NAME and (dataset := stages.find(config, storage, "train").dataset) is not None:
+        print(prepare.outcome(dataset), flush=True)
+    print(f"{stage:<9} done in {duration(time.monotonic() - start)}", flush=True)
+
+
+def _job(stage: str, config: RunConfig, storage: Storage) -> StageJob:
     # The stage reads the run's own copy of the configuration: what it works on cannot change between the stages.
     settings = digest_of(config)
-    command = f"{python()} -m jobs.{stage} --config {_quoted(storage, config)} {_overrides(config)}".strip()
-    job = StageJob(
+    follow = " --follow" if stage == "evaluate" and config.evaluation.follow else ""
+    command = f"{python()} -m jobs.{stage}{follow} --config {_quoted(storage, config)} {_overrides(config)}".strip()
+    return StageJob(
         name=f"{config.run_id}-{stage}-{settings[:6]}{hashlib.sha256(storage.root.encode()).hexdigest()[:4]}",
         entrypoint=command,
         metadata={
@@ -63,28 +100,6 @@ def _run_stage_job(client: JobSubmissionClient, stage: str, config: RunConfig, s
         },
         runtime_env=code_environment(stop_wait_s=STOP_S),
     )
-    start = time.monotonic()
-    submitting = f"{stage:<9} starting its Ray job"
-    print(submitting, flush=True)
-    with Heartbeat(submitting):
-        submission_id = submit_or_attach(client, job)
-    print(f"{stage:<9} job {submission_id}", flush=True)
-    try:
-        with ProgressLines(storage, config.run_id) as lines:
-            lines.work = Work(stage, since=time.time())
-            follow(client, submission_id)
-    except StageJobFailed as error:
-        raise StageFailure(str(error), error.exit_code if error.exit_code in (2, HELD) else 1) from error
-    except Interrupted:
-        print(f"{stage:<9} is asked to stop, and training to commit a checkpoint; once more leaves at once", flush=True)
-        with Heartbeat(f"{stage:<9} stopping"):
-            stop(client, submission_id, patience_s=STOP_S)
-        raise
-    if not stages.finished(stage, config, storage):
-        raise StageFailure(f"{submission_id} SUCCEEDED, but the stage's record is not in {storage.uri()}", 1)
-    if stage == prepare.NAME and (dataset := stages.find(config, storage, "train").dataset) is not None:
-        print(prepare.outcome(dataset), flush=True)
-    print(f"{stage:<9} done in {duration(time.monotonic() - start)}", flush=True)
 
 
 def _quoted(storage: Storage, config: RunConfig) -> str:

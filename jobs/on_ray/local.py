@@ -8,6 +8,7 @@ else on the machine, can run code in it. Its ports are whatever is free: any num
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import subprocess
@@ -27,6 +28,7 @@ OWNER = "owner"  # file: who began the cluster, as `pid created`
 # when it is imported, which in this process may have been long ago.
 LOOPBACK, LOOPBACK_CONSTANT = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "ENABLE_RAY_CLUSTER"
 TOKEN = "token"
+EVALUATOR = "evaluator"  # a custom resource of Ray: nodes that offer it are where followers work (task.py)
 _token = secrets.token_hex(32)  # one a process: Ray reads it once
 
 
@@ -47,6 +49,7 @@ def local_cluster(cpus: int, object_store_bytes: int, *, dashboard: bool) -> Ite
         "--dashboard-port=0",
         f"--num-cpus={cpus}",
         f"--object-store-memory={object_store_bytes}",
+        f"--resources={json.dumps({EVALUATOR: 1})}",  # a follower may work here, behind training
         "--disable-usage-stats",
     ]
     with _environment({LOOPBACK: "0", **token}), _told_to_ray():

@@ -62,7 +62,7 @@ def _publish(config_values: dict[str, Any], records: list[str], git_commit: str,
     evaluation = EvaluationManifest.model_validate_json(records[1])
     dataset = DatasetManifest.model_validate_json(records[2])
     checkpoint = CheckpointManifest.model_validate_json(records[3])
-    unjudged = config.publishing.model_copy(update={"promote": False, "max_loss": None})
+    unjudged = config.publishing.model_copy(update={"promote": False, "max_loss": None, "gates": ()})
     quiet = config.model_copy(update={"publishing": unjudged})
     path, what = lease_path(config.run_id), f"the model of run {config.run_id}"
     with hold(storage, path, what=what, owner=owner, waiting=say_waiting) as lease:

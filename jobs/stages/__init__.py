@@ -89,8 +89,7 @@ def run(stage: str, config: RunConfig, storage: Storage) -> None:
     add_event(storage, config.run_id, "started", stage)
     start = time.monotonic()
     try:
-        show = ProgressFile(config.storage, config.run_id)
-        room(stage).do(config, storage, records, partial(_report, show, room(stage).progress()))
+        room(stage).do(config, storage, records, reporter(stage, config))
     except BaseException as error:
         seconds = round(time.monotonic() - start, 3)
         add_event(
@@ -98,6 +97,11 @@ def run(stage: str, config: RunConfig, storage: Storage) -> None:
         )
         raise
     add_event(storage, config.run_id, "finished", stage, seconds=round(time.monotonic() - start, 3))
+
+
+def reporter(stage: str, config: RunConfig) -> Callable[[Any], None]:
+    """What goes to where a stage's work is done, to show how far it is."""
+    return partial(_report, ProgressFile(config.storage, config.run_id), room(stage).progress())
 
 
 def _report(show: ProgressFile, read: Callable[[Any], StageProgress], at: Any) -> None:

@@ -21,7 +21,8 @@ GAUGES: dict[str, str] = {}
 
 def find(config: RunConfig, storage: Storage, records: Records) -> EvaluationManifest | None:
     assert records.dataset is not None
-    assert records.checkpoint is not None
+    if records.checkpoint is None:  # the mean of several, which is made before it is evaluated
+        return None
     return committed(config, records.dataset, records.checkpoint, storage)
 
 
@@ -34,11 +35,10 @@ def check(config: RunConfig, storage: Storage, records: Records, *, here: bool) 
 
 
 def do(config: RunConfig, storage: Storage, records: Records, report: Callable[[EvaluationProgress], None]) -> None:
-    from jobs.on_ray.evaluate import evaluate_with_ray  # here: it brings Ray
+    from jobs.on_ray.evaluate import average_with_ray, evaluate_with_ray  # here: it brings Ray
 
     assert records.dataset is not None
-    assert records.checkpoint is not None
-    evaluate_with_ray(config, records.dataset, records.checkpoint, storage, report)
+    evaluate_with_ray(config, records.dataset, records.checkpoint or average_with_ray(config), storage, report)
 
 
 def progress() -> Callable[[EvaluationProgress], StageProgress]:

@@ -15,10 +15,10 @@ from pipeline.manifest import CheckpointManifest, TrainManifest
 from pipeline.optim.schedule import total_steps
 from pipeline.storage import Storage, filesystem
 from pipeline.training import branch, initial
-from pipeline.training.commits import committed, committed_steps, read_manifest, train_folder
+from pipeline.training.commits import committed, committed_steps, read_average, read_manifest, train_folder
 from pipeline.training.identity import run_identity
 from pipeline.training.metrics import TrainProgress
-from pipeline.training.retention import check_named
+from pipeline.training.retention import averaged_steps, check_named
 from pipeline.workflow.record import StageProgress
 
 NAME = "train"
@@ -27,7 +27,7 @@ GAUGES = TRAINING
 
 
 def find(config: RunConfig, storage: Storage, records: Records) -> TrainManifest | None:
-    """Also sets the checkpoint that the later stages are about. Raises ConfigError if the one asked for is not there."""
+    """Also sets the checkpoint that the later stages are about; none while it is a mean that is not made. Raises ConfigError if the one asked for is not there."""
     assert records.dataset is not None
     train = _complete(config, storage)
     if train is None or train.identity != run_identity(config, records.dataset):
@@ -72,7 +72,7 @@ def _progress(at: TrainProgress) -> StageProgress:
 
 
 def chosen_checkpoint(config: RunConfig, storage: Storage) -> CheckpointManifest | None:
-    """The one that `evaluation.checkpoint` means, None before the run is complete. Raises ConfigError if it is not there."""
+    """The one that `evaluation.checkpoint` or `publishing.average_last` means, None before it is there. Raises ConfigError if it is not there."""
     train = _complete(config, storage)
     return None if train is None else _chosen_checkpoint(config, train, storage)
 
@@ -114,7 +114,10 @@ def _refuse_other_tokenizer(config: RunConfig, storage: Storage, records: Record
         )
 
 
-def _chosen_checkpoint(config: RunConfig, train: TrainManifest, storage: Storage) -> CheckpointManifest:
+def _chosen_checkpoint(config: RunConfig, train: TrainManifest, storage: Storage) -> CheckpointManifest | None:
+    averaged = averaged_steps(config)
+    if averaged:
+        return read_average(storage, config.run_id, averaged[-1], len(averaged))
     wanted = config.evaluation.checkpoint
     if wanted == "last" or wanted == train.checkpoint.step:
         return train.checkpoint

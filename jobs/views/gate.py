@@ -20,7 +20,7 @@ def write(config_name: str, overrides: Sequence[str], output: Path) -> int:
         print(error, file=sys.stderr)
         return 2
     try:
-        gate, reason = publish.gate(config, storage)
+        gate, reason, table = publish.gate(config, storage)
     except (OSError, BotoCoreError) as error:
         from pipeline.workflow.rayjobs import Outcome  # here: it loads the Kubernetes client
 
@@ -32,4 +32,6 @@ def write(config_name: str, overrides: Sequence[str], output: Path) -> int:
     (output / "gate").write_text(gate)
     (output / "reason").write_text(reason)
     print(f"gate {gate}: {reason}")
+    if table:
+        print(table)
     return 0

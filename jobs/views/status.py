@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from jobs import stages
 from jobs.stages.records import Records
 from jobs.views.summary import task_lines
 from pipeline.config.schema import RunConfig
+from pipeline.evaluation.curves import page_path, read_all
 from pipeline.storage import Storage
 from pipeline.workflow.record import duration, read_events, read_progress, stage_seconds
 
@@ -40,12 +42,27 @@ def show(config: RunConfig, storage: Storage, records: Records, *, kubernetes: b
         print(f"  held out  loss {overall.loss:.3f} nats per token, {overall.bits_per_byte:.3f} bits per byte")
         for line in task_lines(records.evaluation, "  tasks     "):
             print(line)
+    for line in _judged(config, storage):
+        print(line)
     progress = read_progress(storage, config.run_id)
     if progress and not records.done(progress.stage):
         age = time.time() - progress.updated
         stale = f"  (no news for {duration(age)})" if age > STALE_S and progress.unit else ""  # waiting makes no news
         print(f"now: {progress.line()}{stale}")
     return _show_now(config.run_id) if kubernetes else _show_last_seen(events)
+
+
+def _judged(config: RunConfig, storage: Storage) -> Iterator[str]:
+    """Where the evaluation of the run's checkpoints stands, if there is more than one."""
+    try:
+        found = read_all(storage, config.run_id)
+    except ValueError as error:
+        yield f"  judged    {error}"
+        return
+    if len(found) > 1:
+        newest = found[-1]
+        where = storage.uri(page_path(config.run_id))
+        yield f"  judged    {len(found)} checkpoints, the newest of step {newest.step:,}: loss {newest.overall.loss:.3f}  {where}"
 
 
 def _show_last_seen(events: list[dict[str, Any]]) -> int:

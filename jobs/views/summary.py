@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jobs.stages.records import Records
+from jobs.views.curves import write_curves
 from pipeline.config.schema import RunConfig
 from pipeline.manifest import EvaluationManifest
 from pipeline.publishing import registry
@@ -22,6 +23,7 @@ def print_summary(config: RunConfig, storage: Storage, records: Records, config_
     assert model is not None
     seconds = stage_seconds(read_events(storage, config.run_id))
     with Heartbeat("writing the report"):
+        write_curves(storage, config.run_id)
         from pipeline.evaluation.report import write_report  # counts the network's parameters, hence torch
 
         report = write_report(config, dataset, train, checkpoint, evaluation, model, storage, stage_seconds=seconds)

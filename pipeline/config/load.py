@@ -19,6 +19,7 @@ import yaml
 from botocore.exceptions import BotoCoreError
 from pydantic import ValidationError
 
+from pipeline.config.outcome import with_preset_tasks
 from pipeline.config.schema import RunConfig, StorageConfig
 from pipeline.config.shares import with_tokens
 from pipeline.config.text import Dumper, TooMuch, parse
@@ -50,7 +51,9 @@ def load_config(preset_or_path: str, overrides: list[str] | tuple[str, ...] = ()
 def validate(values: dict[str, Any]) -> RunConfig:
     """Validate plain values (as read from YAML or JSON)."""
     try:
-        return RunConfig.model_validate_json(json.dumps(with_tokens(_with_text_keys(values)), default=str))
+        return RunConfig.model_validate_json(
+            json.dumps(with_preset_tasks(with_tokens(_with_text_keys(values))), default=str)
+        )
     except ValidationError as error:
         raise ConfigError("; ".join(dict.fromkeys(_describe(problem) for problem in error.errors()))) from None
     except ValueError as error:

@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from pipeline.config.gates import GateConfig
 from pipeline.config.section import Section
 from pipeline.config.values import Bytes, Count, Location, PositiveFloat, PositiveInt
+
+Shots = Annotated[int, Field(ge=0)]
+
+# Table 5 of the Moonlight paper (arXiv 2502.16982), as lm-eval names its tasks; the data are on the Hugging Face Hub. HumanEval
+# and MBPP run code that the model wrote, and lm-eval has no CMath. Of MATH the paper does not say the examples: lm-eval's four.
+PAPER_SHOTS = {
+    "mmlu": 5, "mmlu_pro": 5, "bbh_cot_fewshot": 3, "triviaqa": 5, "gsm8k": 4, "minerva_math": 4, "ceval-valid": 5, "cmmlu": 5,
+}  # fmt: skip
+
+
+def with_preset_tasks(values: dict[str, Any]) -> dict[str, Any]:
+    """A run's plain values, with what `evaluation.task_preset` stands for where no tasks are given."""
+    evaluation = values.get("evaluation")
+    if not isinstance(evaluation, dict) or evaluation.get("task_preset") != "moonlight" or evaluation.get("tasks"):
+        return values
+    shots = evaluation.get("few_shot")
+    filled = {**evaluation, "tasks": list(PAPER_SHOTS), "few_shot": PAPER_SHOTS if shots is None else shots}
+    return {**values, "evaluation": filled}
 
 
 class EvaluationConfig(Section):
@@ -18,8 +37,26 @@ class EvaluationConfig(Section):
     checkpoint: Literal["last"] | Annotated[int, Field(gt=0)] = "last"  # or a step
     tasks: tuple[str, ...] = ()  # of lm-eval, to be scored as well: names of tasks, groups or tags
     task_folder: Location | None = None  # folder or s3:// prefix with own tasks (lm-eval's YAML) and their data
-    few_shot: Annotated[int, Field(ge=0)] | None = None  # examples before each question; None: what each task says
+    few_shot: Shots | dict[str, Shots] | None = (
+        None  # examples before each question, of all or by task; None: what each task says
+    )
+    task_preset: Literal["moonlight"] | None = (
+        None  # the paper's tasks with its numbers of examples, where tasks are not given
+    )
     task_limit: PositiveInt | None = None  # documents of each task; None: all
+    follow: bool = False  # judge every checkpoint while training goes on, not the chosen one after its end alone
+    waiting: Count = 8  # checkpoints without a result that training keeps for a follower beyond checkpoint.keep
+    tasks_every: PositiveInt | None = (
+        None  # steps: tasks also of checkpoints that are multiples of it; None: of the chosen one
+    )
+    scoring_tasks: Count = 1  # without GPUs: Ray tasks that share the held-out text, each with the whole network
+
+    @model_validator(mode="after")
+    def _shots_are_of_tasks(self) -> EvaluationConfig:
+        unknown = sorted(set(self.few_shot) - set(self.tasks)) if isinstance(self.few_shot, dict) else []
+        if unknown:
+            raise ValueError(f"few_shot: {unknown[0]!r} is not in tasks, which are {list(self.tasks)}")
+        return self
 
     @field_validator("tasks")
     @classmethod
@@ -31,7 +68,7 @@ class EvaluationConfig(Section):
 
 
 # Of EvaluationConfig; without tasks they mean nothing.
-TASK_SETTINGS = frozenset({"tasks", "task_folder", "few_shot", "task_limit"})
+TASK_SETTINGS = frozenset({"tasks", "task_folder", "few_shot", "task_limit", "task_preset"})
 
 
 class HubConfig(Section):
@@ -63,7 +100,12 @@ class CardConfig(Section):
 class PublishingConfig(Section):
     name: str = "moonlight"  # of the folder below models/
     max_loss: PositiveFloat | None = None  # gate on the held-out loss (nats per token)
+    average_last: Annotated[int, Field(ge=2, le=1000)] | None = (
+        None  # the mean of the weights of so many checkpoints is published
+    )
+    gates: tuple[GateConfig, ...] = ()  # all must be open
     promote: bool = True  # move latest.json to the new version
+    beats_frequencies: bool = True  # a model that is worse than token frequencies is not promoted
     shard_bytes: Bytes = 5_000_000_000  # of one safetensors file
     dtype: Literal["fp32", "bf16"] = "bf16"
     workers: Count | None = None  # tasks that write weight files at a time; None: as many as there are training workers

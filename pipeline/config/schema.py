@@ -22,6 +22,7 @@ from pipeline.config.corpus import (
     SourceConfig,
     TokenizerConfig,
 )
+from pipeline.config.gates import GateConfig
 from pipeline.config.network import ModelConfig
 from pipeline.config.optimizer import AdamWConfig, MuonConfig, OptimizerConfig
 from pipeline.config.outcome import TASK_SETTINGS, CardConfig, EvaluationConfig, HubConfig, PublishingConfig
@@ -46,6 +47,7 @@ __all__ = [
     "ElasticConfig",
     "EvaluationConfig",
     "FilterConfig",
+    "GateConfig",
     "HubConfig",
     "LearningRateStage",
     "MixtureStage",
@@ -144,6 +146,13 @@ def _disagreements(run: RunConfig) -> list[str]:
     unknown = sorted(set(run.tokenizer.sources) - {source.name for source in run.corpus.sources})
     if unknown:
         found.append(f"tokenizer.sources: no source of the corpus is named {unknown[0]!r}")
+    for index, gate in enumerate(run.publishing.gates):
+        if gate.source is not None and gate.source not in {source.name for source in run.corpus.sources}:
+            found.append(f"publishing.gates[{index}].source: no source of the corpus is named {gate.source!r}")
+        if gate.task is not None and not run.evaluation.tasks:
+            found.append(
+                f"publishing.gates[{index}].task {gate.task}: evaluation.tasks is empty, so nobody computes it; add it there"
+            )
     model, training, parallelism = run.model, run.training, run.parallelism
     if training.sequence_length > model.max_position_embeddings:
         found.append(

@@ -25,6 +25,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation.forward import Forward
 from pipeline.evaluation.result import EvaluationProgress, window_length
+from pipeline.evaluation.summary import TaskResults
 from pipeline.evaluation.tasks import loaded, new_tokens
 from pipeline.manifest import TaskMetric, TaskScore
 from pipeline.model.moonlight import Moonlight
@@ -43,32 +44,33 @@ def harness_version() -> str:
 
 def score_tasks(
     config: RunConfig, model: Moonlight, encoder: Encoder, report: Callable[[EvaluationProgress], None]
-) -> dict[str, TaskScore]:
+) -> TaskResults:
     """Score `evaluation.tasks`; by name, groups first. A collective call on the ranks of a process group.
 
     Raises ConfigError for tasks that cannot be loaded, and RuntimeError on the ranks that follow one that failed.
     """
     forward = Forward(model, encoder, batch=config.evaluation.batch, report=report)
     if forward.rank > 0:
-        found: dict[str, TaskScore] = forward.follow()
+        found: TaskResults = forward.follow()
         return found
+    shots = config.evaluation.few_shot
     try:
         with loaded(config) as (manager, tasks):
             results = simple_evaluate(
                 HarnessModel(forward, encoder, window_length(config)),
                 tasks=tasks,
                 task_manager=manager,
-                num_fewshot=config.evaluation.few_shot,
+                num_fewshot=shots if isinstance(shots, int) else None,  # by task: set when they were loaded
                 limit=config.evaluation.task_limit,
                 bootstrap_iters=RESAMPLES,
-                log_samples=False,
+                log_samples=True,
                 **SEEDS,
             )
     except BaseException as error:
         forward.end(error=error)
         raise
     assert results is not None  # lm-eval's rank is 0
-    found = task_scores(results)
+    found = TaskResults(harness_version(), task_scores(results), document_values(results))
     forward.end(found)
     return found
 
@@ -193,6 +195,17 @@ def task_scores(results: dict[str, Any]) -> dict[str, TaskScore]:
                 metrics=tuple(metrics),
             )
     return found
+
+
+def document_values(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """What single documents scored, in metrics that are one number a document: rows of `documents.TASKS`."""
+    return [
+        {"task": name, "filter": sample["filter"], "metric": metric, "key": sample["doc_hash"], "value": value}
+        for name, samples in results.get("samples", {}).items()
+        for sample in samples
+        for metric in sample["metrics"]
+        if (value := _number(sample[metric])) is not None
+    ]
 
 
 def _metrics(values: dict[str, Any], higher_is_better: dict[str, bool | None]) -> list[TaskMetric]:

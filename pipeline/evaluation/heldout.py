@@ -3,68 +3,54 @@
 A held-out document of n tokens becomes [EOS] t_1 ... t_n [EOS]: it starts as documents start in training and its end is
 predicted, too. That row of n + 2 tokens is cut into windows of S + 1 that overlap by one token, so each of the n + 1
 tokens after the first EOS is predicted exactly once, from at most S tokens before it. Short windows are padded on the
-right with labels of -100; attention is causal, so padding changes nothing.
+right; attention is causal and padding is not routed, so it changes nothing.
 
     loss (nats per token)  = sum of nats / (n + 1 summed over documents)
     bits per byte          = sum of nats / ln 2 / sum of UTF-8 bytes
 
-The text behind the tokens is recovered by decoding and must have the size that prepare measured; the baselines
-(`baselines.py`) are taken on those bytes. Windows are sorted by length within a source and a batch never mixes
-sources. Under `torch.distributed` the batches are dealt to the ranks round robin and all ranks run the same number of
-forward passes (a sharded model has collectives inside); one all-reduce of the per-source sums ends it.
+and the standard errors of both (errors.py). What each document scored is kept beside the record (documents.py).
+
+Windows are sorted by length within a source and a batch never mixes sources. The batches are dealt round robin to parts:
+the ranks of a process group, which run the same number of forward passes (a sharded model has collectives inside), or tasks
+that know nothing of each other. A batch is the same whoever runs it and every window's nats are kept by themselves until all
+are there, so the digits do not depend on the number of parts.
 
 Cost: one forward pass over the held-out tokens plus `xz -9` over their text.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import isfinite
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
 from pipeline.config.schema import RunConfig
-from pipeline.evaluation.baselines import bits_per_byte, compressed_bits_per_byte, unigram_nats
-from pipeline.evaluation.result import EvaluationProgress, commit, committed, identity, manifest_path, window_length
+from pipeline.evaluation.result import EvaluationProgress, committed, manifest_path, window_length
+from pipeline.evaluation.summary import TaskResults, commit
+from pipeline.evaluation.texts import HeldoutText, Tokens, heldout_texts
 from pipeline.evaluation.weights import load_model
-from pipeline.integrity import DamagedFile, read_checked
-from pipeline.manifest import (
-    CheckpointManifest,
-    DatasetManifest,
-    EvaluationManifest,
-    HeldoutFile,
-    SourceManifest,
-    SourceScore,
-)
+from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest
 from pipeline.storage import Storage
 from pipeline.tokenizer import Encoder
 from pipeline.training.retention import reading
 
-IGNORED = -100
-DECIMALS = 6  # published precision: below it, floating-point sums depend on batch shapes
-
-Tokens = npt.NDArray[np.int64]
+Report = Callable[[EvaluationProgress], None]
+Nats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class HeldoutText:
-    """The held-out documents of one source that are scored."""
+class Window:
+    """Tokens of a document, the first of which is only read."""
 
-    source: str
-    documents: list[Tokens]  # without EOS
-    text_bytes: list[int]  # UTF-8 bytes of each
-
-    @property
-    def scored_tokens(self) -> int:
-        return sum(len(tokens) + 1 for tokens in self.documents)
+    text: int
+    document: int  # of the text
+    tokens: Tokens
 
 
 def evaluate(
@@ -73,7 +59,8 @@ def evaluate(
     checkpoint: CheckpointManifest,
     storage: Storage,
     *,
-    report: Callable[[EvaluationProgress], None],
+    report: Report,
+    with_tasks: bool = True,
 ) -> EvaluationManifest:
     """Score a checkpoint, also on `evaluation.tasks`, and commit the result; one of the same identity is returned as it is.
 
@@ -81,135 +68,146 @@ def evaluate(
     training; all ranks return the same, rank 0 reports. Raises ValueError when no held-out document can be scored or a
     score is no finite number, and for tasks that cannot be had (`tasks.check`) or scored.
     """
-    found = committed(config, dataset, checkpoint, storage)
+    found = committed(config, dataset, checkpoint, storage, with_tasks=with_tasks)
     if found is not None:
         return found
-    encoder = Encoder.stored(dataset.tokenizer, storage)
-    texts = [text for source in dataset.sources if (text := read_heldout(source, dataset, config, storage)).documents]
-    if not texts:
-        raise ValueError(
-            f"corpus.heldout_fraction {config.corpus.heldout_fraction}: dataset {dataset.identity[:8]} holds out no document; "
-            "raise the fraction and prepare again"
-        )
+    encoder, texts = Encoder.stored(dataset.tokenizer, storage), heldout_texts(dataset, config, storage)
     first = not dist.is_initialized() or dist.get_rank() == 0
     with reading(storage, checkpoint.run_id, checkpoint.step) if first else nullcontext():
         model = load_model(config, checkpoint, storage)
     nats = score(
         model, texts, eos=encoder.eos_id, length=window_length(config), batch=config.evaluation.batch, report=report
     )
-    check_finite(dict(zip((text.source for text in texts), nats)), checkpoint)
-    harness, tasks = "", {}
-    if config.evaluation.tasks:
-        from pipeline.evaluation.harness import harness_version, score_tasks  # lm-eval is an extra
+    check_finite({text.source: float(each.sum()) for text, each in zip(texts, nats, strict=True)}, checkpoint)
+    tasks: TaskResults | None = None
+    if with_tasks and config.evaluation.tasks:
+        from pipeline.evaluation.harness import score_tasks  # lm-eval is an extra
 
-        harness, tasks = harness_version(), score_tasks(config, model, encoder, report)
+        tasks = score_tasks(config, model, encoder, report)
     if first:
-        manifest = _manifest(config, dataset, checkpoint, texts, nats, encoder)
-        manifest = manifest.model_copy(update={"harness": harness, "tasks": tasks})
-        commit(config, checkpoint, manifest, storage)
+        commit(config, dataset, checkpoint, texts, nats, tasks, storage, with_tasks=with_tasks)
     if dist.is_initialized():
         dist.barrier()
     path = manifest_path(config, checkpoint)
     return EvaluationManifest.parse(storage.read(path), storage.uri(path))
 
 
-def read_heldout(source: SourceManifest, dataset: DatasetManifest, config: RunConfig, storage: Storage) -> HeldoutText:
-    """Whole documents in stored order; one that would exceed `evaluation.max_tokens_per_source` is passed over.
-
-    If none fits, the shortest is taken: a finished training run does not fail for the want of a short document.
-    """
-    dtype = np.dtype(dataset.token_dtype).newbyteorder("<")
-    found: list[tuple[Tokens, int]] = []
-    for file in source.heldout:
-        table = _read_table(storage, file)
-        tokens = (np.frombuffer(raw, dtype=dtype).astype(np.int64) for raw in table["tokens"].to_pylist())
-        found += zip(tokens, table["n_bytes"].to_pylist())
-    budget = config.evaluation.max_tokens_per_source
-    kept = []
-    for document in found:
-        if len(document[0]) + 1 <= budget:
-            budget -= len(document[0]) + 1
-            kept.append(document)
-    if found and not kept:
-        kept = [min(found, key=lambda document: len(document[0]))]
-    return HeldoutText(source.name, [tokens for tokens, _ in kept], [n_bytes for _, n_bytes in kept])
+def score_part(
+    config: RunConfig,
+    dataset: DatasetManifest,
+    checkpoint: CheckpointManifest,
+    storage: Storage,
+    *,
+    part: tuple[int, int],
+    report: Report,
+) -> Nats:
+    """What part i of n of the windows score, in one process that loads the network; zeros for those of other parts."""
+    encoder, texts = Encoder.stored(dataset.tokenizer, storage), heldout_texts(dataset, config, storage)
+    with reading(storage, checkpoint.run_id, checkpoint.step):
+        model = load_model(config, checkpoint, storage)
+    batches = plan_batches(texts, encoder.eos_id, window_length(config), config.evaluation.batch)
+    return score_windows(model, batches, pad=encoder.eos_id, part=part, report=report)
 
 
-def _read_table(storage: Storage, file: HeldoutFile) -> pa.Table:
-    """A file's tokens and byte counts. Raises DamagedFile, with the row group where a page tells."""
-    try:
-        data = read_checked(storage, file)
-    except DamagedFile as error:
-        raise DamagedFile(f"{error}{_damaged_group(storage, file)}") from None
-    return pq.read_table(io.BytesIO(data), columns=["tokens", "n_bytes"])
+def join_parts(
+    config: RunConfig,
+    dataset: DatasetManifest,
+    checkpoint: CheckpointManifest,
+    storage: Storage,
+    parts: Sequence[Nats],
+    tasks: TaskResults | None,
+    *,
+    with_tasks: bool = True,
+) -> EvaluationManifest:
+    """Commit the result of all parts and of the tasks. Raises ValueError as `evaluate` does."""
+    encoder, texts = Encoder.stored(dataset.tokenizer, storage), heldout_texts(dataset, config, storage)
+    batches = plan_batches(texts, encoder.eos_id, window_length(config), config.evaluation.batch)
+    nats = by_document(texts, batches, np.sum(parts, axis=0))
+    check_finite({text.source: float(each.sum()) for text, each in zip(texts, nats, strict=True)}, checkpoint)
+    return commit(config, dataset, checkpoint, texts, nats, tasks, storage, with_tasks=with_tasks)
 
 
-def _damaged_group(storage: Storage, file: HeldoutFile) -> str:
-    """`: row group 3`, the first that does not decode with its pages' checksums; '' if the damage is elsewhere."""
-    group = -1
-    try:
-        with storage.open(file.path) as handle:
-            parquet = pq.ParquetFile(handle, page_checksum_verification=True)
-            for group in range(parquet.num_row_groups):
-                parquet.read_row_group(group, use_threads=False)
-    except (pa.ArrowException, OSError, ValueError, KeyError):  # a damaged footer may name columns in no encoding
-        return "" if group < 0 else f": row group {group}"
-    return ""
-
-
-def windows(document: Tokens, eos: int, length: int) -> Iterator[Tokens]:
+def windows(document: Tokens, eos: int, length: int) -> list[Tokens]:
     """Cut [EOS] + document + [EOS] into windows of at most `length` + 1 tokens that overlap by one."""
     row = np.concatenate([[eos], document, [eos]]).astype(np.int64)
-    for start in range(0, len(row) - 1, length):
-        yield row[start : start + length + 1]
+    return [row[start : start + length + 1] for start in range(0, len(row) - 1, length)]
+
+
+def plan_batches(texts: list[HeldoutText], eos: int, length: int, batch: int) -> list[list[Window]]:
+    """Which windows go through the network together."""
+    batches: list[list[Window]] = []
+    for index, text in enumerate(texts):
+        cut = [
+            Window(index, number, window)
+            for number, document in enumerate(text.documents)
+            for window in windows(document, eos, length)
+        ]
+        cut.sort(key=lambda window: len(window.tokens), reverse=True)
+        batches += [cut[start : start + batch] for start in range(0, len(cut), batch)]
+    return batches
 
 
 def score(
-    model: torch.nn.Module,
-    texts: list[HeldoutText],
-    *,
-    eos: int,
-    length: int,
-    batch: int,
-    report: Callable[[EvaluationProgress], None],
-) -> list[float]:
-    """Total nats of each source. `model(input_ids_BS, labels_BS).loss_sum` is the sum over labels that are not -100."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    model: torch.nn.Module, texts: list[HeldoutText], *, eos: int, length: int, batch: int, report: Report
+) -> list[Nats]:
+    """The nats of each document, by text; on the ranks of a process group together."""
+    batches = plan_batches(texts, eos, length, batch)
+    part = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return by_document(texts, batches, score_windows(model, batches, pad=eos, part=part, report=report))
+
+
+def score_windows(
+    model: torch.nn.Module, batches: list[list[Window]], *, pad: int, part: tuple[int, int], report: Report
+) -> Nats:
+    """Nats of each window, in the batches' order; those of other parts are zero unless a process group adds them up.
+
+    `model(input_ids_BS, labels_N, at_N=..., lengths=...).log_p_N` is the log-probability of each label. Part 0 reports.
+    """
+    mine, parts = part
     device = next(model.parameters()).device
-    batches: list[tuple[int, list[Tokens]]] = []
-    for index, text in enumerate(texts):
-        cut = [window for document in text.documents for window in windows(document, eos, length)]
-        cut.sort(key=len, reverse=True)
-        batches += [(index, cut[start : start + batch]) for start in range(0, len(cut), batch)]
-    nats = torch.zeros(len(texts), dtype=torch.float64, device=device)
-    total = sum(text.scored_tokens for text in texts)
-    done = mine = 0
-    for start in range(0, len(batches), world):
-        turn = start + rank
-        index, group = batches[min(turn, len(batches) - 1)]
-        inputs_BS, labels_BS = _tensors(group, eos, device)
-        if turn >= len(batches):  # nothing left for this rank: keep the others' collectives company
-            labels_BS.fill_(IGNORED)
-        with torch.no_grad():
-            nats[index] += model(inputs_BS, labels_BS).loss_sum.double()
-        mine += int((labels_BS != IGNORED).sum())
-        new = sum(len(window) - 1 for _, others in batches[start : start + world] for window in others)
+    sizes = [len(group) for group in batches]
+    starts = np.cumsum([0, *sizes])
+    nats = torch.zeros(int(starts[-1]), dtype=torch.float64, device=device)
+    total = sum(len(window.tokens) - 1 for group in batches for window in group)
+    done = counted = 0
+    for start in range(0, len(batches), parts):
+        turn = start + mine
+        if turn < len(batches):
+            found = _score(model, batches[turn], pad, device)
+            nats[int(starts[turn]) : int(starts[turn + 1])] = found
+            counted += sum(len(window.tokens) - 1 for window in batches[turn])
+        elif dist.is_initialized():  # nothing left for this rank: keep the others' collectives company
+            _score(model, batches[-1], pad, device)
+        new = sum(len(window.tokens) - 1 for group in batches[start : start + parts] for window in group)
         done += new
-        if rank == 0:
-            report(EvaluationProgress(new, done, total, float(nats.sum()) / max(mine, 1)))
-    if world > 1:
+        if mine == 0:
+            report(EvaluationProgress(new, done, total, float(nats.sum()) / max(counted, 1)))
+    if dist.is_initialized() and parts > 1:
         dist.all_reduce(nats)
-    return nats.tolist()
+    result: Nats = nats.cpu().numpy()
+    return result
 
 
-def _tensors(group: list[Tokens], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(len(window) for window in group) - 1
+def by_document(texts: list[HeldoutText], batches: list[list[Window]], nats: Nats) -> list[Nats]:
+    """Sums over each document's windows, in the order of the batches."""
+    sums = [np.zeros(len(text.documents)) for text in texts]
+    for window, value in zip((window for group in batches for window in group), nats.tolist(), strict=True):
+        sums[window.text][window.document] += value
+    return sums
+
+
+def _score(model: torch.nn.Module, group: list[Window], pad: int, device: torch.device) -> torch.Tensor:
+    """Nats of each window, [B] fp64."""
+    lengths = [len(window.tokens) - 1 for window in group]
+    width = max(lengths)
     inputs_BS = torch.full((len(group), width), pad)
-    labels_BS = torch.full((len(group), width), IGNORED)
     for row, window in enumerate(group):
-        inputs_BS[row, : len(window) - 1] = torch.from_numpy(window[:-1])
-        labels_BS[row, : len(window) - 1] = torch.from_numpy(window[1:])
-    return inputs_BS.to(device), labels_BS.to(device)
+        inputs_BS[row, : lengths[row]] = torch.from_numpy(window.tokens[:-1])
+    at_N = torch.cat([row * width + torch.arange(length) for row, length in enumerate(lengths)])
+    labels_N = torch.from_numpy(np.concatenate([window.tokens[1:] for window in group]))
+    with torch.no_grad():
+        scores = model(inputs_BS.to(device), labels_N.to(device), at_N=at_N.to(device), lengths=lengths)
+    return torch.stack([-part.sum() for part in scores.log_p_N.double().split(lengths)])
 
 
 def check_finite(nats: dict[str, float], checkpoint: CheckpointManifest) -> None:
@@ -220,60 +218,3 @@ def check_finite(nats: dict[str, float], checkpoint: CheckpointManifest) -> None
             f"checkpoint of step {checkpoint.step}: the held-out loss of source {bad[0]!r} is {nats[bad[0]]}, so its weights are "
             "damaged or have diverged; evaluate an earlier one (evaluation.checkpoint)"
         )
-
-
-def decode(text: HeldoutText, encoder: Encoder) -> bytes:
-    """The UTF-8 text of the documents, one after the other; every size is the one that prepare measured."""
-    pieces = []
-    for number, (tokens, n_bytes) in enumerate(zip(text.documents, text.text_bytes)):
-        piece = encoder.decode(tokens).encode()
-        assert len(piece) == n_bytes, (
-            f"{text.source} document {number}: decodes to {len(piece)} bytes, stored as {n_bytes}"
-        )
-        pieces.append(piece)
-    return b"".join(pieces)
-
-
-def _manifest(
-    config: RunConfig,
-    dataset: DatasetManifest,
-    checkpoint: CheckpointManifest,
-    texts: list[HeldoutText],
-    nats: list[float],
-    encoder: Encoder,
-) -> EvaluationManifest:
-    contents = [decode(text, encoder) for text in texts]
-    scored = [np.concatenate([part for doc in text.documents for part in (doc, [encoder.eos_id])]) for text in texts]
-    everything, all_tokens = b"".join(contents), np.concatenate(scored)
-    return EvaluationManifest(
-        identity=identity(config, dataset, checkpoint),
-        checkpoint_digest=checkpoint.digest,
-        dataset_digest=dataset.digest,
-        step=checkpoint.step,
-        sequence_length=window_length(config),
-        overall=_score(sum(len(text.documents) for text in texts), len(all_tokens), len(everything), sum(nats)),
-        sources={
-            text.source: _score(len(text.documents), text.scored_tokens, len(content), total)
-            for text, content, total in zip(texts, contents, nats)
-        },
-        unigram_entropy=round(unigram_nats(all_tokens) / len(all_tokens), DECIMALS),
-        baselines=_baselines(everything, all_tokens),
-        source_baselines={
-            text.source: _baselines(content, tokens) for text, content, tokens in zip(texts, contents, scored)
-        },
-    )
-
-
-def _score(documents: int, tokens: int, text_bytes: int, nats: float) -> SourceScore:
-    return SourceScore(
-        documents=documents,
-        tokens=tokens,
-        text_bytes=text_bytes,
-        loss=round(nats / tokens, DECIMALS),
-        bits_per_byte=round(bits_per_byte(nats, text_bytes), DECIMALS),
-    )
-
-
-def _baselines(text: bytes, tokens: Tokens) -> dict[str, float]:
-    unigram = {"token frequencies": bits_per_byte(unigram_nats(tokens), len(text))}
-    return {name: round(bits, DECIMALS) for name, bits in {**compressed_bits_per_byte(text), **unigram}.items()}

@@ -8,15 +8,17 @@ relative path, so the storage root may be a folder or a bucket behind a web serv
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
-from importlib import resources
 from typing import Any
 
 from pipeline.config.load import dump_yaml
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation.baselines import SHOWN
-from pipeline.evaluation.charts import Mark, Point, Series, compact, line_chart
+from pipeline.evaluation.charts import Mark, Point, Series, compact
+from pipeline.evaluation.curves import checkpoints, read_all
+from pipeline.evaluation.parts import figure, page, section, table
+from pipeline.evaluation.result import manifest_path
 from pipeline.evaluation.weights import count_parameters
 from pipeline.manifest import (
     CheckpointManifest,
@@ -29,6 +31,7 @@ from pipeline.manifest import (
     TrainManifest,
 )
 from pipeline.storage import Storage
+from pipeline.training.commits import folder_of
 from pipeline.training.left_out import order_of
 from pipeline.training.metrics import sound_files
 
@@ -57,8 +60,9 @@ def write_report(
     `checkpoint`: the one that was evaluated and published, the last of the run or not. `stage_seconds` in order of stages.
     """
     records = read_metrics(train, storage)
-    page = render(config, dataset, train, checkpoint, evaluation, model, records, stage_seconds)
-    storage.write(report_path(config.run_id), page.encode())
+    others = read_all(storage, config.run_id)
+    text = render(config, dataset, train, checkpoint, evaluation, model, records, stage_seconds, others)
+    storage.write(report_path(config.run_id), text.encode())
     return report_path(config.run_id)
 
 
@@ -86,26 +90,22 @@ def render(
     model: ModelManifest,
     records: list[dict[str, Any]],
     stage_seconds: Mapping[str, float],
+    others: Sequence[EvaluationManifest] = (),
 ) -> str:
-    """The page as text."""
-    style = resources.files("pipeline.evaluation").joinpath("report.css").read_text()
+    """The page as text. `others`: the results of all of the run's checkpoints, oldest first."""
     body = [
         _head(config, model),
         _tiles(config, train, checkpoint, evaluation, stage_seconds),
-        _section("Training", _charts(records, checkpoint, evaluation)),
-        _section("Held-out text", _scores(dataset, evaluation)),
-        _section("Tasks", _tasks(evaluation)) if evaluation.tasks else "",
-        _section("Data", _data(config, dataset, checkpoint)),
-        _section("Stages", _stages(stage_seconds)) if stage_seconds else "",
-        _section("Artefacts", _artefacts(checkpoint, evaluation, model, dataset)),
+        section("Training", _charts(records, checkpoint, evaluation)),
+        section("Checkpoints", checkpoints(others)) if len(others) > 1 else "",
+        section("Held-out text", _scores(dataset, evaluation)),
+        section("Tasks", _tasks(evaluation)) if evaluation.tasks else "",
+        section("Data", _data(config, dataset, checkpoint)),
+        section("Stages", _stages(stage_seconds)) if stage_seconds else "",
+        section("Artefacts", _artefacts(config, checkpoint, evaluation, model, dataset)),
         f"<details><summary>Configuration</summary><pre>{escape(dump_yaml(config))}</pre></details>",
     ]
-    title = escape(f"{model.name} {model.version}")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{style}</style></head>\n<body><main>{''.join(body)}</main></body></html>\n"
-    )
+    return page(f"{model.name} {model.version}", "".join(body))
 
 
 # -- sections --------------------------------------------------------------------------------------------------------
@@ -166,19 +166,7 @@ def _charts(records: list[dict[str, Any]], checkpoint: CheckpointManifest, evalu
         ("Learning rate", "", [Series("learning rate", points("learning_rate"))], []),
         ("Expert load", "busiest expert / mean, per mixture layer", loads, []),
     ]
-    return '<div class="charts">' + "".join(_figure(*figure) for figure in figures) + "</div>"
-
-
-def _figure(title: str, note: str, series: list[Series], marks: list[Mark]) -> str:
-    chart = line_chart(series, marks, label=f"{title} over tokens seen")
-    if not chart:
-        return ""
-    drawn = [(line.name, line.colour) for line in series] + [(m.name, m.colour) for m in marks if m.x is not None]
-    if len(drawn) > 6:  # shades in order: the ends say it
-        drawn = [drawn[0], drawn[-1]]
-    legend = "".join(f'<span><i style="background:{colour}"></i>{escape(name)}</span>' for name, colour in drawn)
-    key = f'<div class="legend">{legend}</div>' if len(drawn) > 1 else ""
-    return f"<figure><figcaption>{escape(title)} <small>{escape(note)}</small></figcaption>{key}{chart}</figure>"
+    return '<div class="charts">' + "".join(figure(*each) for each in figures) + "</div>"
 
 
 def _scores(dataset: DatasetManifest, evaluation: EvaluationManifest) -> str:
@@ -201,7 +189,7 @@ def _scores(dataset: DatasetManifest, evaluation: EvaluationManifest) -> str:
         "Loss in nats per token; from <em>model</em> on, bits per byte of the same text. Compressors start from nothing; "
         "token frequencies are those of the text itself. Bold: better than every baseline."
     )
-    return f"{_table(head, rows)}<p class='note'>{note}</p>"
+    return f"{table(head, rows)}<p class='note'>{note}</p>"
 
 
 def _tasks(evaluation: EvaluationManifest) -> str:
@@ -211,7 +199,7 @@ def _tasks(evaluation: EvaluationManifest) -> str:
         for cells in task_cells(score)
     ]
     return (
-        f"{_table(['task', 'in group', *TASK_HEAD], rows, left=2)}<p class='note'>{escape(scored_how(evaluation))}</p>"
+        f"{table(['task', 'in group', *TASK_HEAD], rows, left=2)}<p class='note'>{escape(scored_how(evaluation))}</p>"
     )
 
 
@@ -247,7 +235,7 @@ def _data(config: RunConfig, dataset: DatasetManifest, checkpoint: CheckpointMan
         for source in dataset.sources
     ]
     head = ["source", "share", "documents", "used", "held out", "filtered", "quarantined", "text", "tokens", "rows"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _stages(stage_seconds: Mapping[str, float]) -> str:
@@ -260,19 +248,27 @@ def _stages(stage_seconds: Mapping[str, float]) -> str:
         ]
         for name, seconds in stage_seconds.items()
     ]
-    return _table(["stage", "time", ""], rows)
+    return table(["stage", "time", ""], rows)
 
 
 def _artefacts(
-    checkpoint: CheckpointManifest, evaluation: EvaluationManifest, model: ModelManifest, dataset: DatasetManifest
+    config: RunConfig,
+    checkpoint: CheckpointManifest,
+    evaluation: EvaluationManifest,
+    model: ModelManifest,
+    dataset: DatasetManifest,
 ) -> str:
     folder = f"../../models/{model.name}/{model.version}"
     step = checkpoint.step
     rows = [
         ("published model", f"{folder}/README.md", model.digest),
         ("files of the model", f"{folder}/manifest.json", model.digest),
-        ("evaluation", f"evaluate/step-{evaluation.step:08d}.json", evaluation.digest),
-        (f"checkpoint, step {step:,}", f"train/step-{step:08d}/manifest.json", checkpoint.digest),
+        ("evaluation", manifest_path(config, checkpoint).removeprefix(f"runs/{config.run_id}/"), evaluation.digest),
+        (
+            f"checkpoint, step {step:,}",
+            f"{folder_of(checkpoint).removeprefix(f'runs/{config.run_id}/')}/manifest.json",
+            checkpoint.digest,
+        ),
         ("weights in the checkpoint", "", checkpoint.content_sha256),
         ("dataset", f"../../datasets/{dataset.identity}/dataset.json", dataset.digest),
         ("tokenizer", f"../../{dataset.tokenizer.folder}/tokenizer.json", dataset.tokenizer.sha256),
@@ -283,24 +279,10 @@ def _artefacts(
         [f'<a href="{escape(link, quote=True)}">{escape(name)}</a>' if link else escape(name), f"<code>{digest}</code>"]
         for name, link, digest in rows
     ]
-    return _table(["artefact", "sha256"], cells, left=2)
+    return table(["artefact", "sha256"], cells, left=2)
 
 
 # -- parts -----------------------------------------------------------------------------------------------------------
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{title}</h2>{content}</section>"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "".join(
-            f"<{tag}{' class=left' if index < left else ''}>{cell}</{tag}>" for index, cell in enumerate(cells)
-        )
-
-    body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{line(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _bar(value: float, largest: float, colour: str, strong: bool = False) -> str:

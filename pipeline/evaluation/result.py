@@ -11,6 +11,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.evaluation import tasks
 from pipeline.integrity import read_record
 from pipeline.manifest import CheckpointManifest, DamagedRecord, DatasetManifest, EvaluationManifest, digest_of
+from pipeline.optim.schedule import total_steps
 from pipeline.storage import Storage
 
 FORMAT = 1  # enters the identity: raise it when the same inputs would score differently
@@ -30,8 +31,10 @@ class EvaluationProgress:
     doing: str = ""
 
 
-def identity(config: RunConfig, dataset: DatasetManifest, checkpoint: CheckpointManifest) -> str:
-    """Digest of everything that decides the scores."""
+def identity(
+    config: RunConfig, dataset: DatasetManifest, checkpoint: CheckpointManifest, *, with_tasks: bool = True
+) -> str:
+    """Digest of everything that decides the scores, those of tasks or not."""
     return digest_of(
         {
             "format": FORMAT,
@@ -40,21 +43,30 @@ def identity(config: RunConfig, dataset: DatasetManifest, checkpoint: Checkpoint
             "model": config.model.model_dump(mode="json"),
             "sequence_length": window_length(config),
             "max_tokens_per_source": config.evaluation.max_tokens_per_source,
-            **tasks.identity(config),
+            **(tasks.identity(config) if with_tasks else {}),
         }
     )
 
 
 def manifest_path(config: RunConfig, checkpoint: CheckpointManifest) -> str:
-    return f"runs/{config.run_id}/evaluate/step-{checkpoint.step:08d}.json"
+    count = len(checkpoint.average_of)
+    return f"runs/{config.run_id}/evaluate/step-{checkpoint.step:08d}{f'-last-{count}' if count else ''}.json"
 
 
 def committed(
-    config: RunConfig, dataset: DatasetManifest, checkpoint: CheckpointManifest, storage: Storage
+    config: RunConfig,
+    dataset: DatasetManifest,
+    checkpoint: CheckpointManifest,
+    storage: Storage,
+    *,
+    with_tasks: bool = True,
 ) -> EvaluationManifest | None:
-    """The result of these inputs, if there is one."""
+    """The result of these inputs, if there is one; without `with_tasks` one that has them is as good."""
     found = read_record(storage, manifest_path(config, checkpoint), EvaluationManifest)
-    return found if found and found.identity == identity(config, dataset, checkpoint) else None
+    if found is None:
+        return None
+    wanted = {identity(config, dataset, checkpoint, with_tasks=each) for each in {True, with_tasks}}
+    return found if found.identity in wanted else None
 
 
 def commit(config: RunConfig, checkpoint: CheckpointManifest, manifest: EvaluationManifest, storage: Storage) -> None:
@@ -69,6 +81,16 @@ def commit(config: RunConfig, checkpoint: CheckpointManifest, manifest: Evaluati
             found = None
         if (found is not None and found.identity == manifest.identity) or storage.swap(path, manifest.to_json(), etag):
             return
+
+
+def tasks_are_due(config: RunConfig, step: int) -> bool:
+    """Are tasks scored at this step's checkpoint? At the chosen one always, and every `evaluation.tasks_every` steps."""
+    evaluation = config.evaluation
+    if not evaluation.tasks:
+        return False
+    last = total_steps(config.schedule, config.training.sequence_length)
+    chosen = last if evaluation.checkpoint == "last" else evaluation.checkpoint
+    return step == chosen or (evaluation.tasks_every is not None and step % evaluation.tasks_every == 0)
 
 
 def window_length(config: RunConfig) -> int:

@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import importlib.util
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -175,9 +175,11 @@ def _load(config: RunConfig, manager: Any, folder: Path | None) -> list[Any]:
         try:
             for name in config.evaluation.tasks:
                 loaded = manager.load([name])
+                _set_shots(config, name, loaded["tasks"].values())
                 one = loaded["groups"].get(name) or loaded["tasks"].get(name)
                 found += [one] if one is not None else loaded["tasks"].values()  # those of a tag
-            tasks = manager.load(found)["tasks"]
+            everything = manager.load(found)
+            tasks = everything["tasks"]
         except Exception as error:  # whatever reading files, the Hub and a task's own code may raise
             raise ConfigError(
                 f"evaluation.tasks: {name} cannot be loaded ({type(error).__name__}: {_short(error)}); put the task and its data "
@@ -185,7 +187,35 @@ def _load(config: RunConfig, manager: Any, folder: Path | None) -> list[Any]:
             ) from error
     for name, task in tasks.items():
         _check_task(config, name, task)
+    _check_gates(config, tasks, everything["groups"])
     return found
+
+
+def _set_shots(config: RunConfig, name: str, tasks: Iterable[Any]) -> None:
+    """The examples that `evaluation.few_shot` says for a task or for those of a group; one that has none on purpose stays so, as
+    with lm-eval's own option."""
+    shots = config.evaluation.few_shot
+    if isinstance(shots, dict) and name in shots:
+        for task in tasks:
+            if task.get_config("num_fewshot") != 0:
+                task.set_config(key="num_fewshot", value=shots[name])
+
+
+def _check_gates(config: RunConfig, tasks: dict[str, Any], groups: Iterable[str]) -> None:
+    """A gate on what nobody computes would stay closed after weeks of training."""
+    for index, gate in enumerate(config.publishing.gates):
+        if gate.task is None:
+            continue
+        key = f"publishing.gates[{index}]"
+        if gate.task not in {*tasks, *groups}:
+            known = sorted({*tasks, *groups})
+            more = f" and {len(known) - 12} more" if len(known) > 12 else ""
+            raise ConfigError(
+                f"{key}.task: nobody computes {gate.task!r}; evaluation.tasks are {', '.join(known[:12])}{more}: add it there"
+            )
+        metrics = sorted(tasks[gate.task].higher_is_better()) if gate.task in tasks else []
+        if metrics and gate.metric not in metrics:
+            raise ConfigError(f"{key}.metric: {gate.task} has no metric {gate.metric!r}; it has {', '.join(metrics)}")
 
 
 def _check_task(config: RunConfig, name: str, task: Any) -> None:

@@ -25,7 +25,7 @@ from pipeline.parallel.mesh import build_meshes
 from pipeline.parallel.shard import shard_model
 from pipeline.storage import Storage
 from pipeline.training.checkpoint import load_tensors
-from pipeline.training.commits import step_folder
+from pipeline.training.commits import folder_of
 from pipeline.training.files import CheckpointReader
 
 
@@ -83,7 +83,7 @@ def read_tensors(tensors: dict[str, Any], checkpoint: CheckpointManifest, storag
 
     Raises ValueError that names a tensor which the checkpoint lacks or holds in another shape, and DamagedCheckpoint.
     """
-    folder = step_folder(checkpoint.run_id, checkpoint.step)
+    folder = folder_of(checkpoint)
 
     def check(stored: dict[str, tuple[int, ...]]) -> None:
         for name, tensor in tensors.items():

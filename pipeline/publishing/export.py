@@ -7,6 +7,7 @@
         tokenizer.json tokenizer_config.json          and the chat templates that came with them
         README.md loss.png training_log.jsonl         the model card, and what was logged up to the checkpoint
         NAME-bf16.gguf                                with `publishing.gguf`: one file for llama.cpp (gguf_file.py)
+        evaluation.json evaluation-documents.parquet  what it scored, and every document: later models are compared with it
         manifest.json                                 sha256 of every file and all digests; written last: the commit
         provenance.json                               where all of it comes from, as tools read it (provenance.py)
 
@@ -47,8 +48,8 @@ from pipeline.manifest import (
 from pipeline.model.hf import hf_config, load_hf
 from pipeline.model.moonlight import Moonlight
 from pipeline.publishing import registry
+from pipeline.publishing.ask import ask, published_files
 from pipeline.publishing.check import check_first_layers, check_texts, open_published
-from pipeline.publishing.gate import refusal
 from pipeline.publishing.gguf_file import check_gguf, write_gguf
 from pipeline.publishing.layout import DTYPES, INDEX, index_of, plan_files
 from pipeline.publishing.model_card import Sample, model_card
@@ -65,10 +66,6 @@ from pipeline.training.retention import reading
 
 WriteFiles = Callable[[RunConfig, CheckpointManifest, str], Iterable[Written]]
 SAMPLE_TEMPERATURE = 0.8
-
-
-class GateError(ValueError):
-    """The model is not good enough to be published; the message has the loss and the limit."""
 
 
 def publish(
@@ -89,16 +86,14 @@ def publish(
     `check`: asked before the version is made to exist; raises if this process may not. `write_files(config, checkpoint, folder)`
     writes all weight files, in any order; None: here, one after the other.
 
-    Raises GateError, before anything is written, for a loss over `publishing.max_loss` or one that is not finite, and
-    ValueError when evaluation, checkpoint and dataset do not belong together.
+    Raises GateError, before anything is written, where a gate is closed (gate.py), and ValueError when evaluation, checkpoint and dataset do not belong together.
     """
     checkpoint = checkpoint or train.checkpoint
     _check_inputs(checkpoint, evaluation, dataset)
-    why = refusal(evaluation, config.publishing.max_loss)
-    if why is not None:
-        raise GateError(f"{why}; nothing was published or promoted")
-    version = version_name(config, checkpoint, evaluation, dataset)
-    manifest = registry.find(storage, config.publishing.name, version)
+    name, version = config.publishing.name, version_name(config, checkpoint, evaluation, dataset)
+    manifest = registry.find(storage, name, version)
+    settled = manifest is not None and registry.is_settled(registry.latest(storage, name), manifest)
+    ask(config.publishing, evaluation, storage, settled=settled).require()
     if manifest is None:
         manifest = _write(
             config, train, checkpoint, evaluation, dataset, storage, version, git_commit, report, check, write_files
@@ -107,7 +102,11 @@ def publish(
         registry.check(storage, manifest)
     write_provenance(storage, manifest, checkpoint, evaluation, dataset, origin_of(checkpoint.run_id, storage))
     if config.publishing.promote:
-        registry.promote(storage, manifest)
+
+        def allowed() -> None:  # beside the model that is promoted by then
+            ask(config.publishing, evaluation, storage).require("published, but not promoted")
+
+        registry.promote(storage, manifest, allowed)
     return manifest
 
 
@@ -180,6 +179,8 @@ def _write(
     title = f"{config.publishing.name}, step {checkpoint.step:,}"
     put("loss.png", loss_plot(curve, heldout, evaluation.unigram_entropy, title))
     samples = write_samples(config, dataset.tokenizer, storage, folder)
+    for name, data in published_files(storage, evaluation).items():
+        put(name, data)
     parameters = count_parameters(config.model)
     origin = origin_of(checkpoint.run_id, storage)
     card = model_card(config, dataset, train, checkpoint, evaluation, parameters, samples, origin)
@@ -200,6 +201,7 @@ def _write(
         loss=evaluation.overall.loss,
         bits_per_byte=evaluation.overall.bits_per_byte,
         xxh3=xxh3,
+        dataset=dataset.identity,
     )
     check()
     return registry.commit(storage, manifest)

@@ -257,7 +257,9 @@ def _training(config: RunConfig, train: TrainManifest, checkpoint: CheckpointMan
     mesh, ranks = checkpoint.mesh, f"{checkpoint.world_size} rank{'s' if checkpoint.world_size > 1 else ''}"
     if mesh:
         ranks += f": replicate {mesh['replicate']}, shard {mesh['shard']}, experts over {mesh['ep']}"
+    mean = f"mean of the checkpoints of steps {', '.join(f'{step:,}' for step in checkpoint.average_of)}, in fp32"
     rows = [
+        *([["weights", mean]] if checkpoint.average_of else []),
         ["optimizer", _optimizer_name(config)],
         ["weight decay, gradient clipping", f"{config.optimizer.weight_decay:g}, {config.optimizer.gradient_clip:g}"],
         ["learning rate (by slots)", rates],

@@ -1,18 +1,24 @@
-"""Published versions and the pointer to the one in use.
+"""Published versions, the pointer to the one in use, and how it moved.
 
     <root>/models/<name>/<version>/      the model; `manifest.json` is written last and makes it exist
-    <root>/models/<name>/latest.json     the promoted version, replaced only by compare-and-swap
+    <root>/models/<name>/latest.json     the promoted version and the history of the pointer, replaced only by compare-and-swap
 
-`latest.json` remembers what it pointed at before. A version is promoted at most once in its life: publishing it again
-(a re-run, a slow second publisher, a restart after a crash) never takes the pointer back from a newer one, and a run's
-earlier step never replaces a later step of the same run. Deliberate rollback is an edit of `latest.json` by a person.
+A version is promoted by itself at most once in its life: publishing it again (a re-run, a slow second publisher, a restart
+after a crash) never takes the pointer back from a newer one, and a run's earlier step never replaces a later step of the
+same run. People may move it anywhere: `moonlight models promote` and `rollback`. Pointer and history are one object, so of
+any number of movers each finds the other's move or is found by it.
 """
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import json
+import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Literal
 
 from pipeline.integrity import damage, read_record
 from pipeline.manifest import ModelManifest, Record
@@ -20,6 +26,17 @@ from pipeline.storage import Storage
 
 ATTEMPTS = 100  # lost races in a row before giving up; each means that another publisher got through
 VERIFIED_AT_ONCE = 4  # files; sha256 runs at 1 GB/s a core
+
+
+class Move(Record):
+    """The pointer moved."""
+
+    action: Literal["promote", "rollback"]
+    version: str  # to which it points since
+    before: str = ""  # to which it pointed; "": nowhere
+    at: str = ""  # UTC
+    who: str = ""
+    because: str = ""  # what a person said
 
 
 class Latest(Record):
@@ -31,7 +48,15 @@ class Latest(Record):
     step: int
     loss: float
     bits_per_byte: float
-    previous: tuple[str, ...] = ()  # versions promoted before this one, oldest first
+    previous: tuple[str, ...] = ()  # other versions promoted so far, oldest first
+    history: tuple[Move, ...] = ()  # oldest first; older publishers kept none
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """Versions in the order of their first promotion."""
+        moved = [move.version for move in self.history]
+        known = [version for version in (*self.previous, self.version) if version not in moved]
+        return tuple(dict.fromkeys([*known, *moved]))
 
 
 def folder(name: str, version: str) -> str:
@@ -66,29 +91,107 @@ def commit(storage: Storage, manifest: ModelManifest) -> ModelManifest:
     return other
 
 
-def promote(storage: Storage, manifest: ModelManifest) -> bool:
-    """Point `latest.json` at the version; False if it stays where it is (see the module's rule)."""
-    path = latest_path(manifest.name)
+def promote(storage: Storage, manifest: ModelManifest, allowed: Callable[[], None] = lambda: None) -> bool:
+    """Point `latest.json` at the version; False if it stays where it is (see the module's rule).
+
+    `allowed` is asked before each attempt, with the pointer as it is then, and raises if the version may not.
+    """
+
+    def successor(current: Latest | None) -> Latest | None:
+        if is_settled(current, manifest):
+            return None
+        allowed()
+        return _moved(current, manifest, "promote", "")
+
+    return _swap(storage, manifest.name, successor) is not None
+
+
+def move(
+    storage: Storage,
+    manifest: ModelManifest,
+    action: Literal["promote", "rollback"],
+    because: str,
+    allowed: Callable[[], None] = lambda: None,
+) -> bool:
+    """Point `latest.json` at the version because a person says so; False if it points there already."""
+
+    def successor(current: Latest | None) -> Latest | None:
+        if current is not None and current.version == manifest.version:
+            return None
+        allowed()
+        return _moved(current, manifest, action, because)
+
+    return _swap(storage, manifest.name, successor) is not None
+
+
+def is_settled(current: Latest | None, manifest: ModelManifest) -> bool:
+    """Has the pointer been at the version, or must it not go there by itself?"""
+    if current is None:
+        return False
+    if manifest.version in (current.version, *current.previous):
+        return True
+    return current.run_identity == manifest.run_identity and current.step >= manifest.step
+
+
+def before_current(current: Latest) -> str | None:
+    """The version that was promoted before the one in use; None if that was the first."""
+    order = current.order
+    place = order.index(current.version)
+    return order[place - 1] if place else None
+
+
+def _moved(
+    current: Latest | None, manifest: ModelManifest, action: Literal["promote", "rollback"], because: str
+) -> Latest:
+    others = () if current is None else tuple(v for v in current.order if v != manifest.version)
+    step = Move(
+        action=action,
+        version=manifest.version,
+        before="" if current is None else current.version,
+        at=datetime.now(UTC).isoformat(timespec="seconds"),
+        who=_who(),
+        because=because,
+    )
+    return Latest(
+        version=manifest.version,
+        manifest_digest=manifest.digest,
+        run_identity=manifest.run_identity,
+        step=manifest.step,
+        loss=manifest.loss,
+        bits_per_byte=manifest.bits_per_byte,
+        previous=others,
+        history=(*(() if current is None else current.history), step),
+    )
+
+
+def _swap(storage: Storage, name: str, successor: Callable[[Latest | None], Latest | None]) -> Latest | None:
+    """Replace the pointer by its successor, whatever others do meanwhile; None if it has none."""
+    path = latest_path(name)
+    mine: Latest | None = None
     for _ in range(ATTEMPTS):
         etag = storage.etag(path)  # before reading: a change in between makes the swap fail
-        current = latest(storage, manifest.name) if etag is not None else None
-        if current is not None:
-            if manifest.version in (current.version, *current.previous):
-                return False
-            if current.run_identity == manifest.run_identity and current.step >= manifest.step:
-                return False
-        successor = Latest(
-            version=manifest.version,
-            manifest_digest=manifest.digest,
-            run_identity=manifest.run_identity,
-            step=manifest.step,
-            loss=manifest.loss,
-            bits_per_byte=manifest.bits_per_byte,
-            previous=() if current is None else (*current.previous, current.version),
-        )
-        if storage.swap(path, successor.to_json(), etag):
-            return True
+        current = latest(storage, name) if etag is not None else None
+        if mine is not None and current is not None and mine.history[-1] in current.history:
+            return mine  # an earlier attempt got through and its answer was lost
+        mine = successor(current)
+        if mine is None or storage.swap(path, mine.to_json(), etag):
+            return mine
     raise RuntimeError(f"{storage.uri(path)}: lost {ATTEMPTS} races in a row; look for a publisher that never stops")
+
+
+def _who() -> str:
+    try:
+        return f"{getpass.getuser()} on {os.uname().nodename}"
+    except (KeyError, OSError):  # a container's user without a name
+        return f"user {os.getuid()} on {os.uname().nodename}"
+
+
+def versions(storage: Storage, name: str) -> list[ModelManifest]:
+    """All that are published under the name, by version. Raises DamagedRecord."""
+    with ThreadPoolExecutor(16) as threads:  # on S3 each is a request
+        names = sorted(each for each in storage.names(f"models/{name}") if not each.endswith(".json"))
+        found = threads.map(lambda version: find(storage, name, version), names)
+        return [manifest for manifest in found if manifest is not None]
 
 
 def verify(storage: Storage, manifest: ModelManifest) -> list[str]:

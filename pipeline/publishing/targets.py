@@ -14,7 +14,7 @@ from pipeline.evaluation.result import committed as evaluation_of
 from pipeline.integrity import read_record
 from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, ModelManifest
 from pipeline.publishing import registry
-from pipeline.publishing.gate import refusal
+from pipeline.publishing.gate import not_a_score
 from pipeline.publishing.hub import Pushed, record_path, revision_of
 from pipeline.publishing.version import version_name
 from pipeline.storage import Storage
@@ -31,9 +31,16 @@ def others(
     if not config.publishing.revisions:
         return
     for checkpoint in committed(storage, config.run_id):
-        evaluation = None if checkpoint.step == chosen.step else evaluation_of(config, dataset, checkpoint, storage)
-        if evaluation is not None and refusal(evaluation, None) is None:
+        evaluation = None if checkpoint.step == chosen.step else _scores(config, dataset, checkpoint, storage)
+        if evaluation is not None and not_a_score(evaluation) is None:
             yield checkpoint, evaluation
+
+
+def _scores(
+    config: RunConfig, dataset: DatasetManifest, checkpoint: CheckpointManifest, storage: Storage
+) -> EvaluationManifest | None:
+    """With tasks or without: not every checkpoint is asked them."""
+    return evaluation_of(config, dataset, checkpoint, storage, with_tasks=False)
 
 
 def missing(

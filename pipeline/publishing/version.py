@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.config.schema import TASK_SETTINGS, RunConfig
 from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, digest_of
 
-FORMAT = 3  # enters the version's name: raise it when the same inputs would publish other bytes
+FORMAT = 4  # enters the version's name: raise it when the same inputs would publish other bytes
 MECHANICS = {  # of training: how the same steps are computed and watched
     "micro_batch", "activation_checkpointing", "compile", "reshard_after_forward", "max_skipped_steps", "step_timeout_s", "log_every",
 }  # fmt: skip
@@ -67,8 +67,8 @@ def published_config(config: RunConfig) -> dict[str, Any]:
             "checkpoint": True,
             "training": MECHANICS,
             "data": {"cache_bytes", "max_padding"},
-            "publishing": {"promote", "max_loss", "workers", "revisions", "hub"},
-            "evaluation": {"batch", *unused},
+            "publishing": {"promote", "max_loss", "gates", "beats_frequencies", "workers", "revisions", "hub"},
+            "evaluation": {"batch", "follow", "waiting", "tasks_every", "scoring_tasks", "task_preset", *unused},
         },
     )
     return found

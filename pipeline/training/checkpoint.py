@@ -41,8 +41,17 @@ from pipeline.config.schema import CheckpointConfig
 from pipeline.dataset.order import Order
 from pipeline.manifest import CheckpointManifest, FileEntry, StoredFile, canonical_json
 from pipeline.storage import Storage
-from pipeline.training.commits import MANIFEST, RUN, RunFacts, commit, continue_from, parts_folder, step_folder
-from pipeline.training.files import CheckpointReader, CheckpointWriter, DamagedCheckpoint
+from pipeline.training.commits import (
+    MANIFEST,
+    RUN,
+    DamagedCheckpoint,
+    RunFacts,
+    commit,
+    continue_from,
+    parts_folder,
+    step_folder,
+)
+from pipeline.training.files import CheckpointReader, CheckpointWriter
 from pipeline.training.identity import identity_digest
 from pipeline.training.left_out import LeftOut, read_left_out
 from pipeline.training.retention import Retention
@@ -59,8 +68,9 @@ class Checkpointer:
         device: torch.device,
         named: frozenset[int] = frozenset(),
         check: Callable[[], None] = lambda: None,
+        waiting: int = 0,
     ) -> None:
-        """`named`: steps whose checkpoints are kept (retention.py). `check`: asked on rank 0 before anything is deleted or
+        """`named`, `waiting`: which checkpoints are kept (retention.py). `check`: asked on rank 0 before anything is deleted or
         committed; raises if this process may not."""
         self._storage = storage
         self._config = config
@@ -77,7 +87,7 @@ class Checkpointer:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[CheckpointManifest] | None = None
         self._staged = threading.Event()
-        self._retention = Retention(storage, facts.run_id, config, named)
+        self._retention = Retention(storage, facts.run_id, config, named, waiting)
         self.committed_step = 0  # of the newest checkpoint, as soon as it is committed; rank 0 knows
 
     # -- save ----------------------------------------------------------------------------------------------------
@@ -144,7 +154,7 @@ class Checkpointer:
         try:
             save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
         except CheckpointException as error:
-            raise _cause(error) from error
+            raise cause_of(error) from error
         manifest: CheckpointManifest = self.on_rank_0(lambda: self._commit(writer, folder, run, facts))
         return manifest
 
@@ -289,7 +299,7 @@ def load_tensors(
     try:
         load(state, storage_reader=reader, process_group=group, no_dist=group is None)
     except CheckpointException as error:
-        raise _cause(error) from error
+        raise cause_of(error) from error
 
 
 def _check_names(
@@ -311,7 +321,7 @@ def _check_names(
             )
 
 
-def _cause(error: CheckpointException) -> BaseException:
+def cause_of(error: CheckpointException) -> BaseException:
     """What went wrong on a rank, which DCP hands to all of them: damage only if that is all that went wrong."""
     causes = [cause for cause, _ in error.failures.values()]
     return next((cause for cause in causes if not isinstance(cause, DamagedCheckpoint)), causes[0])

@@ -29,6 +29,10 @@ class ForeignCheckpoint(ValueError):
     """The run's folder holds checkpoints that this configuration would not have made."""
 
 
+class DamagedCheckpoint(ValueError):
+    """Stored bytes of a checkpoint are not those that were written; names the file, and the tensor where there is one."""
+
+
 class NoSoundCheckpoint(ValueError):
     """The run has checkpoints and all of them are damaged; the message names what is wrong with each."""
 
@@ -55,6 +59,23 @@ def parts_folder(run_id: str, step: int, fence: int | None) -> str:
     return f"{step_folder(run_id, step)}/writer-{fence or 0}"
 
 
+def average_folder(run_id: str, step: int, count: int) -> str:
+    """Of the mean of the last `count` scheduled checkpoints up to a step (average.py)."""
+    return f"runs/{run_id}/average/step-{step:08d}-last-{count}"
+
+
+def folder_of(manifest: CheckpointManifest) -> str:
+    """Where a checkpoint lies, or the mean of several."""
+    if manifest.average_of:
+        return average_folder(manifest.run_id, manifest.step, len(manifest.average_of))
+    return step_folder(manifest.run_id, manifest.step)
+
+
+def parts_of(manifest: CheckpointManifest) -> str:
+    """Where its pieces are."""
+    return f"{folder_of(manifest)}/writer-{manifest.fence or 0}"
+
+
 def step_folders(storage: Storage, run_id: str) -> list[int]:
     """Steps that have a folder, ascending; whether it holds a committed checkpoint only its manifest says."""
     names = storage.names(train_folder(run_id))
@@ -64,6 +85,11 @@ def step_folders(storage: Storage, run_id: str) -> list[int]:
 def read_manifest(storage: Storage, run_id: str, step: int) -> CheckpointManifest | None:
     """None if the step has no committed checkpoint. Raises DamagedRecord."""
     return read_record(storage, manifest_path(run_id, step), CheckpointManifest)
+
+
+def read_average(storage: Storage, run_id: str, step: int, count: int) -> CheckpointManifest | None:
+    """The mean of the last `count` scheduled checkpoints up to a step, None before it is made. Raises DamagedRecord."""
+    return read_record(storage, f"{average_folder(run_id, step, count)}/{MANIFEST}", CheckpointManifest)
 
 
 def commit(storage: Storage, manifest: CheckpointManifest) -> None:
@@ -179,7 +205,7 @@ def continue_from(
             damaged.append(why)
             passed_over(step, why)
         elif found is not None:
-            _refuse_foreign(storage, facts, order, found)
+            refuse_foreign(storage, facts, order, found)
             return found
     if damaged:
         raise NoSoundCheckpoint(
@@ -200,7 +226,8 @@ def incomplete(storage: Storage, manifest: CheckpointManifest) -> str:
     return ""
 
 
-def _refuse_foreign(storage: Storage, facts: RunFacts, order: Order, newest: CheckpointManifest) -> None:
+def refuse_foreign(storage: Storage, facts: RunFacts, order: Order, newest: CheckpointManifest) -> None:
+    """Raises ForeignCheckpoint, which names what differs, for a checkpoint that this configuration would not have made."""
     if newest.run_identity == identity_digest(facts.identity):
         return
     folder = step_folder(newest.run_id, newest.step)

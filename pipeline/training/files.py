@@ -47,16 +47,12 @@ from torch.futures import Future as TorchFuture
 
 from pipeline.manifest import CheckpointManifest, StoredFile
 from pipeline.storage import Storage
-from pipeline.training.commits import parts_folder
+from pipeline.training.commits import DamagedCheckpoint, parts_of
 from pipeline.training.content import BLOCK, RowSum, as_bytes, blocks_of, content_digest, row_bytes
 
 METADATA = ".metadata"
 FORMAT = 2
 PARALLEL_READS = 8  # requests to S3 at a time
-
-
-class DamagedCheckpoint(ValueError):
-    """Stored bytes of a checkpoint are not those that were written; names the file, and the tensor where there is one."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +151,7 @@ class CheckpointReader(StorageReader):
 
     def __init__(self, storage: Storage, manifest: CheckpointManifest, *, check: bool = True) -> None:
         self._storage = storage
-        self._folder = parts_folder(manifest.run_id, manifest.step, manifest.fence)
+        self._folder = parts_of(manifest)
         self._expected = manifest.metadata_sha256
         self._check = check
         self._buffer = memoryview(b"")  # of `read_box`: the same memory for every piece

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from pipeline.manifest import DamagedRecord
 from pipeline.storage import Storage
-from pipeline.training.commits import incomplete, read_manifest, step_folder
-from pipeline.training.files import CheckpointReader, DamagedCheckpoint
+from pipeline.training.commits import DamagedCheckpoint, incomplete, read_manifest, step_folder
+from pipeline.training.files import CheckpointReader
 
 
 @dataclass(frozen=True)

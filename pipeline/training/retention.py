@@ -1,6 +1,7 @@
 """Which checkpoints of a run stay: the newest `checkpoint.keep`, every one whose step is a multiple of
-`checkpoint.keep_every`, the one that `evaluation.checkpoint` names, those that have been evaluated, and those that somebody
-reads just now.
+`checkpoint.keep_every`, the one that `evaluation.checkpoint` names, those that have been evaluated as the chosen one, and
+those that somebody reads just now. With `evaluation.follow` also the newest `evaluation.waiting` of the others that have no
+result yet; one that is older goes without, and is named. What a follower has judged (evaluation/follow.py) need not stay.
 
 Who reads a checkpoint while the run may go on pins it by an object whose name says everything,
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 import threading
 import time
 import uuid
@@ -38,14 +40,18 @@ from pipeline.training.commits import (
 PIN_SECONDS = 3600.0
 PIN = re.compile(r"(\d{8,})-(\d+)-[0-9a-f]+")
 EVALUATION = re.compile(r"step-(\d{8,})\.json")
+FOLLOWED = re.compile(r"step-(\d{8,})\.followed")
 
 
 class Retention:
     """Deletes checkpoints of one run. Lives on rank 0."""
 
-    def __init__(self, storage: Storage, run_id: str, config: CheckpointConfig, named: frozenset[int]) -> None:
-        """`named`: steps whose checkpoint stays whatever else happens."""
+    def __init__(
+        self, storage: Storage, run_id: str, config: CheckpointConfig, named: frozenset[int], waiting: int = 0
+    ) -> None:
+        """`named`: steps whose checkpoint stays whatever else happens. `waiting`: how many stay for a result beyond `keep`."""
         self._storage, self._run_id, self._config, self._named = storage, run_id, config, named
+        self._waiting = waiting
         self._known: set[int] = set()  # to be committed
         self._steps: set[int] | None = None  # that have a folder and may have to go one day; None: not listed yet
 
@@ -60,10 +66,21 @@ class Retention:
         old = [step for step in steps if step not in kept]
         self._steps -= {step for step in old if step in self._named or self._is_kept_for_good(step)}
         doomed = [step for step in old if step in self._steps]
+        waiting: list[int] = []
         if doomed:
-            used = evaluated(self._storage, self._run_id) | pinned(self._storage, self._run_id)
+            judged = evaluated_steps(self._storage, self._run_id)
+            used = judged - followed_steps(self._storage, self._run_id) | pinned(self._storage, self._run_id)
+            waiting = [step for step in doomed if step not in judged and step in self._known]
+            used |= set(waiting[-self._waiting :] if self._waiting else ())
             doomed = [step for step in doomed if step not in used]
         for step in doomed:
+            if self._waiting and step in waiting:
+                print(
+                    f"checkpoint of step {step} goes without a result: {len(waiting)} wait to be judged, and evaluation.waiting keeps "
+                    f"{self._waiting}",
+                    file=sys.stderr,
+                    flush=True,
+                )
             self._delete(step)
         return doomed
 
@@ -126,31 +143,67 @@ def _is(which: Callable[[CheckpointManifest], bool], data: bytes, path: str) -> 
 
 def named_steps(config: RunConfig) -> frozenset[int]:
     """Steps that the configuration names: a checkpoint is taken there, and kept."""
-    wanted = config.evaluation.checkpoint
-    return frozenset() if wanted == "last" else frozenset({wanted})
+    return frozenset(_named(config))
+
+
+def averaged_steps(config: RunConfig) -> tuple[int, ...]:
+    """The steps whose mean `publishing.average_last` asks for, ascending: the last scheduled ones up to the chosen checkpoint,
+    whatever else was saved when the run was interrupted. Raises ConfigError if the run takes fewer."""
+    count = config.publishing.average_last
+    if count is None:
+        return ()
+    every, wanted = config.checkpoint.every_steps, config.evaluation.checkpoint
+    last = total_steps(config.schedule, config.training.sequence_length) if wanted == "last" else wanted
+    before = range(every * ((last - 1) // every), 0, -every)
+    if len(before) + 1 < count:
+        raise ConfigError(
+            f"publishing.average_last {count}: up to step {last} the run takes {len(before) + 1} checkpoints; lower it, or "
+            f"checkpoint.every_steps {every}"
+        )
+    return tuple(sorted([last, *before[: count - 1]]))
 
 
 def check_named(config: RunConfig, storage: Storage) -> None:
     """Refuse, before anything is trained, a step that the run does not reach or has passed without a checkpoint."""
     steps = total_steps(config.schedule, config.training.sequence_length)
-    for wanted in named_steps(config):
+    for wanted, key in _named(config).items():
         if not 1 <= wanted <= steps:
-            raise ConfigError(
-                f"evaluation.checkpoint {wanted}: the run has {steps:,} steps; name one of 1 to {steps}, or last"
-            )
+            raise ConfigError(f"{key} {wanted}: the run has {steps:,} steps; name one of 1 to {steps}, or last")
         if storage.exists(manifest_path(config.run_id, wanted)):
             continue
         there = committed_steps(storage, config.run_id)
         if there and there[-1] >= wanted:
             raise ConfigError(
-                f"evaluation.checkpoint {wanted}: the run has got to step {there[-1]} and has no checkpoint of step {wanted}; "
+                f"{key} {wanted}: the run has got to step {there[-1]} and has no checkpoint of step {wanted}; "
                 f"there are {there}: name one of these, a later step, or last"
             )
 
 
-def evaluated(storage: Storage, run_id: str) -> set[int]:
+def _named(config: RunConfig) -> dict[int, str]:
+    """The steps, and the setting that names each."""
+    wanted = config.evaluation.checkpoint
+    averaged = dict.fromkeys(averaged_steps(config), "publishing.average_last: step")
+    return averaged | ({} if wanted == "last" else {wanted: "evaluation.checkpoint"})
+
+
+def evaluated_steps(storage: Storage, run_id: str) -> set[int]:
     """Steps that have a result of evaluation."""
-    found = (EVALUATION.fullmatch(name) for name in storage.names(f"runs/{run_id}/evaluate"))
+    return _steps_named(storage, run_id, EVALUATION)
+
+
+def followed_steps(storage: Storage, run_id: str) -> set[int]:
+    """Steps that were, or are just being, judged by a follower."""
+    return _steps_named(storage, run_id, FOLLOWED)
+
+
+def mark_followed(storage: Storage, run_id: str, step: int) -> None:
+    """Before its result is written: the result will hold nothing."""
+    if step not in evaluated_steps(storage, run_id):
+        storage.write(f"runs/{run_id}/evaluate/step-{step:08d}.followed", b"")
+
+
+def _steps_named(storage: Storage, run_id: str, kind: re.Pattern[str]) -> set[int]:
+    found = (kind.fullmatch(name) for name in storage.names(f"runs/{run_id}/evaluate"))
     return {int(match.group(1)) for match in found if match}
 
 

@@ -134,8 +134,9 @@ class Run:
         self.dataset = dataset
         self.facts = replace(RunFacts.of(config, dataset, Order.of_run(config, dataset)), fence=self.writer.number)
         self.named = named_steps(config)
+        waiting = config.evaluation.waiting if config.evaluation.follow else 0
         self.checkpoints = Checkpointer(
-            storage, config.checkpoint, self.facts, self.device, self.named, self.writer.check
+            storage, config.checkpoint, self.facts, self.device, self.named, self.writer.check, waiting
         )
         self.left_out = self.checkpoints.leave_stale()
         parent: CheckpointManifest | None = None

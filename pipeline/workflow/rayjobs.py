@@ -69,6 +69,7 @@ class Outcome(IntEnum):
 
     SUCCEEDED = 0
     USAGE = 2  # no template, an unsafe one, no queue, another configuration under the same run_id
+    CLOSED = 4  # a gate before publishing is closed: no RayJob is made
     APPLICATION = 10  # the stage's own program failed, backoffLimit used up
     DEADLINE = 11  # activeDeadlineSeconds or preRunningDeadlineSeconds
     INFRASTRUCTURE = 12  # KubeRay lost the job, or the API server or the storage stayed away

@@ -85,7 +85,7 @@ def run_config(root: str, **publishing: object) -> RunConfig:
             },
             "training": {"sequence_length": SEQUENCE},
             "evaluation": {"batch": 3},
-            "publishing": {"name": "tiny", "dtype": "fp32", "shard_bytes": 60_000, "sample_tokens": 5, **publishing},
+            "publishing": {"name": "tiny", "dtype": "fp32", "shard_bytes": 60_000, "sample_tokens": 5, "beats_frequencies": False, **publishing},
         }
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ from pipeline.config.schema import HubConfig
 from pipeline.evaluation.heldout import evaluate
 from pipeline.evaluation.result import manifest_path
 from pipeline.lease import Held, hold
-from pipeline.publishing.export import GateError
+from pipeline.publishing.gate import GateError
 from pipeline.publishing.version import lease_path
 from tests.evaluation.make import folder_digests, make_run, run_config
 from tests.evaluation.make_tasks import TASKS, write_tasks
@@ -54,6 +54,12 @@ def test_both_stages(tmp_path, capfd, hub):
     there = evaluate_with_ray(made.config, made.dataset, made.checkpoint, made.storage, print)
     assert there == here
     assert set(TASKS) < there.tasks.keys()
+
+    for count in (2, 3):  # tasks that share the text, the same digits
+        made.storage.delete(manifest_path(made.config, made.checkpoint))
+        section = made.config.evaluation.model_copy(update={"scoring_tasks": count})
+        shared = made.config.model_copy(update={"evaluation": section})
+        assert evaluate_with_ray(shared, made.dataset, made.checkpoint, made.storage, print) == here
 
     manifest = publish_with_ray(made.config, made.train, there, made.dataset, git_commit="abc", report=print)
     assert manifest.git_commit == "abc"

@@ -14,7 +14,7 @@ from jobs.stages.publish import gate
 from pipeline.config.load import load_config
 from pipeline.config.schema import StorageConfig
 from pipeline.manifest import CheckpointManifest, EvaluationManifest, SourceScore, TrainManifest
-from pipeline.publishing.gate import refusal
+from pipeline.publishing.gate import not_a_score
 from pipeline.storage import open_storage
 from pipeline.workflow.rayjobs import Outcome
 
@@ -55,7 +55,7 @@ def evaluate(root: Path, step: int, loss: float, of: str | None = None) -> None:
 
 def ask(root: Path, *settings: str) -> tuple[str, str]:
     config = load_config("debug", [f"storage.root={root}", *settings])
-    return gate(config, open_storage(config.storage))
+    return gate(config, open_storage(config.storage))[:2]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_the_evaluation_of_the_checkpoint_that_is_meant_decides(
 
 def test_it_stays_closed_without_the_checkpoint_or_with_the_score_of_another(tmp_path: Path) -> None:
     evaluate(tmp_path, 10, 2.0)
-    assert ask(tmp_path) == ("closed", "run debug has not been trained to its end")
+    assert ask(tmp_path) == ("closed", "run debug has not been trained to its end, or not been averaged")
     train(tmp_path)
     evaluate(tmp_path, 10, 2.0, of="an earlier run's")
     assert ask(tmp_path)[0] == "closed"
@@ -122,7 +122,7 @@ def test_what_is_no_score_opens_nothing(
     where = "the held-out loss is" if part == "overall" else "the held-out loss of source 'a' is"
     assert where in (tmp_path / "reason").read_text()
     evaluation = EvaluationManifest.model_validate_json(path.read_bytes())
-    assert refusal(evaluation, None if limit == "null" else 9.0) is not None
+    assert not_a_score(evaluation) is not None
 
 
 def test_a_damaged_evaluation_opens_nothing(tmp_path: Path) -> None:

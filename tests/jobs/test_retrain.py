@@ -44,6 +44,7 @@ SMALL = [
     "training.aux_loss_weight=0.0",
     "evaluation.max_tokens_per_source=500",
     "publishing.sample_prompts=[]",
+    "publishing.beats_frequencies=false",  # after two steps
 ]  # fmt: skip
 
 

@@ -9,11 +9,14 @@ import datasets
 import huggingface_hub.constants
 import pytest
 import yaml
+from lm_eval.tasks import TaskManager
 
 from jobs import pipeline, stages, status
 from jobs.stage import main as stage_main
 from jobs.stages.records import Records
 from jobs.views.summary import task_lines
+from pipeline.config.load import load_config
+from pipeline.evaluation.paper import FIGURES
 from pipeline.manifest import EvaluationManifest, SourceScore, TaskMetric, TaskScore
 from tests.evaluation.make_tasks import write_tasks
 from tests.jobs.conftest import LOOKING, TEXT, override
@@ -191,3 +194,38 @@ def test_the_stage_alone_asks_before_it_joins_a_cluster(
     chosen = ["evaluation.tasks=[sums]", f"evaluation.task_folder={own}"]
     assert stage_main("evaluate", ["--config", "debug", f"storage.root={tmp_path / 'root'}", *chosen]) == 2
     assert "evaluate: evaluation.tasks: sums cannot be loaded (FileNotFoundError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        ("{task: sumz, metric: acc, at_least: 0.5}", "publishing.gates[0].task: nobody computes 'sumz'; evaluation.tasks are sums: add it there"),
+        ("{task: sums, metric: f1, at_least: 0.5}", "publishing.gates[0].metric: sums has no metric 'f1'; it has "),
+    ],
+)  # fmt: skip
+def test_a_gate_on_what_nobody_computes(
+    gate: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, own: Path
+) -> None:
+    chosen = ["evaluation.tasks=[sums]", f"evaluation.task_folder={own}", f"publishing.gates=[{gate}]"]
+    assert refused(capsys, tmp_path, *chosen).startswith(f"error: {message}")
+
+
+def test_a_gate_on_a_task_without_tasks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    told = refused(capsys, tmp_path, "publishing.gates=[{task: mmlu, metric: acc, at_least: 0.5}]")
+    assert "publishing.gates[0].task mmlu: evaluation.tasks is empty, so nobody computes it; add it there" in told
+
+
+def test_a_gate_on_a_source_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    told = refused(capsys, tmp_path, "publishing.gates=[{source: mars, at_most: 3.0}]")
+    assert "publishing.gates[0].source: no source of the corpus is named 'mars'" in told
+
+
+def test_the_papers_tasks_with_its_numbers_of_examples() -> None:
+    evaluation = load_config("debug", ["evaluation.task_preset=moonlight"]).evaluation
+    assert evaluation.few_shot == dict(zip(evaluation.tasks, [5, 5, 3, 5, 4, 4, 5, 5]))
+    known = TaskManager().task_index
+    assert set(evaluation.tasks) <= known.keys()
+    assert set(FIGURES) == set(evaluation.tasks) - {"minerva_math"}
+    assert {name: figure.few_shot for name, figure in FIGURES.items()}.items() <= evaluation.few_shot.items()
+    chosen = load_config("debug", ["evaluation.task_preset=moonlight", "evaluation.tasks=[mmlu]"]).evaluation
+    assert (chosen.tasks, chosen.few_shot) == (("mmlu",), None)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from pipeline.config.load import validate
-from pipeline.evaluation.heldout import evaluate, read_heldout
+from pipeline.evaluation.heldout import evaluate
 from pipeline.evaluation.result import manifest_path
+from pipeline.evaluation.texts import read_heldout
 from pipeline.model.moonlight import Moonlight
 from pipeline.publishing import registry
 from pipeline.publishing.export import publish

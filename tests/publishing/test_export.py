@@ -22,7 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from pipeline.evaluation.heldout import evaluate
 from pipeline.publishing import export, registry
-from pipeline.publishing.export import GateError, publish
+from pipeline.publishing.export import publish
+from pipeline.publishing.gate import GateError
 from pipeline.publishing.layout import plan_shards
 from pipeline.storage import Storage
 from tests.evaluation.make import SEQUENCE, TEXTS, documents_of, folder_digests, make_run, run_config

@@ -10,8 +10,14 @@ from pipeline.evaluation.weights import load_model, stream_tensors
 from pipeline.manifest import DamagedRecord
 from pipeline.storage import Storage
 from pipeline.training.checkpoint import load_state
-from pipeline.training.commits import WITHDRAWN, NoSoundCheckpoint, committed, step_folder, train_folder
-from pipeline.training.files import DamagedCheckpoint
+from pipeline.training.commits import (
+    WITHDRAWN,
+    DamagedCheckpoint,
+    NoSoundCheckpoint,
+    committed,
+    step_folder,
+    train_folder,
+)
 from pipeline.training.proof import CheckpointReport, check_checkpoint
 from pipeline.training.trainer import Run
 from tests.distributed import run_distributed
