@@ -6,7 +6,7 @@ OPERATORS ?= prometheus fluent-bit karpenter gpu-operator efa-device-plugin kube
 VENV ?= .venv
 OVERLAY ?= prod
 
-.PHONY: image k8s-check k8s-apply-check operators e2e e2e-kind
+.PHONY: image k8s-check k8s-apply-check operators conformance e2e e2e-kind
 
 image: ## Build the one image of all stages
 	docker build --tag $(IMAGE) --build-arg BASE=$(IMAGE_BASE) --build-arg PIP_ARGS="$(PIP_ARGS)" \
@@ -35,6 +35,9 @@ operators: $(STAMP) ## Install the operators of k8s/gitops with helm, on the clu
 k8s-apply-check: ## Would the cluster of KUBECONFIG, with its CRDs, webhooks and policies, take every object of OVERLAY (prod, dev)?
 	kubectl apply --server-side --filename k8s/base/namespaces.yaml
 	kubectl kustomize k8s/overlays/$(OVERLAY) | kubectl apply --server-side --force-conflicts --dry-run=server --filename -
+
+conformance: $(STAMP) ## Versions, objects, policies by impersonation, alerts and queueing of the cluster of KUBECONFIG, in one table
+	PYTHONPATH=. $(VENV)/bin/python k8s/conformance.py --overlay $(OVERLAY) $(CONFORMANCE_ARGS)
 
 e2e: ## The debug pipeline on the cluster of KUBECONFIG (IMAGE must be pullable there)
 	IMAGE=$(IMAGE) k8s/e2e/e2e.sh

@@ -185,7 +185,7 @@ def test_the_table_of_instance_types_is_read_by_both_sides() -> None:
         for entry in yaml.safe_load(path.read_text())["spec"]["template"]["spec"]["requirements"]:
             if entry["key"] == "node.kubernetes.io/instance-type":
                 assert set(entry["values"]) <= set(table), path
-    for example in ("dev", "prod"):
+    for example in ("dev", "staging", "prod"):
         given = unquoted(hcl2.loads((INFRA / f"examples/{example}.tfvars").read_text()))["gpu_train"]
         assert given["instance_type"] in table
 
@@ -253,7 +253,7 @@ def test_variables_that_are_used_are_declared() -> None:
         if "default" not in body
     }
     assert "admin_role_arns" in needed  # nobody is an administrator by accident, and never nobody
-    for example in ("dev", "prod"):
+    for example in ("dev", "staging", "prod"):
         given = set(hcl2.loads((INFRA / f"examples/{example}.tfvars").read_text())) - {"__comments__"}
         assert needed <= given <= declared
 
@@ -273,7 +273,7 @@ def test_the_bucket_is_private_encrypted_and_kept() -> None:
 
 @needs_terraform
 @needs_kubectl
-@pytest.mark.parametrize("overlay", ["dev", "prod"])
+@pytest.mark.parametrize("overlay", ["dev", "staging", "prod"])
 class TestAgreement:
     def test_quota_of_the_training_pool(self, overlay: str) -> None:
         quota = plan(overlay)["gpu_train_quota"]

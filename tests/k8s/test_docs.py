@@ -13,7 +13,7 @@ from tests.k8s.rules.agreement import RUNS
 
 PAGE = (REPOSITORY / "docs/kubernetes.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.strip().splitlines()]
-TOOLS = {"make", "kubectl", "terraform", "aws", "docker", "argocd", "argo", "ray", "python", "cp", "export"}
+TOOLS = {"k8s/promote.sh", "make", "kubectl", "terraform", "aws", "docker", "argocd", "argo", "ray", "python", "cp", "export"}
 NAMESPACES = {
     "moonlight-history",
     "logging",
@@ -166,12 +166,13 @@ def test_terraform_addresses_and_variables_exist() -> None:
 def test_where_your_names_belong_the_examples_stand() -> None:
     table = PAGE[PAGE.index("| Yours | In |") :].split("\n\n")[0]
     texts = {path: (REPOSITORY / path).read_text() for path in PATHS.findall(table)}
-    assert len(texts) == 6
+    assert len(texts) == 7
     for path, example in {
-        "k8s/overlays/prod/kustomization.yaml": "111122223333.dkr.ecr",
+        "k8s/components/image/kustomization.yaml": "111122223333.dkr.ecr",
+        "k8s/overlays/prod/kustomization.yaml": "moonlight-prod",
+        "k8s/roots/prod/kustomization.yaml": "bucket moonlight\n",
         "k8s/base/artifact-repository.yaml": "bucket: moonlight",
         "k8s/overlays/prod/retrain.yaml": "storage.root=s3://moonlight/",
-        "k8s/gitops/operators/fluent-bit.yaml": "bucket moonlight",
         "k8s/queues/cluster-queues.yaml": "name: gpu-train",
         "k8s/gitops/operators/karpenter.yaml": "clusterName: moonlight-prod",
     }.items():

@@ -46,10 +46,42 @@ def test_overlay_has_no_problems(overlay: str) -> None:
 
 
 def test_gitops_has_no_problems() -> None:
-    root = yaml.safe_load((REPOSITORY / "k8s/gitops/root.yaml").read_text())
     assert gitops_problems(render("k8s/gitops")) == []
+
+
+BRANCHES = {"dev": "main", "staging": "staging", "prod": "production"}
+
+
+@pytest.mark.parametrize("environment", BRANCHES)
+def test_the_root_of_an_environment_leads_to_its_overlay(environment: str) -> None:
+    root = yaml.safe_load((REPOSITORY / f"k8s/roots/{environment}/root.yaml").read_text())
+    objects = render(f"k8s/roots/{environment}")
     assert schema.check([root]) == []
-    assert root["spec"]["source"]["path"] == "k8s/gitops"
+    assert root["spec"]["source"]["path"] == f"k8s/roots/{environment}"
+    source = find(objects, "Application", "moonlight")["spec"]["source"]
+    assert source["path"] == f"k8s/overlays/{environment}"
+    assert source["targetRevision"] == root["spec"]["source"]["targetRevision"] == BRANCHES[environment]
+    overlay = render(f"k8s/overlays/{environment}")
+    cluster = find(overlay, "EC2NodeClass", "moonlight")["spec"]["subnetSelectorTerms"][0]["tags"][
+        "karpenter.sh/discovery"
+    ]
+    values = find(objects, "Application", "karpenter")["spec"]["source"]["helm"]["valuesObject"]
+    assert values["settings"] == {"clusterName": cluster, "interruptionQueue": f"Karpenter-{cluster}"}
+    bucket = yaml.safe_load(find(overlay, "ConfigMap", "artifact-repositories")["data"]["s3"])["s3"]["bucket"]
+    outputs = find(objects, "Application", "fluent-bit")["spec"]["source"]["helm"]["valuesObject"]["config"]["outputs"]
+    assert f"bucket {bucket}\n" in outputs
+    by_hand = "automated" not in find(objects, "Application", "moonlight")["spec"]["syncPolicy"]
+    assert by_hand == (environment != "dev")
+
+
+def test_a_commit_carries_one_image_for_every_environment() -> None:
+    images = {environment: set(images_of(render(f"k8s/overlays/{environment}"))) for environment in BRANCHES}
+    assert images["dev"] == images["staging"] == images["prod"]
+    assert len(images["prod"]) == 1
+
+
+def test_staging_has_no_problems() -> None:
+    assert problems(render("k8s/overlays/staging"), digests=True) == []
 
 
 @pytest.mark.parametrize("component", ["provisioning-request", "history-server"])
