@@ -13,7 +13,20 @@ from tests.k8s.rules.agreement import RUNS
 
 PAGE = (REPOSITORY / "docs/kubernetes.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.strip().splitlines()]
-TOOLS = {"k8s/promote.sh", "make", "kubectl", "terraform", "aws", "docker", "argocd", "argo", "ray", "python", "cp", "export"}
+TOOLS = {
+    "k8s/promote.sh",
+    "make",
+    "kubectl",
+    "terraform",
+    "aws",
+    "docker",
+    "argocd",
+    "argo",
+    "ray",
+    "python",
+    "cp",
+    "export",
+}
 NAMESPACES = {
     "moonlight-history",
     "logging",
