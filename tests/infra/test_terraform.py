@@ -355,6 +355,19 @@ class TestAgreement:
             assert node_class[terms] == [{"tags": {"karpenter.sh/discovery": name}}]
 
 
+@needs_terraform
+@needs_kubectl
+def test_the_history_server_reads_where_collectors_write() -> None:
+    """One place, in the bucket and region of the logs, below the prefix that the roles of `history = true` reach."""
+    text = (REPOSITORY / "k8s/components/history-server/storage.yaml").read_text()
+    writes, reads = (item["data"] for item in yaml.safe_load_all(text))
+    assert writes == reads
+    repository = find(render("k8s/overlays/prod"), "ConfigMap", "artifact-repositories")["data"]["s3"]
+    logs = yaml.safe_load(repository)["s3"]
+    assert (writes["S3_BUCKET"], writes["S3_REGION"]) == (logs["bucket"], logs["region"])
+    assert f"s3://{writes['S3_BUCKET']}/{writes['STORAGE_ROOT_DIR']}" == f"{plan('prod')['storage_root']}/history"
+
+
 def statement(policy: dict[str, Any], sid: str) -> dict[str, Any]:
     found: dict[str, Any] = next(entry for entry in policy["Statement"] if entry["Sid"] == sid)
     return found
