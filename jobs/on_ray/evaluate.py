@@ -7,7 +7,7 @@ A result that is already committed is found before Ray is asked for anything.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jobs.on_ray.task import Place, run_in_task, run_in_tasks, wants_gpu
@@ -89,9 +89,9 @@ def _in_parts(config: RunConfig, work: _Work, report: Report, place: Place | Non
 def _worker(loop_config: dict[str, Any]) -> None:
     import ray.train
 
-    config_values, *rest = loop_config["arguments"]
-    config = validate(config_values).at_size(ray.train.get_context().get_world_size())
-    _evaluate(config.model_dump(mode="json"), *rest)
+    work, report = loop_config["arguments"]
+    config = validate(work.config).at_size(ray.train.get_context().get_world_size())
+    _evaluate(replace(work, config=config.model_dump(mode="json")), report)
 
 
 def _evaluate(work: _Work, report: Report) -> None:

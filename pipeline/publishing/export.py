@@ -50,6 +50,7 @@ from pipeline.model.moonlight import Moonlight
 from pipeline.publishing import registry
 from pipeline.publishing.ask import ask, published_files
 from pipeline.publishing.check import check_first_layers, check_texts, open_published
+from pipeline.publishing.gate import require_score
 from pipeline.publishing.gguf_file import check_gguf, write_gguf
 from pipeline.publishing.layout import DTYPES, INDEX, index_of, plan_files
 from pipeline.publishing.model_card import Sample, model_card
@@ -90,6 +91,7 @@ def publish(
     """
     checkpoint = checkpoint or train.checkpoint
     _check_inputs(checkpoint, evaluation, dataset)
+    require_score(evaluation)
     name, version = config.publishing.name, version_name(config, checkpoint, evaluation, dataset)
     manifest = registry.find(storage, name, version)
     settled = manifest is not None and registry.is_settled(registry.latest(storage, name), manifest)

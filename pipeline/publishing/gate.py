@@ -117,6 +117,13 @@ def not_a_score(evaluation: EvaluationManifest) -> str | None:
     return None
 
 
+def require_score(evaluation: EvaluationManifest) -> None:
+    """Raises GateError for an evaluation that says nothing; a record with such numbers has no digest either."""
+    bad = not_a_score(evaluation)
+    if bad is not None:
+        raise GateError(f"{bad}; nothing was published or promoted")
+
+
 def _is_score(score: SourceScore) -> bool:
     return score.tokens > 0 and isfinite(score.loss) and isfinite(score.bits_per_byte)
 
