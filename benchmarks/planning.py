@@ -1,6 +1,6 @@
 """A corpus of a million input files: listing, identity and plan, in CPU-seconds and peak memory.
 
-    python -m benchmarks.planning [--files 1000000]
+    python -m benchmarks.planning [--files 1000000] [--only folder|S3]
 
 On a folder (real files of a few bytes, a thousand to a folder) and on an S3 server (a process that answers ListObjectsV2
 with keys made by arithmetic, for no real one keeps a million objects on one machine; only the client is measured). Each in a fresh
@@ -30,18 +30,22 @@ TARGET_S, TARGET_MB = 30.0, 500.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", type=int, default=1_000_000)
-    files = parser.parse_args().files
+    parser.add_argument("--only", choices=("folder", "S3"))
+    given = parser.parse_args()
+    files = given.files
     spawn = multiprocessing.get_context("spawn")
     results = []
-    with tempfile.TemporaryDirectory(prefix="bench-planning-") as folder:
-        print(f"writing {files:,} files", flush=True)
-        write(Path(folder), files)
-        results += report("folder", spawn, folder, files, "")
-    ours, theirs = spawn.Pipe()
-    server = spawn.Process(target=serve, args=(files, theirs), daemon=True)
-    server.start()
-    results += report("S3", spawn, "s3://bucket/corpus", files, ours.recv())
-    server.terminate()
+    if given.only != "S3":
+        with tempfile.TemporaryDirectory(prefix="bench-planning-") as folder:
+            print(f"writing {files:,} files", flush=True)
+            write(Path(folder), files)
+            results += report("folder", spawn, folder, files, "")
+    if given.only != "folder":
+        ours, theirs = spawn.Pipe()
+        server = spawn.Process(target=serve, args=(files, theirs), daemon=True)
+        server.start()
+        results += report("S3", spawn, "s3://bucket/corpus", files, ours.recv())
+        server.terminate()
     print(json.dumps(results))
 
 

@@ -2,7 +2,8 @@
 
 Collects distinct real text from this machine (sources and documentation of Python, of its packages and of the system),
 writes it as jsonl.zst and as Parquet, and runs `data_prep.prepare` (listing, hashing, tokenizing, held-out split, duplicates,
-packing, re-reading, committing) and datatrove (reader -> DocumentTokenizer) on it, each in a fresh process on one core, in
+packing, re-reading, committing), the libraries under it alone (benchmarks/prepare_limit.py: what no prepare on them can go
+below) and datatrove (reader -> DocumentTokenizer) on it, each in a fresh process on one core, in
 interleaved rounds. datatrove writes its own flat format, unpacked and unchecked: it does less. CPU-seconds are user + system
 time of the process and its children; imports are not counted. Then every id is compared with Hugging Face `tokenizers`.
 
@@ -64,8 +65,10 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
         print("datatrove: skipped; give --peer-python an interpreter with datatrove and zstandard installed")
     ours: dict[str, list[dict[str, float]]] = {name: [] for name in FORMATS}
     peer: dict[str, list[dict[str, float]]] = {name: [] for name in FORMATS}
+    limit: dict[str, list[dict[str, float]]] = {name: [] for name in FORMATS}
     for number in range(arguments.rounds):
         for name in FORMATS:
+            limit[name].append(_worker([sys.executable, "-m", "benchmarks.prepare_limit"], folder, name, tokenizer, ""))
             ours[name].append(
                 _worker([sys.executable, "-m", "benchmarks.prepare_ours"], folder, name, tokenizer, str(number))
             )
@@ -83,6 +86,9 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
                 print(
                     f"{who + ' ' + name:24}{rate:10.1f}{tokens:12.2f}{m['cpu_s']:8.1f}{m['wall_s']:8.1f}{m['peak_mb']:9.0f}"
                 )
+        steps = {key: statistics.median(row[key] for row in limit[name]) for key in limit[name][0]}
+        print(f"{'libraries alone ' + name:24}{_rate(limit[name]):10.1f}{'':12}{steps['cpu_s']:8.1f}", end="  ")
+        print(", ".join(f"{step} {steps[step]:.2f}" for step in ("read", "encode", "cast", "lz4", "zstd")))
         rate = _rate(ours[name])
         results.append(_result(f"prepare {name} MB/cpu-s", rate, None, TARGET_RATE, rate >= TARGET_RATE))
         if peer[name]:

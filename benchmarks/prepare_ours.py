@@ -7,9 +7,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import awkward  # noqa: F401  (gigatoken and pyarrow import these two on first use; imports are not measured)
-import pandas  # noqa: F401
-
 from benchmarks.prepare import Meter
 from data_prep.prepare import prepare
 from data_prep.tokenizer_stage import ensure_tokenizer

@@ -46,7 +46,7 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> int:
         with connect(config), ProgressLines(storage, config.run_id, show=False) as lines:
             raise_on_signals()
             lines.work = Work(stage, since=time.time())
-            stages.run(stage, config, storage)
+            stages.run(stage, config, storage, records)
     except (Held, LeaseLost) as error:
         print(f"{stage}: {error}", file=sys.stderr)
         return HELD

@@ -34,9 +34,12 @@ def room(name: str) -> Stage:
     return next(stage for stage in STAGES if name == stage.NAME)
 
 
-def find(config: RunConfig, storage: Storage, stage: str = "prepare") -> Records:
-    """Read the records of the run, stage by stage, as `stage` sees them (see `records.held_dataset`). Raises ConfigError."""
-    records = Records(seen_by=stage)
+def find(config: RunConfig, storage: Storage, stage: str = "prepare", before: Records | None = None) -> Records:
+    """Read the records of the run, stage by stage, as `stage` sees them (see `records.held_dataset`). Raises ConfigError.
+
+    `before`: what this command has found already; its list of the corpus counts for all of the command.
+    """
+    records = Records(seen_by=stage, listings=before.listings if before else {})
     for each in STAGES:
         record = each.find(config, storage, records)
         if record is None:
@@ -77,9 +80,9 @@ def confirm(stage: str, storage: Storage, records: Records) -> None:
         registry.check(storage, records.model)
 
 
-def run(stage: str, config: RunConfig, storage: Storage) -> None:
+def run(stage: str, config: RunConfig, storage: Storage, before: Records | None = None) -> None:
     """Do one stage on the connected Ray cluster; nothing if it is done. Raises MissingInput and what the stage raises."""
-    records = find(config, storage, stage)
+    records = find(config, storage, stage, before)
     hold_dataset(config, storage, records.dataset)
     if records.done(stage):
         confirm(stage, storage, records)

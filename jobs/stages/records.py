@@ -29,15 +29,17 @@ class Records:
     of: dict[str, Record] = field(default_factory=dict)
     checkpoint: CheckpointManifest | None = None  # the one to evaluate and publish
     seen_by: str = "prepare"  # the stage that asks, see `held_dataset`
-    _corpus: dict[str, Listing] = field(default_factory=dict, compare=False, repr=False)
+    listings: dict[str, Listing] = field(
+        default_factory=dict, compare=False, repr=False
+    )  # once somebody has asked for them
 
     def done(self, stage: str) -> bool:
         return stage in self.of
 
     def corpus(self, config: RunConfig) -> dict[str, Listing]:
         """The files of every source: listed when somebody asks for the first time, the same for all who ask later. Raises ConfigError."""
-        self._corpus = self._corpus or list_corpus(config)
-        return self._corpus
+        self.listings = self.listings or list_corpus(config)
+        return self.listings
 
     @property
     def dataset(self) -> DatasetManifest | None:

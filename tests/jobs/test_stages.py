@@ -125,7 +125,7 @@ def test_a_command_lists_its_corpus_once(living: Living, monkeypatch: pytest.Mon
     monkeypatch.setattr("data_prep.identity.list_source", counting)
     records = find(config, storage)
     stages.check(["prepare"], config, storage, records)
-    prepare(config, storage, listings=records.corpus(config))
+    prepare(config, storage, listings=find(config, storage, "prepare", records).corpus(config))
     assert sorted(listed) == sorted(source.name for source in config.corpus.sources)
 
 
