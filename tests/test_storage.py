@@ -36,6 +36,20 @@ def names(storage: Storage, prefix: str = "") -> list[str]:
     return [entry.path for entry in storage.list(prefix)]
 
 
+@pytest.mark.parametrize("size", [10, UPLOAD_PART + 10])
+def test_a_stream_that_breaks_off_leaves_what_was_there(storage: Storage, size: int) -> None:
+    """Of one part and of several; s3fs by itself completes what was written until then (findings/)."""
+    storage.write("a/b", b"before")
+    with pytest.raises(KeyError, match="half-way"), storage.stream("a/b") as out:
+        out.write(b"x" * size)
+        raise KeyError("half-way")
+    assert storage.read("a/b") == b"before"
+    assert names(storage) == ["a/b"]
+    with storage.stream("a/b") as out:
+        out.write(b"y" * size)
+    assert storage.read("a/b") == b"y" * size
+
+
 def test_write_read_list_delete(storage: Storage) -> None:
     assert storage.list("") == []
     assert storage.list("runs") == []
