@@ -40,7 +40,13 @@ def configuration(root: str, layers: int) -> RunConfig:
     shape = {"hidden_size": 1024, "num_hidden_layers": layers, "n_routed_experts": 32, "moe_intermediate_size": 704}
     shape |= {"intermediate_size": 5632, "vocab_size": 32768, "num_attention_heads": 8, "kv_lora_rank": 256}
     overrides = [f"model.{name}={value}" for name, value in shape.items()]
-    overrides += [f"parallelism.shard={RANKS}", "parallelism.ep=2", "training.micro_batch=1", "tokenizer.vocab_size=32768", "run_id=bench"]
+    overrides += [
+        f"parallelism.shard={RANKS}",
+        "parallelism.ep=2",
+        "training.micro_batch=1",
+        "tokenizer.vocab_size=32768",
+        "run_id=bench",
+    ]
     overrides += [f"storage.root={root}", f"publishing.shard_bytes={SHARD_BYTES}", "publishing.dtype=bf16"]
     return load_config("debug", overrides)
 

@@ -145,7 +145,7 @@ def _results(dataset: DatasetManifest, evaluation: EvaluationManifest) -> str:
 
     def row(name: str, score: SourceScore, baselines: dict[str, float]) -> list[str]:
         others = [f"{baselines[compressor]:.3f}" for compressor in compressors]
-        figures = [f"{score.documents:,}", f"{score.tokens:,}", f"{score.loss:.3f}", f"**{score.bits_per_byte:.3f}**"]
+        figures = [f"{score.documents:,}", f"{score.tokens:,}", _with_error(score), f"**{score.bits_per_byte:.3f}**"]
         return [name, *figures, *others]
 
     names = [source.name for source in scored_sources(dataset, evaluation)]
@@ -154,12 +154,16 @@ def _results(dataset: DatasetManifest, evaluation: EvaluationManifest) -> str:
     below = evaluation.unigram_entropy - evaluation.overall.loss
     return (
         f"{table(head, rows)}\n\n"
-        "Documents that were kept out of training, chosen by hash. Loss is in nats per token, over windows of "
+        "Documents that were kept out of training, chosen by hash. Loss is in nats per token, ± its standard error over documents, over windows of "
         f"{evaluation.sequence_length:,} tokens; bits per byte compare across tokenizers. The columns on the right are bits per byte "
         "of the same text under compressors, which have seen nothing else, and under the frequencies of its own tokens "
         f"({evaluation.unigram_entropy:.3f} nats per token; the model is {abs(below):.3f} nats "
         f"{'below' if below >= 0 else 'ABOVE'} that)."
     )
+
+
+def _with_error(score: SourceScore) -> str:
+    return f"{score.loss:.3f}" if score.stderr is None else f"{score.loss:.3f} ± {score.stderr:.3f}"
 
 
 def _task_result(name: str, score: TaskScore) -> dict[str, Any]:

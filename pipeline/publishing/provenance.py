@@ -17,6 +17,7 @@ from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationMan
 from pipeline.publishing import registry
 from pipeline.storage import Storage
 from pipeline.training.branch import Origin
+from pipeline.training.commits import folder_of
 
 FILE = "provenance.json"
 STATEMENT = "https://in-toto.io/Statement/v1"
@@ -50,7 +51,7 @@ def statement(
     subjects = [{"name": entry.path, "digest": {"sha256": entry.sha256}} for entry in manifest.files]
     subjects.append({"name": "manifest.json", "digest": {"sha256": hashlib.sha256(manifest.to_json()).hexdigest()}})
     materials = [
-        _material("checkpoint", f"runs/{checkpoint.run_id}/train/step-{checkpoint.step:08d}", checkpoint.digest),
+        _material("checkpoint", folder_of(checkpoint), checkpoint.digest),
         _material("weights and optimizer state", None, checkpoint.content_sha256),
         _material("dataset", f"datasets/{dataset.identity}", dataset.digest),
         _material("files of the dataset", dataset.files.path, dataset.files.sha256),

@@ -43,7 +43,13 @@ def test_the_table_has_each_source_beside_its_baselines(card: str, run: Publishe
     assert rows["source"][4:] == list(SHOWN)
     assert list(rows)[2:] == [*(source.name for source in run.made.dataset.sources), "**all**"]
     for name, score in scores.items():
-        figures = [f"{score.documents:,}", f"{score.tokens:,}", f"{score.loss:.3f}", f"{score.bits_per_byte:.3f}"]
+        error = "" if score.stderr is None else f" ± {score.stderr:.3f}"
+        figures = [
+            f"{score.documents:,}",
+            f"{score.tokens:,}",
+            f"{score.loss:.3f}{error}",
+            f"{score.bits_per_byte:.3f}",
+        ]
         assert rows[name] == figures + [f"{baselines[name][other]:.3f}" for other in SHOWN]
 
 
