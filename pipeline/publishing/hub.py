@@ -176,7 +176,7 @@ def _refusals(where: str) -> Iterator[None]:
             remedy = REMEDIES.get(status, "run the same command again: it goes on where it stood")
         else:
             said = f"{type(cause).__name__}: {_line(str(cause))}"
-            remedy = "look at HF_ENDPOINT and the network, then run the same command again: it goes on where it stood"
+            remedy = "look at HF_ENDPOINT, HF_HUB_OFFLINE and the network, then run the same command again: it goes on where it stood"
         raise HubRefused(f"publishing.hub: {where}: {said}; {remedy}") from None
 
 

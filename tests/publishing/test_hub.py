@@ -141,5 +141,5 @@ def test_a_hub_that_refuses_is_one_line(hub: Hub, run: PublishedRun, token: str 
 
 
 def test_a_hub_that_is_not_there_is_one_line(run: PublishedRun):
-    with pytest.raises(HubRefused, match="look at HF_ENDPOINT and the network"):
+    with pytest.raises(HubRefused, match="look at HF_ENDPOINT, HF_HUB_OFFLINE and the network"):
         push(HfApi(endpoint="http://127.0.0.1:9", token=TOKEN), run.made.storage, run.manifest, REPO, "main")
