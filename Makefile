@@ -7,7 +7,7 @@ ROOT ?= runs
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: help setup demo test test-long test-demo lint format benchmarks compare-optimizers clean
+.PHONY: help setup demo test test-long test-faults test-demo lint format benchmarks compare-optimizers clean
 
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ test: $(STAMP) ## All tests but the long ones
 
 test-long: $(STAMP) ## Fault and scale tests
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m long
+
+test-faults: $(STAMP) ## Every fault of docs/reliability.md, and its table anew (about an hour)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m faults tests/faults --reliability docs/reliability.md
 
 test-demo: $(STAMP) ## The demo in every way it can be run: killed, submitted, on S3 (about ten minutes)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m demo
