@@ -28,7 +28,7 @@ from pipeline.manifest import digest_of
 from pipeline.parallel.local import local_part, local_tensor
 
 MODULUS = 1 << 128
-BLOCK = 512 * 1024  # bytes of rows that are looked at together: they stay in a core's cache
+BLOCK = 256 * 1024  # bytes of rows that are looked at together: they stay in a core's cache
 
 
 class RowSum:
