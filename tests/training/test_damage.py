@@ -7,20 +7,29 @@ from pathlib import Path
 import pytest
 
 from pipeline.evaluation.weights import load_model, stream_tensors
-from pipeline.manifest import DamagedRecord
+from pipeline.integrity import read_record
+from pipeline.lease import living
+from pipeline.manifest import DamagedRecord, TrainManifest
 from pipeline.storage import Storage
+from pipeline.training import initial
 from pipeline.training.checkpoint import load_state
 from pipeline.training.commits import (
     WITHDRAWN,
     DamagedCheckpoint,
     NoSoundCheckpoint,
     committed,
+    lease_path,
+    manifest_path,
+    read_manifest,
     step_folder,
     train_folder,
 )
+from pipeline.training.left_out import Detour, LeftOut, left_out_path, read_left_out
+from pipeline.training.metrics import sound_files
 from pipeline.training.proof import CheckpointReport, check_checkpoint
 from pipeline.training.trainer import Run
 from tests.distributed import run_distributed
+from tests.flips import check_flips, is_blank
 from tests.training.make import Watched, tiny, tiny_dataset
 
 
@@ -67,6 +76,47 @@ def test_every_flip_is_named_and_nothing_is_loaded(tmp_path, name, count):
             assert str(refusal.value).split(": ")[1] in tensors
         flip(path, bit)
     load_state(state, storage, manifest, None)
+
+
+def stored(root: Path, kind: str):
+    """A record of a run, and how it is read."""
+    storage = Storage(tiny(str(root)).storage)
+    records = {
+        "checkpoint": (manifest_path("tiny", 2), lambda: read_manifest(storage, "tiny", 2)),
+        "run": (f"{train_folder('tiny')}/manifest.json", lambda: read_record(storage, path, TrainManifest)),
+        "writer": (lease_path("tiny"), lambda: living(storage, path)),
+        "left out": (left_out_path("tiny"), lambda: read_left_out(storage, "tiny")),
+        "initial weights": (initial.answer_path("tiny"), lambda: initial.answer_of("tiny", storage)),
+    }
+    path, read = records[kind]
+    if kind == "left out":
+        detour = Detour(spike=7, back_to=4, left_out=(32, 56), loss=9.5, gradient_norm=3.25)
+        storage.write(path, LeftOut(detours=(detour,)).to_json())
+    if kind == "initial weights":
+        storage.write(path, initial.Answer(initial_weights="models/x/1@sha256:" + "0" * 64).to_json())
+    return root / path, read
+
+
+@pytest.mark.parametrize("count", [6, pytest.param(300, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", ["checkpoint", "run", "writer", "left out", "initial weights"])
+def test_every_flip_in_a_record_is_named(tmp_path, kind, count):
+    Watched().train(tiny(str(tmp_path), steps=2))
+    path, read = stored(tmp_path, kind)
+    check_flips(path, read, count, is_blank)
+
+
+@pytest.mark.parametrize("count", [6, pytest.param(300, marks=pytest.mark.long)])
+def test_flipped_metrics_are_named_and_left_out(tmp_path, capsys, count):
+    config = tiny(str(tmp_path), steps=2)
+    manifest, storage = Watched().train(config), Storage(config.storage)
+    (entry,) = manifest.metrics
+    path, rng = tmp_path / entry.path, random.Random(count)
+    for bit in rng.sample(range(8 * path.stat().st_size), count):
+        flip(path, bit)
+        assert sound_files(storage, manifest.metrics) == ()
+        assert f"metrics are left out: {path}: sha256 is" in capsys.readouterr().err
+        flip(path, bit)
+    assert sound_files(storage, manifest.metrics) == manifest.metrics
 
 
 def test_evaluation_and_export_refuse_it_by_name(tmp_path):
