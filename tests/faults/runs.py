@@ -213,7 +213,9 @@ class Started:
         self.processes = []
         for rank in range(self.ranks):
             here = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = context.Process(target=_rank, args=(self.arguments, here, self.harm, rank, str(self.path)))
+            process = context.Process(
+                target=_rank, args=(self.arguments, here, self.harm, rank, str(self.path)), daemon=True
+            )
             process.start()
             self.processes.append(process)
 
