@@ -36,7 +36,7 @@ STEPS, EVERY = 16, 4  # steps; of these between two checkpoints
 SEQUENCE, BATCH = 32, 8
 LIMIT_S = 240.0  # for one start of a run
 # Of a run that is met at work without being slowed down.
-LONG_STEPS, LONG_EVERY = 240, 20
+LONG_STEPS, LONG_EVERY = 400, 20
 LONG = (f"schedule.total_tokens={LONG_STEPS * BATCH * SEQUENCE}", f"checkpoint.every_steps={LONG_EVERY}")
 RANKS = 2
 DATA = {"sequence_length": SEQUENCE, "rows_per_group": 4, "groups_per_file": 8, "lanes": 4, "mixture_block": 4, "window_blocks": 2, "max_padding": 1.0}  # fmt: skip
