@@ -78,12 +78,25 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, BotoCoreError) as error:
         print(f"error: {said_by_storage(error)}", file=sys.stderr)
         return FAILED
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        print(f"rank {os.environ.get('RANK', '0')}: another rank has left; what it says says why", file=sys.stderr)
+        return FAILED
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"complete: {manifest.steps} steps, checkpoint {manifest.checkpoint.content_sha256}")
     return 0
+
+
+def lost_peer(error: RuntimeError) -> bool:
+    """Is this what gloo or NCCL says in the middle of a collective when another process has ended?"""
+    said = str(error)
+    return any(
+        words in said for words in ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+    )
 
 
 def read_dataset(storage: Storage, path: str) -> DatasetManifest:

@@ -147,7 +147,8 @@ def test_trained(whole: Place, place: Place, case: str, row: Row, reference: Ref
     run = place.train()
     codes = run.wait()
     if how == REFUSED:
-        assert set(codes) == {2}, run.log.text
+        assert 2 in codes, run.log.text
+        assert set(codes) <= {1, 2}, run.log.text  # 1: of a rank that waited for one that had refused
         assert path in one_line(run.log.text)
         place.storage.write(path, data)
         run = place.train()
