@@ -38,7 +38,7 @@ COMPLETE = {
 TRAINED = {
     "dataset.json in training": ("datasets/*/dataset.json", REFUSED),
     "files.arrow": ("datasets/*/files.arrow", REFUSED),
-    "packed rows": ("datasets/packed/*/*.parquet", REFUSED),
+    "packed rows": ("datasets/packed/*/*-00000.parquet", REFUSED),
     "the checkpoint's manifest.json": (f"{LAST}/manifest.json", WITHOUT),
     "the checkpoint's .metadata": (f"{LAST}/writer-1/.metadata", WITHOUT),
     "the checkpoint's part": (f"{LAST}/writer-1/__0_0.distcp", WITHOUT),
