@@ -126,7 +126,17 @@ def join_ranks(config: RunConfig) -> None:
         options = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
     elif not config.cluster.use_gpu:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        options = own_part_of_store(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     dist.init_process_group(backend, **options)
+
+
+def own_part_of_store(rank: int, world_size: int) -> dict[str, Any]:
+    """Where the ranks of this attempt meet: torchrun starts a group again on the same store, which still has the addresses of the dead
+    (findings/torchrun_restart_meets_the_dead.sh)."""
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {"store": dist.PrefixStore(f"attempt-{attempt}", store), "rank": rank, "world_size": world_size}
 
 
 def start_line(config: RunConfig, storage: Storage) -> str:
