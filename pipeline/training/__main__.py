@@ -134,9 +134,10 @@ def join_ranks(config: RunConfig) -> None:
 def own_part_of_store(rank: int, world_size: int) -> dict[str, Any]:
     """Where the ranks of this attempt meet: torchrun starts a group again on the same store, which still has the addresses of the dead
     (findings/torchrun_restart_meets_the_dead.sh)."""
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return {"store": dist.PrefixStore(f"attempt-{attempt}", store), "rank": rank, "world_size": world_size}
+    own = dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
+    return {"store": own, "rank": rank, "world_size": world_size}
 
 
 def start_line(config: RunConfig, storage: Storage) -> str:
