@@ -26,6 +26,7 @@ DOCUMENT = REPOSITORY / "docs" / "reliability.md"
 BEGIN, END = "<!-- rows: begin (make test-faults) -->", "<!-- rows: end -->"
 HEAD = ("Fault", "Storage", "What happened", "Same bytes", "Steps lost", "Seconds lost")
 PLACES = ("folder", "s3")
+NOT_RUN = "not run yet"
 
 
 @dataclass
@@ -107,9 +108,9 @@ def render(rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def update(path: Path, found: Iterable[Row]) -> None:
-    """Put what was found into the document's generated part; rows that were not run stay, rows without a test go."""
+    """Put what was found into the document's generated part. Rows that were not run stay, or say so; rows without a test go."""
     text = path.read_text()
     known = read_rows(text) | {row.key: row.cells() for row in found}
-    rows = [known[key] for key in rows_of_tests() if key in known]
+    rows = [known.get(key, (*key, NOT_RUN, "-", "-", "-")) for key in rows_of_tests()]
     before, _, rest = text.partition(BEGIN)
     path.write_text(f"{before}{BEGIN}\n{render(rows)}\n{END}{rest.partition(END)[2]}")
