@@ -151,9 +151,10 @@ def read_duplicates(storage: Storage, path: str, unit: int, units: int) -> np.nd
         start, stop = int.from_bytes(span[:8], "little"), int.from_bytes(span[8:], "little")
         file.seek((units + 1 + unit) * 8)
         digest = file.read(8)
-        size = file.seek(0, os.SEEK_END)
-        file.seek((2 * units + 1) * 8 + start * 4)
-        data = file.read(max(0, min(stop - start, size)) * 4)  # a flipped offset asks for more than there is
+        first = (2 * units + 1) * 8
+        there = start <= stop <= (file.seek(0, os.SEEK_END) - first) // 4  # a flipped offset may be anywhere
+        file.seek(first + start * 4 if there else 0)
+        data = file.read((stop - start) * 4 if there else 0)
     if len(digest) < 8 or _digest_of(unit, (start, stop), data) != int.from_bytes(digest, "little"):
         raise DamagedFile(f"{storage.uri(path)}: the copies of unit number {unit} are torn or changed; {MEND}")
     return np.frombuffer(data, "<u4").astype(np.int64)
