@@ -34,6 +34,7 @@ from tests.data_prep.faulty_s3 import FaultyS3
 RUN = "faults"
 STEPS, EVERY = 16, 4  # steps; of these between two checkpoints
 SEQUENCE, BATCH = 32, 8
+GRACE_S = 30.0  # of ranks whose peer has refused
 LIMIT_S = 240.0  # for one start of a run
 # Of a run that is met at work without being slowed down.
 LONG_STEPS, LONG_EVERY = 400, 20
@@ -226,7 +227,7 @@ class Started:
             failed = [process.exitcode for process in self.processes if process.exitcode not in (None, 0)]
             if failed and not self.ended:
                 self.ended = now()
-                deadline = min(deadline, time.monotonic() + (0.0 if -signal.SIGKILL in failed else 5.0))
+                deadline = min(deadline, time.monotonic() + (0.0 if -signal.SIGKILL in failed else GRACE_S))
             if time.monotonic() > deadline:
                 for process in self.processes:
                     process.kill()
@@ -311,11 +312,13 @@ def same(place: Place, expected: TrainManifest) -> str:
     return "yes"
 
 
-def one_line(text: str, prefix: str = "error: ") -> str:
-    """The one line in which a command refuses; no traceback beside it."""
+def one_line(text: str, path: str = "") -> str:
+    """The line in which a command refuses, each rank for itself, no traceback beside it. All of them name the path."""
     assert "Traceback" not in text, text
-    found = {line for line in text.splitlines() if line.startswith(prefix)}
-    assert len(found) == 1, text
+    found = {line for line in text.splitlines() if line.startswith("error: ")}
+    assert found, text
+    assert all(path in line for line in found), text
+    assert path or len(found) == 1, text
     return found.pop()
 
 

@@ -126,7 +126,7 @@ def test_complete(
     assert "Traceback" not in said
     if how == REFUSED:
         assert code == 2, said
-        assert path in one_line(said)
+        assert path in one_line(said, path)
         place.storage.write(path, data)
         code = pipeline.main(place.settings())
     elif how == WITHOUT:
@@ -149,7 +149,7 @@ def test_trained(whole: Place, place: Place, case: str, row: Row, reference: Ref
     if how == REFUSED:
         assert 2 in codes, run.log.text
         assert set(codes) <= {1, 2}, run.log.text  # 1: of a rank that waited for one that had refused
-        assert path in one_line(run.log.text)
+        assert path in one_line(run.log.text, path)
         place.storage.write(path, data)
         run = place.train()
         codes = run.wait()
