@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-ROOT ?= runs
+ROOT ?= store
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED = 0
 

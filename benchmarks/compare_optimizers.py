@@ -39,8 +39,8 @@ from data_prep.records import PrepareProgress
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation.heldout import evaluate
-from pipeline.evaluation.weights import count_parameters
 from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, TrainManifest, digest_of
+from pipeline.model.shapes import count_parameters
 from pipeline.storage import Storage, open_storage
 from pipeline.training.commits import committed, train_folder
 from pipeline.training.metrics import TrainProgress

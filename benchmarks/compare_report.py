@@ -16,7 +16,7 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pipeline.evaluation.weights import ParameterCount
+from pipeline.model.shapes import ParameterCount
 
 OPTIMIZERS = ("muon", "adamw")
 TARGET = 1.0  # Muon's loss at most AdamW's

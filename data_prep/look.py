@@ -53,6 +53,8 @@ class Look:
     def lines(self) -> Iterator[str]:
         """For people; the first one names the source."""
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.formats.most_common())
+        if self.files > self.formats.total():
+            kinds = f"of the first {self.formats.total():,}: {kinds}"
         yield f"source {self.source}: {self.files:,} files ({kinds}), {self.bytes:,} bytes"
         shares = [f"{len(self.kept)} kept"]
         for verb, counts in (("filtered", self.filtered), ("quarantined", self.quarantined)):

@@ -6,6 +6,7 @@ task whose worker or node died for as long as it takes; a unit that is itself th
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -29,6 +30,7 @@ def map_on_ray(cluster: ClusterConfig) -> MapUnits:
 
         if not items:
             return
+        _quiet()
         context = ray.data.DataContext.get_current()
         context.execution_no_progress_timeout_s = -1  # a unit takes minutes, and waiting for nodes may take hours
         context.enable_progress_bars = False
@@ -44,3 +46,16 @@ def map_on_ray(cluster: ClusterConfig) -> MapUnits:
             yield int(row["index"]), pickle.loads(row["result"])
 
     return run
+
+
+def _quiet() -> None:
+    """Prepare tells its progress itself. Ray Data's plans and phases stay in its own file, logs/ray-data of the session; warnings are
+    shown, but for the one that progress bars are off, as they were told to be."""
+    for handler in logging.getLogger("ray.data").handlers:
+        if handler.get_name() == "console":
+            handler.setLevel(logging.WARNING)
+            handler.addFilter(_no_word_of_progress_bars)
+
+
+def _no_word_of_progress_bars(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Progress bars disabled")

@@ -134,11 +134,11 @@ class PrepareProgress:
 
     @property
     def megabytes_per_second(self) -> float:
-        return self.text_bytes / 1e6 / max(self.seconds, 1e-9)
+        return _rate(self.text_bytes / 1e6, self.seconds)
 
     @property
     def tokens_per_second(self) -> float:
-        return self.tokens / max(self.seconds, 1e-9)
+        return _rate(self.tokens, self.seconds)
 
     @property
     def eta_seconds(self) -> float | None:
@@ -156,6 +156,11 @@ class PrepareProgress:
             f"{self.text_bytes / 1e6:,.1f} MB ({self.megabytes_per_second:.1f} MB/s), {self.tokens / 1e6:,.2f} M tokens "
             f"({self.tokens_per_second / 1e6:.2f} M/s){eta}"
         )
+
+
+def _rate(done: float, seconds: float) -> float:
+    """0 where next to no time was measured: the last line of a phase, or one that had nothing to do."""
+    return done / seconds if seconds >= 1e-3 else 0.0
 
 
 Report = Callable[[PrepareProgress], None]

@@ -7,16 +7,33 @@ run is somebody else's just now; 4 a gate before publishing is closed; 130 and 1
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pipeline.config.load import expand_path, load_config, preset_names
-from pipeline.config.schema import CorpusConfig, RunConfig
+from jobs.first_line import LOOKING
+from pipeline.config.load import load_config, preset_names, with_absolute_paths
+from pipeline.config.places import places
+from pipeline.config.schema import RunConfig
 from pipeline.reach import check_s3
 from pipeline.storage import Storage, open_storage
 from pipeline.training import initial
 from pipeline.workflow.heartbeat import Heartbeat
+
+
+def refusing(command: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
+    """A command that tells wrong configuration or input in one line, with exit code 2: every ValueError is meant for its user."""
+
+    @functools.wraps(command)
+    def run(arguments: Sequence[str] | None) -> int:
+        try:
+            return command(arguments)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return run
 
 
 def program(module: str) -> str:
@@ -38,45 +55,21 @@ def parser(module: str, summary: str) -> argparse.ArgumentParser:
 
 
 def looking(config_name: str) -> Heartbeat:
-    """The first line of a driver, before anything slow: reading storage and data, Ray and what else is heavy to import."""
-    what = f"{config_name}: looking at its run and its data"
-    print(what, flush=True)
-    return Heartbeat(what)
+    """What the first line has said goes on, while its `with` block runs."""
+    return Heartbeat(f"{config_name}: {LOOKING}")
 
 
 def open_run(config_name: str, overrides: Sequence[str]) -> tuple[RunConfig, Storage]:
     """`locate`, with the initial weights that the run has pinned. Raises ConfigError, and StorageError for an S3 that does not answer."""
     config, storage = locate(config_name, overrides)
-    places = [
-        config.storage.root,
-        config.tokenizer.path,
-        config.evaluation.task_folder,
-        config.training.initial_weights,
-    ]
-    if any(place and place.startswith("s3://") for place in (*places, *(each.path for each in config.corpus.sources))):
+    used = [place.path for place in places(RunConfig, config.model_dump(mode="json"))]
+    if any(path.startswith("s3://") for path in used):
         check_s3(config.storage)
     return initial.pinned(config, storage), storage
 
 
 def locate(config_name: str, overrides: Sequence[str]) -> tuple[RunConfig, Storage]:
     """The configuration, with absolute paths, and its storage, of which nothing is read. Raises ConfigError."""
-    config = load_config(config_name, list(overrides))
+    config = with_absolute_paths(load_config(config_name, list(overrides)))
     storage = open_storage(config.storage)
-    found = {"storage": config.storage.model_copy(update={"root": storage.root}), "corpus": _corpus(config.corpus)}
-    for section, key in (("evaluation", "task_folder"), ("tokenizer", "path"), ("training", "initial_weights")):
-        path = getattr(getattr(config, section), key)
-        if path is not None and (
-            key != "initial_weights" or path.startswith("~")
-        ):  # others are below the storage's root
-            found[section] = getattr(config, section).model_copy(update={key: _absolute(path)})
-    return config.model_copy(update=found), storage
-
-
-def _corpus(corpus: CorpusConfig) -> CorpusConfig:
-    sources = tuple(source.model_copy(update={"path": _absolute(source.path)}) for source in corpus.sources)
-    return corpus.model_copy(update={"sources": sources})
-
-
-def _absolute(path: str) -> str:
-    """Stages run in other folders. What stands for a folder of the Python that runs them stays."""
-    return path if path.startswith("{") else expand_path(path)
+    return config.model_copy(update={"storage": config.storage.model_copy(update={"root": storage.root})}), storage

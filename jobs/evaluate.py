@@ -5,15 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from jobs.cli import parser
-from jobs.drivers.follow import add_options, run
-from jobs.stages import evaluate
+from jobs.first_line import say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    made = parser("evaluate", evaluate.SUMMARY)
-    add_options(made)
-    return run(made.parse_args(arguments))
+    say(arguments)
+    from jobs.drivers.follow import command
+
+    return command(arguments)
 
 
 if __name__ == "__main__":

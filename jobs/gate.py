@@ -9,17 +9,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-from jobs.cli import parser
-from jobs.views import gate
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    made = parser("gate", "May this run be published? Asks all gates about its evaluation.")
-    made.add_argument("--output", required=True, type=Path, help="folder for the files gate and reason")
-    given = made.parse_args(arguments)
-    return gate.write(given.config, given.overrides, given.output)
+    from jobs.views.gate import command
+
+    return command(arguments)
 
 
 if __name__ == "__main__":

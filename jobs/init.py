@@ -8,29 +8,14 @@ What is in the files decides the format, the field of the text and how long the 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-from jobs.cli import program
-from jobs.views.first_run import write
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    made = argparse.ArgumentParser(
-        prog=program("init"), description="Look at a folder of data and write a configuration for it."
-    )
-    made.add_argument("folder", type=Path, help="of JSON Lines, Parquet, CSV, text ...; or one file")
-    made.add_argument("--output", type=Path, default=Path("run.yaml"), help="the configuration (run.yaml)")
-    given = made.parse_args(arguments)
-    try:
-        for line in write(given.folder, given.output):
-            print(line)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    from jobs.views.first_run import command
+
+    return command(arguments)
 
 
 if __name__ == "__main__":

@@ -17,28 +17,11 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from jobs.cli import locate, parser
-from jobs.stages.records import open_dataset
-from jobs.views.provenance import WHAT, lines, understood
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    made = parser("inspect", "Look at what training sees.")
-    made.add_argument("--dataset", help="identity; default: the dataset of this configuration")
-    made.usage = f"{made.prog} --config CONFIG [--dataset ID] [section.key=value ...] {WHAT}"
-    given = made.parse_args(arguments)
-    what = [word for word in given.overrides if "=" not in word]
-    overrides = [word for word in given.overrides if "=" in word]
-    if not understood(what):
-        made.error(f"{' '.join(what) or 'nothing'} is asked for; ask for {WHAT}")
-    try:
-        config, storage = locate(given.config, overrides)
-        for line in lines(what, config, open_dataset(config, storage, given.dataset), storage):
-            print(line)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    from jobs.views.provenance import command
+
+    return command(arguments)
 
 
 if __name__ == "__main__":

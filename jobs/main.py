@@ -22,7 +22,7 @@ COMMANDS = {
     "check": "what can be wrong, and a look into the data, before anything is started",
     "run": "all stages, each done once",
     "status": "where a run stands",
-    "plan": "memory, traffic, time and cost, before a GPU is rented",
+    "plan": "memory, traffic, time, storage and cost, before a GPU is rented",
     "verify": "prove a dataset: every checksum, count and invariant",
     "inspect": "which documents formed a step, a row as text, the mixture",
     "generate": "what a published model says after a prompt",
@@ -32,6 +32,9 @@ COMMANDS = {
     "models": "published versions: list, show, diff, promote, rollback",
     "logs": "keep a cluster's logs in the run's folder",
 }
+
+# stages that are modules of jobs as well, for `python -m jobs.train`
+ENTRIES = ("prepare", "train", "evaluate", "publish")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,15 +68,11 @@ def _stages() -> dict[str, str]:
 
 
 def _command(name: str) -> Callable[[Sequence[str]], int] | None:
-    if name in COMMANDS:
+    if name in COMMANDS or name in ENTRIES:  # without importing the stages: nothing heavy comes before the first line
         found: Callable[[Sequence[str]], int] = importlib.import_module(
             f"jobs.{'pipeline' if name == 'run' else name}"
         ).main
         return found
-    if name == "evaluate":  # a stage with options of its own
-        from jobs.evaluate import main as evaluate_main
-
-        return evaluate_main
     if name in _stages():
         from jobs.stage import main as stage_main
 

@@ -13,17 +13,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from jobs import stages
-from jobs.cli import parser
-from jobs.drivers.options import add_options
-from jobs.drivers.pipeline import run
+from jobs.first_line import say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    of = ", ".join(stages.names())
-    made = parser("pipeline", f"Run the stages of a run ({of}); what is done already is not done again.")
-    add_options(made)
-    return run(made.parse_args(arguments))
+    say(arguments)
+    from jobs.drivers.pipeline import command
+
+    return command(arguments)
 
 
 if __name__ == "__main__":

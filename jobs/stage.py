@@ -43,7 +43,7 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> int:
 
             check_cluster(config, [stage])
         refuse_held(stage, config, storage)
-        with connect(config), ProgressLines(storage, config.run_id, show=False) as lines:
+        with connect(config, [stage]), ProgressLines(storage, config.run_id, show=False) as lines:
             raise_on_signals()
             lines.work = Work(stage, since=time.time())
             stages.run(stage, config, storage, records)

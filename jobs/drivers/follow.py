@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 
 from jobs import stage, stages
-from jobs.cli import looking, open_run
+from jobs.cli import looking, open_run, parser
 from jobs.on_ray.signals import Interrupted, raise_on_signals
 from jobs.stages.records import hold_dataset
 from jobs.views.curves import write_curves
@@ -27,6 +27,13 @@ from pipeline.workflow.record import add_event
 
 POLL_S = 5.0
 QUIET_S = 3600.0
+
+
+def command(arguments: Sequence[str] | None) -> int:
+    """`jobs.evaluate`. Returns the exit code."""
+    made = parser("evaluate", stages.room("evaluate").SUMMARY)
+    add_options(made)
+    return run(made.parse_args(arguments))
 
 
 def add_options(made: argparse.ArgumentParser) -> None:

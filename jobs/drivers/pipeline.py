@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 
 from botocore.exceptions import BotoCoreError
 
 from jobs import stages
-from jobs.cli import looking, open_run
+from jobs.cli import looking, open_run, parser
 from jobs.drivers.failures import CLOSED, HELD, StageFailure
+from jobs.drivers.options import add_options
 from jobs.on_ray.cluster import in_a_ray_job
 from jobs.on_ray.demand import check_cluster
 from jobs.on_ray.signals import Interrupted
@@ -22,6 +24,14 @@ from pipeline.lease import Held
 from pipeline.publishing.gate import GateError
 from pipeline.storage import Storage, said_by_storage
 from pipeline.training import initial
+
+
+def command(arguments: Sequence[str] | None) -> int:
+    """`jobs.pipeline`. Returns the exit code."""
+    of = ", ".join(stages.names())
+    made = parser("pipeline", f"Run the stages of a run ({of}); what is done already is not done again.")
+    add_options(made)
+    return run(made.parse_args(arguments))
 
 
 def run(given: argparse.Namespace) -> int:

@@ -22,9 +22,9 @@ from jobs.stages.leases import refuse_held
 from pipeline.config.schema import RunConfig
 from pipeline.manifest import digest_of
 from pipeline.storage import Storage
+from pipeline.workflow.duration import duration
 from pipeline.workflow.heartbeat import Heartbeat
 from pipeline.workflow.ray_jobs import StageJob, StageJobFailed, follow, stop, submit_or_attach
-from pipeline.workflow.record import duration
 
 STOP_S = 300  # for a stage that was asked to stop: the rest of a step and a checkpoint
 
@@ -33,7 +33,7 @@ def run_on_ray(todo: list[str], config: RunConfig, storage: Storage) -> None:
     """Raises StageFailure, and Interrupted on a signal."""
     address = os.environ.get("RAY_ADDRESS", "")
     elsewhere = address.startswith("http")  # a job server is all we need
-    own = connect(config, dashboard=True, job_name=f"{config.run_id} pipeline")
+    own = connect(config, todo, dashboard=True, job_name=f"{config.run_id} pipeline")
     if not address:  # on one cluster two drivers follow the same job; here is another one
         for stage in todo:
             refuse_held(stage, config, storage)

@@ -12,10 +12,11 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jobs.on_ray.demand import check_joined, joined_nodes
 from jobs.on_ray.local import local_cluster, with_this_code
 from pipeline.config.schema import RunConfig
 from pipeline.workflow.heartbeat import Heartbeat
@@ -43,8 +44,11 @@ OBJECT_STORE_BYTES = 200_000_000  # rows are descriptions of work and records: k
 
 
 @contextlib.contextmanager
-def connect(config: RunConfig, *, dashboard: bool = False, job_name: str = "") -> Iterator[str]:
-    """Initialise Ray, saying so, and yield the dashboard's URL ('' without one)."""
+def connect(
+    config: RunConfig, stages: Sequence[str] = (), *, dashboard: bool = False, job_name: str = ""
+) -> Iterator[str]:
+    """Initialise Ray, saying so, and yield the dashboard's URL ('' without one). Raises ConfigError if a cluster that was joined
+    has not what the stages want."""
     own = not os.environ.get("RAY_ADDRESS")
     what = "Ray       starting on this machine" if own else f"Ray       joining {os.environ['RAY_ADDRESS']}"
     print(what, flush=True)
@@ -65,6 +69,9 @@ def connect(config: RunConfig, *, dashboard: bool = False, job_name: str = "") -
             }
         context = ray.init(**options)
         stack.callback(ray.shutdown)
+        if not own and stages:
+            heartbeat.begin(f"{what}, which has not yet what {' and '.join(stages)} want")
+            check_joined(config, stages, nodes=joined_nodes)
         heartbeat.begin("")
         url = getattr(context, "dashboard_url", "") or ""
         yield url if not url or "://" in url else f"http://{url}"
@@ -89,7 +96,7 @@ def code_environment(*, stop_wait_s: int = 0) -> dict[str, Any]:
             return {"working_dir": own["working_dir"], "env_vars": env_vars}
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith("http") and "127.0.0.1" not in address and "localhost" not in address:
-        return {"working_dir": str(REPOSITORY), "excludes": [".git", ".venv", "runs"], "env_vars": env_vars}
+        return {"working_dir": str(REPOSITORY), "excludes": [".git", ".venv", "store", "runs"], "env_vars": env_vars}
     return {"env_vars": {**env_vars, "PYTHONPATH": with_this_code()}}
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ import psutil
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.reach import PATIENCE_S, answers
+
+JOIN_S, PAUSE_S = 60.0, 2.0  # for the nodes of a cluster that has just been started
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,41 @@ def _workers(config: RunConfig) -> str:
     return "parallelism.replicate * shard" if config.parallelism.elastic is None else "parallelism.elastic.min_workers"
 
 
+def check_joined(
+    config: RunConfig,
+    stages: Sequence[str],
+    *,
+    nodes: Callable[[], list[Node]],
+    patience_s: float = JOIN_S,
+    pause: Callable[[float], object] = time.sleep,
+) -> None:
+    """Of a cluster that this process has joined, whose nodes may still be coming. Raises ConfigError after `patience_s` seconds."""
+    if config.cluster.grows:
+        return
+    waited = 0.0
+    while True:
+        try:
+            return check_nodes(config, nodes(), f"the Ray cluster (within {patience_s:.0f} s)", stages)
+        except ConfigError:
+            if waited >= patience_s:
+                raise
+        pause(PAUSE_S)
+        waited += PAUSE_S
+
+
+def joined_nodes() -> list[Node]:
+    """The live nodes of the Ray cluster of this process."""
+    import ray
+
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [_node(resources) for resources in found]
+
+
 def check_cluster(config: RunConfig, stages: Sequence[str]) -> None:
     """Ask the cluster that a driver would use, at RAY_ADDRESS or of this machine. Raises ConfigError within seconds.
 
-    Of a cluster that grows by itself (`cluster.grows`) only an answer is wanted.
+    Of a cluster that grows by itself (`cluster.grows`) only an answer is wanted; one that has to be joined to be asked is
+    asked once it is (`check_joined`).
     """
     address = os.environ.get("RAY_ADDRESS", "")
     if not address:
@@ -105,4 +139,8 @@ def _nodes(address: str) -> list[Node] | None:
             f"RAY_ADDRESS {address}: no Ray dashboard answers there ({type(error).__name__}: {error}); correct or unset it"
         ) from None
     resources = [row.get("resources_total") or {} for row in rows if row.get("state") == "ALIVE"]
-    return [Node(each.get("CPU", 0), each.get("GPU", 0), each.get("memory", 0)) for each in resources]
+    return [_node(each) for each in resources]
+
+
+def _node(resources: dict[str, float]) -> Node:
+    return Node(resources.get("CPU", 0), resources.get("GPU", 0), resources.get("memory", 0))

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, cast
 
 from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
-from ray.train import FailureConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -54,11 +54,12 @@ def run_in_group(
             use_gpu=cluster.use_gpu,
             resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.use_gpu else {})},
         ),
-        run_config=RayRunConfig(
+        run_config=cast(Any, RayRunConfig)(
             name=name,
             storage_path=storage.key(folder),
             storage_filesystem=PyFileSystem(FSSpecHandler(storage.fs)) if config.storage.is_s3 else LocalFileSystem(),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),  # on the screen; its files have every state of the group
         ),
     )
     try:

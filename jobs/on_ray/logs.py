@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
+from jobs.cli import locate, parser, refusing
 from pipeline.storage import Storage
 
 MAX_BYTES = 64 * 1024 * 1024
+
+
+@refusing
+def command(arguments: Sequence[str] | None) -> int:
+    """`jobs.logs`, until SIGTERM. Returns the exit code."""
+    made = parser("logs", "Keep a cluster's logs in the run's folder.")
+    made.add_argument("--name", required=True, help="the RayJob's name")
+    made.add_argument("--place", default="", help="folder below the RayJob's: which try, which pod")
+    made.add_argument("--source", type=Path, default=Path("/tmp/ray/session_latest/logs"))
+    made.add_argument("--every", type=float, default=60.0, help="seconds")
+    given = made.parse_args(arguments)
+    config, storage = locate(given.config, given.overrides)
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: stopped.set())
+    folder = f"runs/{config.run_id}/logs/{given.name}/{given.place}".rstrip("/")
+    keep_copying(given.source, storage, folder, given.every, stopped)
+    return 0
 
 
 def copy_changed(source: Path, storage: Storage, folder: str, seen: dict[str, tuple[int, int]]) -> list[str]:

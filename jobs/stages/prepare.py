@@ -13,12 +13,14 @@ from data_prep.prepare import prepare
 from data_prep.records import PrepareProgress
 from data_prep.tokenizer_stage import check_given, find_tokenizer
 from jobs.on_ray.gauges import PREPARING, PrepareGauges
+from jobs.stages.disk import check_room
 from jobs.stages.records import Records, held_dataset, hold_dataset
 from pipeline.config.load import ConfigError
-from pipeline.config.schema import MixtureStage, RunConfig
+from pipeline.config.schema import RunConfig
 from pipeline.dataset.order import check_demand
 from pipeline.file_index import read_dataset
 from pipeline.manifest import DatasetManifest
+from pipeline.planner import preparing as planned
 from pipeline.publishing import registry
 from pipeline.storage import Storage
 from pipeline.training import initial
@@ -47,6 +49,13 @@ def check(config: RunConfig, storage: Storage, records: Records, *, here: bool) 
             look(source, index, listings[source.name], config)
         check_given(config)
         check_supply(config, listings)
+        text = sum(listing.bytes for listing in listings.values())
+        check_room(
+            storage,
+            planned.preparing(config, text).dataset_bytes,
+            "tokenized and packed rows",
+            "lower corpus.sources.max_bytes",
+        )
         check_tokenizer(config, storage, listings)
 
 
@@ -120,7 +129,7 @@ def check_supply(config: RunConfig, listings: Mapping[str, Sequence[InputFile]])
         few = config.data.max_documents_per_row
         padded = documents * config.data.sequence_length // few if few else 0
         most = int(source.max_epochs * (2 * (size + documents) + padded))
-        demand = _demand(config, source.name)
+        demand = planned.demand(config, source.name)
         if demand > most:
             raise ConfigError(
                 f"schedule.total_tokens {config.schedule.total_tokens:,} asks for {demand:,.0f} tokens of source {source.name!r}, "
@@ -143,14 +152,3 @@ def check_tokenizer(config: RunConfig, storage: Storage, listings: dict[str, Lis
             f"tokenizer.path: the corpus lost files or the tokenizer's settings changed, so a new one would be trained, but the run "
             f"starts from {manifest.name} {manifest.version}: set tokenizer.path to {folder}"
         )
-
-
-def _demand(config: RunConfig, source: str) -> float:
-    """Tokens of the whole run that come from a source, by the mixture's weights."""
-    total, before, demand = config.schedule.total_tokens, 0, 0.0
-    weights = {each.name: each.weight for each in config.corpus.sources}
-    for stage in config.corpus.mixture or (MixtureStage(until_tokens=total, weights=weights),):
-        share = stage.weights.get(source, 0.0) / sum(stage.weights.values())
-        demand += share * (min(stage.until_tokens, total) - min(before, total))
-        before = stage.until_tokens
-    return demand

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jobs.on_ray.gauges import TRAINING
+from jobs.stages.disk import check_room
 from jobs.stages.records import HeldDataset, Records, held_path
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig
@@ -13,6 +14,7 @@ from pipeline.file_index import read_dataset
 from pipeline.integrity import read_record
 from pipeline.manifest import CheckpointManifest, TrainManifest
 from pipeline.optim.schedule import total_steps
+from pipeline.planner.preparing import checkpoint_bytes, model_bytes
 from pipeline.storage import Storage, filesystem
 from pipeline.training import branch, initial
 from pipeline.training.commits import committed, committed_steps, read_average, read_manifest, train_folder
@@ -45,6 +47,12 @@ def check(config: RunConfig, storage: Storage, records: Records, *, here: bool) 
             f"schedule.total_tokens {config.schedule.total_tokens:,} is less than one step of global_batch; raise it"
         )
     _refuse_missing_weights(config, storage, here)
+    kept = config.checkpoint.keep + 1  # one more while the oldest is retired
+    if config.checkpoint.keep_every:
+        kept += total_steps(config.schedule, config.training.sequence_length) // config.checkpoint.keep_every
+    missing = kept - len(committed_steps(storage, config.run_id))
+    wanted = checkpoint_bytes(config) * max(1, missing) + model_bytes(config)
+    check_room(storage, wanted, "checkpoints and the published model", "lower checkpoint.keep")
     if committed(storage, config.run_id):
         return
     if records.dataset is not None:

@@ -2,34 +2,49 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 from data_prep.look import Look, look
 from data_prep.tokenizer_stage import find_tokenizer
+from jobs import stages
+from jobs.cli import looking, open_run, parser, refusing
+from jobs.on_ray.demand import check_cluster
 from jobs.stages.records import Records
-from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig
+from pipeline.model.shapes import count_parameters
+from pipeline.optim.schedule import total_steps
+from pipeline.planner.preparing import checkpoint_bytes
 from pipeline.storage import Storage
 from pipeline.tokenizer import Encoder
 
 SHOWN_TOKENS = 60
 
 
+@refusing
+def command(arguments: Sequence[str] | None) -> int:
+    """`jobs.check`. Returns the exit code."""
+    made = parser("check", "What can be wrong with a run, and a look into its data, before anything is started.")
+    made.add_argument("--document", action="store_true", help="print one document, and its tokens")
+    given = made.parse_args(arguments)
+    with looking(given.config):
+        config, storage = open_run(given.config, given.overrides)
+        records = stages.find(config, storage)
+        todo = [stage for stage in stages.names() if not records.done(stage)]
+        stages.check(todo, config, storage, records)
+        for line in lines(config, storage, records, document=given.document):
+            print(line, flush=True)
+        check_cluster(config, todo)
+    print("nothing is wrong that can be known beforehand")
+    return 0
+
+
 def lines(config: RunConfig, storage: Storage, records: Records, *, document: bool) -> Iterator[str]:
     """All that is known before anything is started; with `document` one document with its tokens. Raises ConfigError."""
-    from pipeline.planner.estimate import (  # here: it builds the network on the meta device, hence torch
-        Hardware,
-        estimate,
-    )
-
-    found = estimate(config, Hardware())
+    parameters = count_parameters(config.model)
     yield (
-        f"network: {found.parameters.total:,} parameters, {found.parameters.active:,} used by a token; {found.steps:,} steps, "
-        f"{found.checkpoint_bytes / 1e9:,.1f} GB a checkpoint"
+        f"network: {parameters.total:,} parameters, {parameters.active:,} used by a token; "
+        f"{total_steps(config.schedule, config.training.sequence_length):,} steps, {checkpoint_bytes(config) / 1e9:,.1f} GB a checkpoint"
     )
-    _check_disk(storage, found.checkpoint_bytes * (config.checkpoint.keep + 1))
     if records.done("prepare"):
         yield "data: prepared"
         return
@@ -63,15 +78,3 @@ def _document(looks: list[Look], encoder: Encoder | None) -> Iterator[str]:
     if encoder is not None:
         ids = encoder.encode([record.text])[0][:SHOWN_TOKENS]
         yield "--- " + " | ".join(repr(encoder.decode([int(token)]))[1:-1] for token in ids)
-
-
-def _check_disk(storage: Storage, wanted: int) -> None:
-    if storage.config.is_s3:
-        return
-    folder = next(parent for parent in (Path(storage.root), *Path(storage.root).parents) if parent.exists())
-    free = shutil.disk_usage(folder).free
-    if free < wanted:
-        raise ConfigError(
-            f"storage.root: {storage.root} has {free / 1e9:,.1f} GB free, and the checkpoints alone want {wanted / 1e9:,.1f}; "
-            "lower checkpoint.keep or choose another folder"
-        )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_prep.formats import format_of
@@ -14,6 +15,7 @@ from data_prep.look import fields_of, look
 from data_prep.plan import Slice
 from data_prep.readers import ReaderSettings, read_slice
 from data_prep.tokenize_unit import open_input
+from jobs.cli import program, refusing
 from pipeline.config.load import ConfigError, load_config
 from pipeline.config.schema import SourceConfig, StorageConfig
 
@@ -33,7 +35,7 @@ TEMPLATE = """\
 # Every setting is in pipeline/config/schema.py; what is not given here is the preset's.
 preset: {preset} # a network of 7 million parameters, for one machine
 run_id: {run_id}
-storage: {{root: runs}} # beside this file, or s3://bucket/prefix
+storage: {{root: store}} # beside this file, or s3://bucket/prefix
 corpus:
   heldout_fraction: {heldout} # of the documents, to evaluate on
   sources:
@@ -43,6 +45,20 @@ corpus:
 schedule: {{total_tokens: {tokens}}} # {steps} steps; more trains longer, everything else keeps its shape
 publishing: {{name: {run_id}, sample_prompts: [{prompt}]}}
 """
+
+
+@refusing
+def command(arguments: Sequence[str] | None) -> int:
+    """`jobs.init`. Returns the exit code."""
+    made = argparse.ArgumentParser(
+        prog=program("init"), description="Look at a folder of data and write a configuration for it."
+    )
+    made.add_argument("folder", type=Path, help="of JSON Lines, Parquet, CSV, text ...; or one file")
+    made.add_argument("--output", type=Path, default=Path("run.yaml"), help="the configuration (run.yaml)")
+    given = made.parse_args(arguments)
+    for line in write(given.folder, given.output):
+        print(line)
+    return 0
 
 
 def write(folder: Path, output: Path) -> Iterator[str]:

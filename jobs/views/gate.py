@@ -8,17 +8,17 @@ from pathlib import Path
 
 from botocore.exceptions import BotoCoreError
 
-from jobs.cli import locate
+from jobs.cli import locate, parser, refusing
 from jobs.stages import publish
 
 
-def write(config_name: str, overrides: Sequence[str], output: Path) -> int:
-    """Write the files `gate` and `reason` into the folder. Returns the exit code: a closed gate is an answer, not a failure."""
-    try:
-        config, storage = locate(config_name, overrides)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+@refusing
+def command(arguments: Sequence[str] | None) -> int:
+    """`jobs.gate`. Returns the exit code: a closed gate is an answer, not a failure."""
+    made = parser("gate", "May this run be published? Asks all gates about its evaluation.")
+    made.add_argument("--output", required=True, type=Path, help="folder for the files gate and reason")
+    given = made.parse_args(arguments)
+    config, storage = locate(given.config, given.overrides)
     try:
         gate, reason, table = publish.gate(config, storage)
     except (OSError, BotoCoreError) as error:
@@ -26,11 +26,8 @@ def write(config_name: str, overrides: Sequence[str], output: Path) -> int:
 
         print(f"{config.storage.root} does not answer ({type(error).__name__}: {error})", file=sys.stderr)
         return int(Outcome.INFRASTRUCTURE)
-    except ValueError as error:  # a damaged record, or a checkpoint that is not there
-        print(error, file=sys.stderr)
-        return 2
-    (output / "gate").write_text(gate)
-    (output / "reason").write_text(reason)
+    (given.output / "gate").write_text(gate)
+    (given.output / "reason").write_text(reason)
     print(f"gate {gate}: {reason}")
     if table:
         print(table)

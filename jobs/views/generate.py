@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+from jobs.cli import program
+
+
+def command(arguments: Sequence[str] | None) -> int:
+    """`jobs.generate`. Returns the exit code."""
+    made = argparse.ArgumentParser(prog=program("generate"), description="What a published model says after a prompt.")
+    made.add_argument("folder", help="a published folder: a path or s3:// URI")
+    prompt = made.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="the text to go on from")
+    prompt.add_argument("--file", help="a file that holds it; - for the standard input")
+    made.add_argument("--tokens", type=int, default=200, help="how many new tokens at most")
+    made.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token; 1: as the model says")
+    made.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens with this probability")
+    made.add_argument("--seed", type=int, default=0, help="the same seed, the same text")
+    made.add_argument("--endpoint-url", help="of an S3 server that is not AWS's")
+    return write(**vars(made.parse_args(arguments)))
 
 
 def write(

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from jobs.cli import locate, parser, refusing
+from jobs.stages.records import open_dataset
 from pipeline.config.schema import RunConfig
 from pipeline.dataset.order import Order, step_sequences, total_sequences
 from pipeline.dataset.provenance import mixture_table, row_tokens, sequences
@@ -16,6 +18,23 @@ from pipeline.training.left_out import order_of, read_left_out
 
 WHAT = "step N | sequence N | position N | row SOURCE N | mixture"
 SHAPES = {"step": 2, "sequence": 2, "position": 2, "row": 3, "mixture": 1}  # words of each
+
+
+@refusing
+def command(arguments: Sequence[str] | None) -> int:
+    """`jobs.inspect`. Returns the exit code."""
+    made = parser("inspect", "Look at what training sees.")
+    made.add_argument("--dataset", help="identity; default: the dataset of this configuration")
+    made.usage = f"{made.prog} --config CONFIG [--dataset ID] [section.key=value ...] {WHAT}"
+    given = made.parse_args(arguments)
+    what = [word for word in given.overrides if "=" not in word]
+    overrides = [word for word in given.overrides if "=" in word]
+    if not understood(what):
+        made.error(f"{' '.join(what) or 'nothing'} is asked for; ask for {WHAT}")
+    config, storage = locate(given.config, overrides)
+    for line in lines(what, config, open_dataset(config, storage, given.dataset), storage):
+        print(line)
+    return 0
 
 
 def understood(what: Sequence[str]) -> bool:

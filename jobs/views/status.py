@@ -5,19 +5,33 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jobs import stages
+from jobs.cli import open_run, parser, refusing
 from jobs.stages.records import Records
 from jobs.views.summary import task_lines
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation.curves import page_path, read_all
 from pipeline.storage import Storage
-from pipeline.workflow.record import duration, read_events, read_progress, stage_seconds
+from pipeline.workflow.duration import duration
+from pipeline.workflow.record import read_events, read_progress, stage_seconds
 
 STALE_S = 120.0
 PATIENCE_S = 20.0  # for a cluster's API: somebody is looking at the screen
+
+
+@refusing
+def command(arguments: Sequence[str] | None) -> int:
+    """`jobs.status`. Returns the exit code."""
+    made = parser("status", "Show where a run stands.")
+    made.add_argument("--kubernetes", action="store_true", help="also list the run's RayJobs in the current cluster")
+    given = made.parse_args(arguments)
+    config, storage = open_run(given.config, given.overrides)
+    require_run(config, storage)
+    records = stages.find(config, storage)
+    return show(config, storage, records, kubernetes=given.kubernetes)
 
 
 def require_run(config: RunConfig, storage: Storage) -> None:

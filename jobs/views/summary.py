@@ -8,8 +8,9 @@ from pipeline.config.schema import RunConfig
 from pipeline.manifest import EvaluationManifest
 from pipeline.publishing import registry
 from pipeline.storage import Storage
+from pipeline.workflow.duration import duration
 from pipeline.workflow.heartbeat import Heartbeat
-from pipeline.workflow.record import duration, read_events, stage_seconds
+from pipeline.workflow.record import read_events, stage_seconds
 
 
 def print_summary(config: RunConfig, storage: Storage, records: Records, config_name: str) -> None:
@@ -24,7 +25,7 @@ def print_summary(config: RunConfig, storage: Storage, records: Records, config_
     seconds = stage_seconds(read_events(storage, config.run_id))
     with Heartbeat("writing the report"):
         write_curves(storage, config.run_id)
-        from pipeline.evaluation.report import write_report  # counts the network's parameters, hence torch
+        from pipeline.evaluation.report import write_report  # here: a run that is not whole needs none of it
 
         report = write_report(config, dataset, train, checkpoint, evaluation, model, storage, stage_seconds=seconds)
     folder = storage.uri(registry.folder(model.name, model.version))

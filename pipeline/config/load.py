@@ -2,7 +2,9 @@
 
 Every mistake is a `ConfigError`: one line with the key's path, what was given and what is allowed.
 
-A file may start from a preset with `preset: debug`. A relative path in a YAML file is relative to that file; in a preset or an override to the folder one works in.
+A file may start from a preset with `preset: debug`. A relative path in a YAML file, on S3 as well, is relative to that file, also one
+that it has from its preset, and the storage root if it names none; in a preset that is run as it is and in an override to the
+folder one works in.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from botocore.exceptions import BotoCoreError
 from pydantic import ValidationError
 
 from pipeline.config.outcome import with_preset_tasks
+from pipeline.config.places import make_absolute, put_beside
 from pipeline.config.schema import RunConfig, StorageConfig
 from pipeline.config.shares import with_tokens
 from pipeline.config.text import Dumper, TooMuch, parse
@@ -48,6 +51,13 @@ def load_config(preset_or_path: str, overrides: list[str] | tuple[str, ...] = ()
     return validate(values)
 
 
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """What is relative is relative to the folder one works in; `training.initial_weights` to the storage root."""
+    values = config.model_dump(mode="json")
+    make_absolute(RunConfig, values, _absolute)
+    return validate(values)
+
+
 def validate(values: dict[str, Any]) -> RunConfig:
     """Validate plain values (as read from YAML or JSON)."""
     try:
@@ -72,18 +82,23 @@ def expand_path(path: str) -> str:
     """Replace `{stdlib}` and `{site_packages}` by the running Python's folders; make local paths absolute."""
     packages = sysconfig.get_paths()["purelib"] or site.getsitepackages()[0]
     path = path.replace("{stdlib}", sysconfig.get_paths()["stdlib"]).replace("{site_packages}", packages)
+    return _absolute(path)
+
+
+def _absolute(path: str) -> str:
     return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
 def _read(preset_or_path: str, overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
-    folder = None
+    folder = ""
     if preset_or_path.startswith("s3://"):
         path, data = preset_or_path, _read_s3(preset_or_path, overrides)
+        folder = path.rpartition("/")[0]
     else:
         file = PRESETS / f"{preset_or_path}.yaml"
         if "/" in preset_or_path or not file.exists():
             file = Path(preset_or_path).expanduser()
-            folder = file.resolve().parent
+            folder = str(file.resolve().parent)
         if not file.is_file():
             raise ConfigError(
                 f"--config {preset_or_path}: no such preset or file; presets are {', '.join(preset_names())}"
@@ -100,9 +115,12 @@ def _read(preset_or_path: str, overrides: list[str] | tuple[str, ...]) -> dict[s
         raise ConfigError(f"--config {path}: not readable as YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: expected a mapping of sections, got {type(values).__name__}")
-    if folder is not None:
-        _beside(values, folder)
-    return _over_preset(values, path)
+    values = _over_preset(values, path)
+    if folder:
+        if isinstance(values.setdefault("storage", {}), dict):
+            values["storage"].setdefault("root", StorageConfig().root)
+        put_beside(RunConfig, values, folder)
+    return values
 
 
 def _over_preset(values: dict[str, Any], path: str) -> dict[str, Any]:
@@ -119,24 +137,6 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     both = {key: (below[key], above[key]) for key in below.keys() & above.keys()}
     inner = {key: _merged(*pair) for key, pair in both.items() if all(isinstance(part, dict) for part in pair)}
     return {**below, **above, **inner}
-
-
-def _beside(values: dict[str, Any], folder: Path) -> None:
-    """Make the relative paths of a file's values absolute. `training.initial_weights` may be below the storage root instead."""
-    corpus = values.get("corpus")
-    sources = corpus.get("sources") if isinstance(corpus, dict) else None
-    places = [
-        (values.get("storage"), "root"),
-        (values.get("tokenizer"), "path"),
-        (values.get("evaluation"), "task_folder"),
-    ]
-    places += [(source, "path") for source in sources] if isinstance(sources, list) else []
-    for section, key in places:
-        if not isinstance(section, dict):
-            continue
-        path = section.get(key)
-        if isinstance(path, str) and path.strip() and ":/" not in path and path[0] not in "/~{$":
-            section[key] = str(folder / path)
 
 
 def _read_s3(uri: str, overrides: list[str] | tuple[str, ...]) -> bytes:

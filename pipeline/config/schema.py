@@ -26,6 +26,7 @@ from pipeline.config.gates import GateConfig
 from pipeline.config.network import ModelConfig
 from pipeline.config.optimizer import AdamWConfig, MuonConfig, OptimizerConfig
 from pipeline.config.outcome import TASK_SETTINGS, CardConfig, EvaluationConfig, HubConfig, PublishingConfig
+from pipeline.config.places import places
 from pipeline.config.schedule import BatchStage, BiasRateStage, LearningRateStage, ScheduleConfig
 from pipeline.config.section import Section
 from pipeline.config.sizes import refused_sizes, valid_sizes
@@ -70,7 +71,7 @@ __all__ = [
 class StorageConfig(Section):
     """Where every byte goes: a folder or `s3://bucket/prefix`."""
 
-    root: Location = "runs"
+    root: Location = "store"
     endpoint_url: Endpoint | None = None  # an S3-compatible server; None means AWS
     region: str | None = None
 
@@ -170,9 +171,8 @@ def _disagreements(run: RunConfig) -> list[str]:
         found.append(f"parallelism.ep {parallelism.ep} must divide model.n_routed_experts {model.n_routed_experts}")
     if run.tokenizer.path is None and run.tokenizer.vocab_size != model.vocab_size:
         found.append(f"tokenizer.vocab_size {run.tokenizer.vocab_size} must equal model.vocab_size {model.vocab_size}")
-    where, used = run.storage, [run.tokenizer.path, run.training.initial_weights, run.evaluation.task_folder]
-    used += [where.root, *(source.path for source in run.corpus.sources)]
-    if where.endpoint_url is not None and not any(place and place.startswith("s3://") for place in used):
+    where, used = run.storage, [place.path for place in places(RunConfig, run.model_dump(mode="json"))]
+    if where.endpoint_url is not None and not any(path.startswith("s3://") for path in used):
         found.append(
             f"storage.endpoint_url {where.endpoint_url}: nothing here is on S3; leave it out, or set storage.root to s3://bucket/prefix"
         )

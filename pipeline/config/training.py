@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.section import Section
-from pipeline.config.values import Count, Location, NonNegativeFloat, PositiveFloat, PositiveInt
+from pipeline.config.values import Count, NonNegativeFloat, OwnLocation, PositiveFloat, PositiveInt
 
 
 class ElasticConfig(Section):
@@ -79,7 +79,7 @@ class TrainingConfig(Section):
         "all"  # tokens that are labels; answers: what an assistant says in conversations
     )
     aux_loss_weight: NonNegativeFloat = 1e-4  # sequence-wise balance loss
-    initial_weights: Location | None = (
+    initial_weights: OwnLocation | None = (
         None  # a Hugging Face folder, promoted or promoted-or-fresh (training/initial.py)
     )
     start_from: str | None = None  # RUN@STEP: the whole state of that checkpoint, of a run below the same root

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from fractions import Fraction as Exact
 from typing import Annotated
 
@@ -13,6 +14,13 @@ LARGEST_COUNT = 10**6  # layers, experts, widths, ranks
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SHARE = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,20})?)\s*%|([0-9]{1,18})\s*/\s*([0-9]{1,18})")
 _SIZE = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kmgt]?i?)b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Marks a setting that names a folder or file (places.py). `below_root`: a relative one is below the storage root."""
+
+    below_root: bool = False
 
 
 def parse_size(value: object) -> object:
@@ -77,5 +85,6 @@ NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 Bytes = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=LARGEST)]
 Uri = Annotated[str, AfterValidator(_plain_location)]
-Location = Annotated[Uri, AfterValidator(_folder_or_bucket)]  # of storage and of what is read
+Location = Annotated[Uri, AfterValidator(_folder_or_bucket), Place()]  # of storage and of what is read
+OwnLocation = Annotated[Uri, AfterValidator(_folder_or_bucket), Place(below_root=True)]
 Endpoint = Annotated[Uri, AfterValidator(_http)]

@@ -19,7 +19,6 @@ from pipeline.evaluation.charts import Mark, Point, Series, compact
 from pipeline.evaluation.curves import checkpoints, read_all
 from pipeline.evaluation.parts import figure, page, section, table
 from pipeline.evaluation.result import manifest_path
-from pipeline.evaluation.weights import count_parameters
 from pipeline.manifest import (
     CheckpointManifest,
     DatasetManifest,
@@ -30,10 +29,12 @@ from pipeline.manifest import (
     TaskScore,
     TrainManifest,
 )
+from pipeline.model.shapes import count_parameters
 from pipeline.storage import Storage
 from pipeline.training.commits import folder_of
 from pipeline.training.left_out import order_of
 from pipeline.training.metrics import sound_files
+from pipeline.workflow.duration import duration
 
 TASK_HEAD = ["version", "few-shot", "documents", "metric", "value ± standard error"]
 
@@ -302,13 +303,3 @@ def _shade(index: int, count: int) -> str:
     """From the first series' colour to the second's, over the depth of the network."""
     share = 100 * index / max(count - 1, 1)
     return f"color-mix(in oklab, var(--series-1) {share:.0f}%, var(--series-0))"
-
-
-def duration(seconds: float) -> str:
-    """4.2 s, 3 min 20 s, 5 h 12 min"""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60:,} h {minutes % 60} min"

@@ -11,7 +11,6 @@ block (Moonlight: 2.3 GB) when streamed.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -27,19 +26,6 @@ from pipeline.storage import Storage
 from pipeline.training.checkpoint import load_tensors
 from pipeline.training.commits import folder_of
 from pipeline.training.files import CheckpointReader
-
-
-@dataclass(frozen=True)
-class ParameterCount:
-    total: int
-    active: int  # used by one token: all but the experts it is not sent to
-
-
-def count_parameters(config: ModelConfig) -> ParameterCount:
-    sizes = {name: parameter.numel() for name, parameter in empty_model(config).named_parameters()}
-    total = sum(sizes.values())
-    experts = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
-    return ParameterCount(total, total - experts + experts * config.num_experts_per_tok // config.n_routed_experts)
 
 
 def load_model(config: RunConfig, checkpoint: CheckpointManifest, storage: Storage) -> Moonlight:

@@ -5,9 +5,6 @@ the chip's peak that forward and backward reach with their communication, is an 
 this network on H100s (386.6 of 989 TFLOP/s, Megatron-Bridge's verification card), and 0.55 is what large bf16 products
 reach there. Traffic is given beside the time as the seconds it would take alone, so that one sees whether it can hide
 behind the computation.
-
-A checkpoint holds parameters and optimizer state in fp32; a dataset 2 or 4 bytes a token for each sequence length that
-it is packed for and again for its documents, before compression.
 """
 
 from __future__ import annotations
@@ -15,13 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.config.schema import RunConfig
-from pipeline.evaluation.weights import ParameterCount, count_parameters, empty_model
+from pipeline.model.shapes import ParameterCount, count_parameters, parameter_shapes
 from pipeline.optim.layout import sharded_parameters
 from pipeline.optim.plan import MuonPlan
 from pipeline.optim.replicas import plan_of
 from pipeline.optim.rules import moonlight_rules
 from pipeline.optim.schedule import Segment, segments
-from pipeline.planner.memory import FP32, Memory, memory, sizes_of
+from pipeline.planner.memory import Memory, memory
+from pipeline.planner.sizes import FP32, sizes_of
 from pipeline.planner.traffic import Traffic, traffic
 from pipeline.training.flops import flops_per_token
 
@@ -30,14 +28,19 @@ NEWTON_SCHULZ_EFFICIENCY = 0.55
 
 @dataclass(frozen=True)
 class Hardware:
-    """One GPU and its share of the network. The defaults are an H100 SXM in an eight-GPU node with 3,200 Gbit/s."""
+    """One worker's processor and its share of the network. The defaults are an H100 SXM in an eight-GPU node with 3,200 Gbit/s."""
 
-    peak_tflops: float = 989.0  # dense bf16
+    peak_tflops: float = 989.0  # dense bf16; of a CPU fp32
     memory_gb: float = 80.0
     network_gb_s: float = 50.0  # between nodes, per GPU and direction
     node_gb_s: float = 450.0  # inside a node, the same
     gpus_per_node: int = 8
     mfu: float = 0.39
+
+    @classmethod
+    def of_cpus(cls, cores: float, memory_gb: float) -> Hardware:
+        """A worker of so many cores with AVX-512: 0.1 TFLOP/s each in fp32, half of which the demo's steps reach (benchmarks/README.md)."""
+        return cls(peak_tflops=0.1 * cores, memory_gb=memory_gb, network_gb_s=1.0, node_gb_s=5.0, mfu=0.5)
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,9 @@ class Estimate:
     memory: Memory
     traffic: Traffic  # of a step of the last segment
     step: StepTime  # the same step
-    tokens_per_second: float  # of one GPU, over the whole run
+    tokens_per_second: float  # of one worker, over the whole run
     seconds: float  # of the whole run
     newton_schulz_imbalance: float
-    checkpoint_bytes: int
 
     @property
     def steps(self) -> int:
@@ -73,7 +75,7 @@ class Estimate:
 
 def estimate(config: RunConfig, hardware: Hardware) -> Estimate:
     """Everything that is known of the run beforehand."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in empty_model(config.model).named_parameters()}
+    shapes = parameter_shapes(config.model)
     sizes = sizes_of(shapes)
     itemsize = 2 if config.training.compute_dtype == "bf16" or _auto_bf16(config) else FP32
     plan = _muon_plan(config, shapes)
@@ -110,7 +112,6 @@ def estimate(config: RunConfig, hardware: Hardware) -> Estimate:
         tokens_per_second=tokens / seconds / world,
         seconds=seconds,
         newton_schulz_imbalance=plan.imbalance if plan else 1.0,
-        checkpoint_bytes=(held.parameters // 2 + held.optimizer) * config.parallelism.shard,
     )
 
 

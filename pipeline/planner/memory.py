@@ -15,30 +15,12 @@ keeps r times the routed part. Not counted: CUDA's context and NCCL's buffers (2
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from pipeline.config.schema import RunConfig
 from pipeline.model.loss import CUDA_CHUNK
 from pipeline.planner.activations import block_bytes
-
-FP32 = 4
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Elements of the network: everything but experts, the experts, and the parts that are gathered as units."""
-
-    dense: int
-    experts: int
-    matrices: int  # of `dense`, what Muon trains
-    embedding: int  # equal to the head
-    dense_of_block: int  # of a MoE block
-    experts_of_block: int
-
-    @property
-    def total(self) -> int:
-        return self.dense + self.experts
+from pipeline.planner.sizes import FP32, Sizes
 
 
 @dataclass(frozen=True)
@@ -54,22 +36,6 @@ class Memory:
     @property
     def peak(self) -> int:
         return self.parameters + self.optimizer + max(self.gathered + self.activations, self.exchange)
-
-
-def sizes_of(shapes: dict[str, tuple[int, ...]]) -> Sizes:
-    """From the network's parameters by name."""
-    count = {name: math.prod(shape) for name, shape in shapes.items()}
-    experts = {name: size for name, size in count.items() if ".mlp.experts." in name}
-    blocks = {name.split(".")[1] for name in experts}
-    block = f"layers.{min(blocks, key=int)}." if blocks else "layers.0."
-    return Sizes(
-        dense=sum(count.values()) - sum(experts.values()),
-        experts=sum(experts.values()),
-        matrices=sum(size for name, size in count.items() if name.startswith("layers.") and len(shapes[name]) == 2),
-        embedding=count["embed_tokens.weight"],
-        dense_of_block=sum(size for name, size in count.items() if name.startswith(block) and name not in experts),
-        experts_of_block=sum(size for name, size in experts.items() if name.startswith(block)),
-    )
 
 
 def memory(config: RunConfig, sizes: Sizes, itemsize: int) -> Memory:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pipeline.config.schema import RunConfig
 from pipeline.optim.plan import MuonPlan
 from pipeline.optim.sent import bytes_by_rank
-from pipeline.planner.memory import FP32, Sizes
+from pipeline.planner.sizes import FP32, Sizes
 
 
 @dataclass(frozen=True)

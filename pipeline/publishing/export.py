@@ -33,7 +33,6 @@ import torch
 
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation.report import read_metrics
-from pipeline.evaluation.weights import count_parameters
 from pipeline.generation.sample import Sampling, generate
 from pipeline.manifest import (
     CheckpointManifest,
@@ -47,6 +46,7 @@ from pipeline.manifest import (
 )
 from pipeline.model.hf import hf_config, load_hf
 from pipeline.model.moonlight import Moonlight
+from pipeline.model.shapes import count_parameters
 from pipeline.publishing import registry
 from pipeline.publishing.ask import ask, published_files
 from pipeline.publishing.check import check_first_layers, check_texts, open_published

@@ -17,7 +17,6 @@ from pipeline.config.schema import RunConfig
 from pipeline.evaluation.baselines import SHOWN
 from pipeline.evaluation.charts import compact
 from pipeline.evaluation.report import TASK_HEAD, scored_how, scored_sources, task_cells
-from pipeline.evaluation.weights import ParameterCount
 from pipeline.manifest import (
     CheckpointManifest,
     DatasetManifest,
@@ -26,6 +25,7 @@ from pipeline.manifest import (
     TaskScore,
     TrainManifest,
 )
+from pipeline.model.shapes import ParameterCount
 from pipeline.training.branch import Origin
 from pipeline.training.left_out import order_of
 

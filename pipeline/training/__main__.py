@@ -35,7 +35,7 @@ from pipeline.training.commits import committed_steps
 from pipeline.training.guard import RunDiverged
 from pipeline.training.metrics import TrainProgress
 from pipeline.training.trainer import TrainingStopped, train
-from pipeline.workflow.record import duration
+from pipeline.workflow.duration import duration
 
 FAILED, BAD_INPUT, STOPPED = 1, 2, 3
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-from pipeline.workflow.record import duration
+from pipeline.workflow.duration import duration
 
 QUIET_S = 10.0
 

@@ -23,6 +23,7 @@ from botocore.exceptions import BotoCoreError
 
 from pipeline.config.schema import StorageConfig
 from pipeline.storage import Storage, open_storage
+from pipeline.workflow.duration import duration
 
 
 @dataclass(frozen=True)
@@ -148,16 +149,6 @@ def stage_seconds(events: list[dict[str, Any]]) -> dict[str, float]:
         if event["event"] == "finished":
             finished.add(stage)
     return {stage: seconds[stage] for stage in dict.fromkeys(event["stage"] for event in events) if stage in seconds}
-
-
-def duration(seconds: float) -> str:
-    """95 -> '1 min 35 s'; 7300 -> '2 h 2 min'."""
-    total = round(seconds)
-    if total < 60:
-        return f"{total} s"
-    if total < 3600:
-        return f"{total // 60} min {total % 60} s"
-    return f"{total // 3600:,} h {total % 3600 // 60} min"
 
 
 def _keep(write: Callable[[], None]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config.load import PRESETS, ConfigError, dump_yaml, expand_path, load_config, preset_names, validate
+from pipeline.config.load import ConfigError, dump_yaml, expand_path, load_config, preset_names, validate
 from pipeline.config.values import parse_share
 from pipeline.storage import open_storage
 
@@ -195,19 +195,6 @@ def test_sizes_as_people_write_them(text: str, expected: int) -> None:
     config = load_config("debug", [f"corpus.unit_bytes={text}"])
     assert config.corpus.unit_bytes == expected
     assert validate(config.model_dump(mode="json")) == config
-
-
-def test_paths_of_a_file_are_relative_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    text = (PRESETS / "debug.yaml").read_text().replace("root: runs", "root: out").replace("{stdlib}", "texts")
-    (tmp_path / "run.yaml").write_text(text)
-    found = load_config("../run.yaml", ["evaluation.task_folder=tasks"])
-    assert found.storage.root == str(tmp_path.resolve() / "out")
-    assert Path(found.corpus.sources[0].path).resolve() == tmp_path / "texts"
-    assert found.corpus.sources[1].path == "{site_packages}"
-    assert found.evaluation.task_folder == "tasks"  # as the shell means it
-    assert load_config("debug").storage.root == "runs"
 
 
 @pytest.mark.parametrize(

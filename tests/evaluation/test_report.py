@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.evaluation.baselines import SHOWN
-from pipeline.evaluation.report import duration, read_metrics, report_path, write_report
+from pipeline.evaluation.report import read_metrics, report_path, write_report
 from pipeline.manifest import FileEntry
 from tests.evaluation.make import MadeRun, make_run, run_config
 from tests.publishing.conftest import published
@@ -146,7 +146,3 @@ def test_a_damaged_file_of_metrics_is_named_and_left_out(tmp_path: Path, capsys:
     made.storage.write(path, made.storage.read(path).replace(b"5.9", b"1.9"))
     assert read_metrics(made.train, made.storage) == []
     assert f"metrics are left out: {made.storage.uri(path)}: sha256 is" in capsys.readouterr().err
-
-
-def test_durations():
-    assert [duration(s) for s in (0.04, 59.94, 200, 18720.4)] == ["0.0 s", "59.9 s", "3 min 20 s", "5 h 12 min"]

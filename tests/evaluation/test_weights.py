@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pipeline.config.load import load_config
-from pipeline.evaluation.weights import count_parameters, empty_model, load_model, stream_tensors
+from pipeline.evaluation.weights import empty_model, load_model, stream_tensors
+from pipeline.model.shapes import count_parameters
 from tests.evaluation.make import MadeRun
 
 

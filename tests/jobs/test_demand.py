@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from jobs.on_ray.demand import Node, check_cluster, check_nodes
+from jobs.on_ray.demand import Node, check_cluster, check_joined, check_nodes
 from pipeline.config.load import ConfigError, load_config
 
 STAGES = ("prepare", "train")
@@ -73,3 +73,16 @@ def test_a_node_must_hold_a_whole_task() -> None:
         ConfigError, match=r"cluster.prepare_memory_bytes 2,000,000,000: no node of here has more than 1,0"
     ):
         check_nodes(config, [Node(4, 0, 1e9)], "here", ["prepare"])
+
+
+def test_a_cluster_that_was_joined_gets_time_to_have_its_nodes() -> None:
+    config = load_config("debug", ["cluster.use_gpu=true"])
+    small, whole = [Node(4, 0, 8e9)], [Node(4, 0, 8e9), Node(4, 2, 8e9)]
+    coming, paused = iter([small, small, whole]), list[float]()
+    check_joined(config, STAGES, nodes=lambda: next(coming), pause=paused.append)
+    assert len(paused) == 2
+    with pytest.raises(ConfigError, match=r"2 workers want a GPU each, and the Ray cluster \(within 60 s\) has 0"):
+        check_joined(config, STAGES, nodes=lambda: small, pause=paused.append)
+    assert sum(paused[2:]) == 60
+    check_joined(load_config("debug", ["cluster.use_gpu=true", "cluster.grows=true"]), STAGES, nodes=lambda: [])
+    check_joined(config, ["publish"], nodes=lambda: small, pause=paused.append)

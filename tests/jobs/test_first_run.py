@@ -54,14 +54,14 @@ def test_a_configuration_for_what_is_there(
     config = load_config("run.yaml")
     source = config.corpus.sources[0]
     assert (source.text_field, source.id_field) == fields
-    assert (config.run_id, config.storage.root) == ("my-data", str(tmp_path / "runs"))
+    assert (config.run_id, config.storage.root) == ("my-data", str(tmp_path / "store"))
     assert config.model == load_config("debug").model
     assert check.main(["--config", "run.yaml", "--document"]) == 0
     shown = capsys.readouterr().out
     assert "of the first 100 records 100 kept" in shown
     assert "Page 0. The moon rose late" in shown
     assert shown.endswith("nothing is wrong that can be known beforehand\n")
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "store").exists()
     assert init.main(["My Data.v2"]) == 2
     assert capsys.readouterr().err == "error: --output run.yaml is there already; give another name\n"
 
@@ -109,3 +109,13 @@ def test_the_console_command(capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert main.main([]) == 2
     assert main.main(["pepare"]) == 2
     assert "no command 'pepare'; commands are init, check, run" in capsys.readouterr().err
+
+
+def test_formats_are_told_of_the_files_that_were_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    as_text(tmp_path)
+    monkeypatch.setattr("data_prep.look.JUDGED", 100)
+    monkeypatch.chdir(tmp_path.parent)
+    assert init.main([str(tmp_path), "--output", str(tmp_path / "run.yaml")]) == 0
+    assert "120 files (of the first 100: 100 text), " in capsys.readouterr().out

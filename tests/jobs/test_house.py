@@ -30,14 +30,12 @@ def test_no_import_circle() -> None:
     TopologicalSorter(imports).prepare()  # raises CycleError with the circle
 
 
-def test_commands_only_parse_and_call() -> None:
-    for path in set(JOBS.glob("*.py")) - {JOBS / "main.py"}:
-        text = path.read_text()
-        if "__main__" in text:
-            code = text.split('"""', 2)[2]
-            assert len(code.splitlines()) < 50, path.name
-    for stage in stages.names():
-        assert len((JOBS / f"{stage}.py").read_text().splitlines()) < 30
+def test_commands_only_call() -> None:
+    """An entry module says the first line and calls; what it does, and its parser, are elsewhere."""
+    entries = {path for path in JOBS.glob("*.py") if "__main__" in path.read_text()} - {JOBS / "main.py"}
+    assert {path.stem for path in entries} >= {*stages.names(), "pipeline", "check", "plan", "verify"}
+    for path in entries:
+        assert len(path.read_text().splitlines()) < 30, path.name
 
 
 class Card(Record):

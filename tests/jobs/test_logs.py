@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import threading
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,13 @@ from jobs import logs as command
 from jobs.on_ray import logs
 from pipeline.config.schema import StorageConfig
 from pipeline.storage import open_storage
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_only_what_changed_is_copied(tmp_path: Path) -> None:
@@ -37,15 +46,20 @@ def test_the_end_of_a_large_file_is_kept(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_last_round_follows_the_signal_and_trouble_ends_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, handlers: None
 ) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "a.log").write_text("x")
-    stopped = threading.Event()
-    stopped.set()
+    keep = logs.keep_copying
+
+    def told_to_end(*given: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        keep(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(logs, "keep_copying", told_to_end)
     arguments = ["--name", "debug-train-1", "--config", "debug", "--source", str(tmp_path / "logs")]
-    assert command.main([*arguments, f"storage.root={tmp_path / 'root'}"], stopped) == 0
+    assert command.main([*arguments, f"storage.root={tmp_path / 'root'}"]) == 0
     assert (tmp_path / "root/runs/debug/logs/debug-train-1/a.log").read_text() == "x"
     (tmp_path / "file").write_text("")
-    assert command.main([*arguments, f"storage.root={tmp_path / 'file' / 'below'}"], stopped) == 0
+    assert command.main([*arguments, f"storage.root={tmp_path / 'file' / 'below'}"]) == 0
     assert "logs not copied" in capsys.readouterr().err

@@ -7,6 +7,7 @@ server. `ModelManifest.digest` covers every published file and the digests of ev
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ SHORT = [
     "evaluation.max_tokens_per_source=6000",
     "publishing.beats_frequencies=false",  # after 20 steps
 ]
+PROGRESS = re.compile(r"(?:prepare|train|evaluate|publish) +[0-9]+%  .*")
 PIPELINE = [sys.executable, "-m", "jobs.pipeline", "--config", "debug", *SHORT]
 
 
@@ -132,11 +134,16 @@ def test_submitted_as_a_ray_job(plain: tuple[Path, ModelManifest], cluster: str,
     assert done.returncode == 0, done.stdout + done.stderr
     assert published(StorageConfig(root=str(tmp_path))).digest == plain[1].digest
 
-    jobs = [job for job in JobSubmissionClient(cluster).list_jobs() if job.metadata and "stage" in job.metadata]
+    client = JobSubmissionClient(cluster)
+    jobs = [job for job in client.list_jobs() if job.metadata and "stage" in job.metadata]
     assert {job.metadata["job_name"] for job in jobs if job.metadata} == {
         f"debug {stage}" for stage in ("prepare", "train", "evaluate", "publish")
     }
     assert {job.status for job in jobs} == {JobStatus.SUCCEEDED}
+    for job in jobs:
+        told = PROGRESS.findall(client.get_job_logs(str(job.submission_id)))
+        assert told, job.submission_id
+        assert len(told) == len(set(told)), sorted(told)  # each line of progress once, whoever forwards it
 
 
 def test_on_s3(plain: tuple[Path, ModelManifest], monkeypatch: pytest.MonkeyPatch) -> None:

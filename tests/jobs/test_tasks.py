@@ -178,7 +178,7 @@ def test_lines_of_the_summary() -> None:
 
 def test_status_shows_them(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "find", lambda *_: Records({"evaluate": scores()}))
-    monkeypatch.setattr("jobs.status.require_run", lambda *_: None)
+    monkeypatch.setattr("jobs.views.status.require_run", lambda *_: None)
     assert status.main(["--config", "debug", f"storage.root={tmp_path}"]) == 0
     shown = capsys.readouterr().out.splitlines()[5:]
     assert shown[0] == "  held out  loss 4.420 nats per token, 1.772 bits per byte"

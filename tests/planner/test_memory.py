@@ -7,7 +7,8 @@ from pipeline.evaluation.weights import empty_model
 from pipeline.model.moonlight import Moonlight
 from pipeline.optim.muon import build_optimizer
 from pipeline.optim.rules import moonlight_rules
-from pipeline.planner.memory import Sizes, memory, sizes_of
+from pipeline.planner.memory import memory
+from pipeline.planner.sizes import Sizes, sizes_of
 from tests.training.make import tiny
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from pipeline.manifest import DatasetManifest
 from pipeline.model.moonlight import Moonlight
 from pipeline.planner.estimate import _muon_plan
-from pipeline.planner.memory import sizes_of
+from pipeline.planner.sizes import sizes_of
 from pipeline.planner.traffic import traffic
 from pipeline.storage import Storage
 from pipeline.training.trainer import Run

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from pipeline.config.load import validate
 from pipeline.config.schema import ParallelismConfig
 from pipeline.evaluation.baselines import SHOWN
-from pipeline.evaluation.weights import ParameterCount
+from pipeline.model.shapes import ParameterCount
 from pipeline.publishing.model_card import Sample, model_card, table
 from pipeline.publishing.plots import loss_plot
 from pipeline.publishing.version import version_name

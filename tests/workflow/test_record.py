@@ -14,11 +14,11 @@ from botocore.exceptions import EndpointConnectionError
 from pipeline.config.schema import StorageConfig
 from pipeline.storage import Storage, open_storage
 from pipeline.workflow import record
+from pipeline.workflow.duration import duration
 from pipeline.workflow.record import (
     ProgressFile,
     StageProgress,
     add_event,
-    duration,
     events_path,
     progress_path,
     read_events,
