@@ -135,7 +135,7 @@ def test_complete(
     row.same, row.happened = same(place, reference()), TOLD[how]
 
 
-@fault("a record of a run at work torn", cases=TRAINED, quick=["the checkpoint's manifest.json@s3"])
+@fault("a record of a run at work torn", cases=TRAINED)
 def test_trained(whole: Place, place: Place, case: str, row: Row, reference: Reference) -> None:
     """Killed before its last record was written."""
     place.storage.delete(f"{train_folder(RUN)}/manifest.json")
