@@ -94,6 +94,7 @@ ENDS = {
     "run": "jobs.drivers.ray_jobs.run_on_ray",
     "verify": "jobs.views.verify.verify_on_ray",
     "generate": "pipeline.generation.published.load_published",
+    "models": "jobs.drivers.models.act",
     **dict.fromkeys(stages.names(), "jobs.on_ray.cluster.connect"),
 }
 
