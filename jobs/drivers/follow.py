@@ -89,7 +89,13 @@ def _follow(config: RunConfig, dataset: DatasetManifest, storage: Storage, wait:
             stages.reporter("evaluate", config) if trained else _quiet
         )  # progress.json is training's while it is at work
         found = evaluate_with_ray(
-            config, dataset, checkpoint, storage, report, with_tasks=with_tasks, place=place if wait else None
+            config,
+            dataset,
+            checkpoint,
+            storage,
+            report,
+            with_tasks=with_tasks,
+            place=None if trained or not wait else place,
         )
         seconds = round(time.monotonic() - start, 3)
         loss = found.overall.loss
