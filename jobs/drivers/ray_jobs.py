@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import shlex
+import sys
 import time
 
 from ray.job_submission import JobSubmissionClient
@@ -52,7 +53,21 @@ def run_on_ray(todo: list[str], config: RunConfig, storage: Storage) -> None:
                 if beside
                 else contextlib.nullcontext()
             ):
-                _run_stage_job(client, stage, config, storage)
+                _run_to_its_end(client, stage, config, storage)
+
+
+def _run_to_its_end(client: JobSubmissionClient, stage: str, config: RunConfig, storage: Storage) -> None:
+    """A job that follows training and dies is started again, also when training is over; another stage's failure is the driver's."""
+    follows = stage == "evaluate" and config.evaluation.follow
+    for left in reversed(range(1 + max(config.cluster.max_failures, 0) if follows else 1)):
+        try:
+            _run_stage_job(client, stage, config, storage)
+        except StageFailure as error:
+            if error.exit_code != 1 or not left:
+                raise
+            print(f"{stage:<9} died and is started again: {error}", file=sys.stderr, flush=True)
+        else:
+            return
 
 
 def _run_stage_job(client: JobSubmissionClient, stage: str, config: RunConfig, storage: Storage) -> None:
