@@ -14,7 +14,7 @@ from pipeline.config.schema import StorageConfig
 from pipeline.evaluation.heldout import evaluate
 from pipeline.publishing.export import publish
 from pipeline.storage import Storage
-from pipeline.training.commits import step_folder, train_folder
+from pipeline.training.commits import train_folder
 from pipeline.training.left_out import LeftOut, left_out_path
 from pipeline.workflow.record import add_event
 from tests.faults.runs import RUN, STEPS, Place, Reference, one_line, same
@@ -38,7 +38,6 @@ COMPLETE = {
 TRAINED = {
     "dataset.json in training": ("datasets/*/dataset.json", REFUSED),
     "files.arrow": ("datasets/*/files.arrow", REFUSED),
-    "packed rows": ("datasets/packed/*/*-00000.parquet", REFUSED),
     "the checkpoint's manifest.json": (f"{LAST}/manifest.json", WITHOUT),
     "the checkpoint's .metadata": (f"{LAST}/writer-1/.metadata", WITHOUT),
     "the checkpoint's part": (f"{LAST}/writer-1/__0_0.distcp", WITHOUT),
@@ -139,9 +138,6 @@ def test_complete(
 def test_trained(whole: Place, place: Place, case: str, row: Row, reference: Reference) -> None:
     """Killed before its last record was written."""
     place.storage.delete(f"{train_folder(RUN)}/manifest.json")
-    if case == "packed rows":  # read only by a run that is at its beginning
-        for step in place.steps():
-            place.storage.delete(step_folder(RUN, step))
     pattern, how = TRAINED[case]
     path, data = tear(place.storage, pattern)
     run = place.train()
