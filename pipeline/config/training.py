@@ -74,6 +74,9 @@ class TrainingConfig(Section):
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False  # torch.compile per block
     reshard_after_forward: bool = True
+    # With ep > 1: rows that ranks and their experts have room for, over those of even routing, so that the host never
+    # waits for counts; a step that needs more is skipped and counted. None: as many as there are, one wait a layer.
+    expert_capacity: Annotated[float, Field(ge=1.0, le=64.0)] | None = None
     document_mask: bool = False  # attention stays inside a document of a packed row
     loss_on: Literal["all", "answers"] = (
         "all"  # tokens that are labels; answers: what an assistant says in conversations

@@ -7,12 +7,12 @@ block, not a wrapper, so that parameter names never change and FSDP's hooks stay
 - "selective": outputs of matmuls and attention are kept; norms, activations and permutations are computed again.
 - "full": only the block's input is kept; backward runs the block again.
 
-A mixture layer runs in three pieces: up to the rows sorted by expert, the experts' products, and their weighted sum.
-Between them rows travel to the ranks of their experts and back. Neither a compiled graph nor selective checkpointing
-reaches over these exchanges: they wait for the host and their sizes change with every batch, so a graph would break
-there, and twice the communication costs more than keeping the rows (K * D numbers a token). `compile()` makes each
-piece one graph, selective checkpointing inside of it (pipeline/model/recomputation.py says why); full checkpointing
-goes around the pieces and their exchanges.
+A mixture layer runs in pieces: up to the choice of experts, the shared experts' first products, the routed experts, the
+shared experts' last product, and the sum. Between them rows travel to the ranks of their experts and back, behind the
+shared experts (pipeline/parallel/flight.py). Neither a compiled graph nor selective checkpointing reaches over these
+exchanges: their sizes change with every batch, and twice the communication costs more than keeping what arrived.
+`compile()` makes each piece one graph, selective checkpointing inside of it (pipeline/model/recomputation.py says why);
+full checkpointing goes around the pieces and their exchanges.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.config.schema import ModelConfig
 from pipeline.model.attention import Attention
 from pipeline.model.cache import LayerCache
-from pipeline.model.experts import MLP, MoE, SortedRows
+from pipeline.model.experts import MLP, MoE
 from pipeline.model.norm import RMSNorm
 from pipeline.model.recomputation import keeping_matmuls
+from pipeline.model.router import Routing
 from pipeline.model.sequences import SequenceLayout
+from pipeline.parallel.dispatch import Plan
 
 
 class BlockOutput(NamedTuple):
@@ -64,15 +66,16 @@ class Block(nn.Module):
         self._to_experts = torch.compile(self._to_experts, fullgraph=True, **options)  # type: ignore[method-assign]
         self._from_experts = torch.compile(self._from_experts, fullgraph=True, **options)  # type: ignore[method-assign]
         if isinstance(self.mlp, MoE):
-            self.mlp.experts.compile(**options)
+            self.mlp.compile(**options)
 
     def _run(self, x_BSD: Tensor, layout: SequenceLayout) -> BlockOutput:
         selective = self.activation_checkpointing == "selective" and torch.is_grad_enabled()
         if isinstance(self.mlp, MLP):
             return BlockOutput(self._dense(x_BSD, layout, selective), None, None)
-        x_BSD, rows = self._to_experts(x_BSD, layout, selective)
-        out_MD = self.mlp.experts(rows.x_MD, rows.tokens_per_expert_E, selective)
-        return BlockOutput(self._from_experts(x_BSD, rows, out_MD), rows.aux_loss, rows.tokens_per_expert_E)
+        x_BSD, h_BSD, routing, plan = self._to_experts(x_BSD, layout, selective)
+        shared_BSD, routed_ND = self.mlp.mix(h_BSD, routing, plan, layout, selective)
+        x_BSD = self._from_experts(x_BSD, shared_BSD, routed_ND)
+        return BlockOutput(x_BSD, routing.aux_loss, routing.tokens_per_expert_E)
 
     def _run_cached(self, x_BSD: Tensor, layout: SequenceLayout, cached: LayerCache) -> BlockOutput:
         """Without gradients, and not compiled: every pass has other shapes."""
@@ -91,16 +94,18 @@ class Block(nn.Module):
 
         return keeping_matmuls(run, x_BSD) if selective else run(x_BSD)
 
-    def _to_experts(self, x_BSD: Tensor, layout: SequenceLayout, selective: bool) -> tuple[Tensor, SortedRows]:
+    def _to_experts(
+        self, x_BSD: Tensor, layout: SequenceLayout, selective: bool
+    ) -> tuple[Tensor, Tensor, Routing, Plan | None]:
         mixture = self.mlp
         assert isinstance(mixture, MoE)
 
-        def run(x_BSD: Tensor) -> tuple[Tensor, SortedRows]:
+        def run(x_BSD: Tensor) -> tuple[Tensor, Tensor, Routing, Plan | None]:
             x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), layout)
-            return x_BSD, mixture.sort(self.post_attention_layernorm(x_BSD), layout)
+            h_BSD = self.post_attention_layernorm(x_BSD)
+            return x_BSD, h_BSD, *mixture.route(h_BSD, layout)
 
         return keeping_matmuls(run, x_BSD) if selective else run(x_BSD)
 
-    def _from_experts(self, x_BSD: Tensor, rows: SortedRows, out_MD: Tensor) -> Tensor:
-        assert isinstance(self.mlp, MoE)
-        return x_BSD + self.mlp.collect(rows, out_MD)
+    def _from_experts(self, x_BSD: Tensor, shared_BSD: Tensor, routed_ND: Tensor) -> Tensor:
+        return x_BSD + (shared_BSD + routed_ND.view_as(x_BSD))

@@ -2,7 +2,9 @@
 
 grouped_linear(x_MI, weight_eOI, offsets_e): rows up to offsets_e[0] times expert 0's weight (transposed, as in a linear
 layer), the next ones expert 1's, and so on -> y_MO. Backward: the same product with the weight the other way round for
-x, and one outer product a group for the weight. 2*M*I*O FLOPs each.
+x, and one outer product a group for the weight. 2*M*I*O FLOPs each. gate_up_linear does two weights of one shape in one
+product: rows are read once, and so is the gradient with respect to them written. The weights are laid end to end for it,
+in backward again, which is 4 e*O*I bytes in bf16 where the sum of two such gradients would move 6 M*I.
 
 In fp32 on a CPU, where PyTorch's function is a loop over experts, too, the loop is ours and takes the faster product of
 pipeline/model/matmul.py. Four things that the plain function leaves open are settled here:
@@ -36,6 +38,13 @@ def grouped_linear(x_MI: Tensor, weight_eOI: Tensor, offsets_e: Tensor) -> Tenso
     if is_cpu_fp32(x_MI) and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _cpu_rows(x_MI, weight_eOI, offsets_e, True)  # an operator costs 30 us
     return _rows(x_MI, weight_eOI, offsets_e, True)
+
+
+def gate_up_linear(x_MI: Tensor, gate_eOI: Tensor, up_eOI: Tensor, offsets_e: Tensor) -> Tensor:
+    """[x gate^T | x up^T], [M, 2 O]; `offsets_e` as above."""
+    if is_cpu_fp32(x_MI) and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _cpu_rows(x_MI, torch.cat([gate_eOI, up_eOI], dim=1), offsets_e, True)
+    return _gate_up(x_MI, gate_eOI, up_eOI, offsets_e)
 
 
 def _cpu_rows(x_MI: Tensor, weight_eOI: Tensor, offsets_e: Tensor, transpose: bool) -> Tensor:
@@ -104,3 +113,29 @@ def _backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor, Tensor, None, None]:
 
 
 _rows.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("moonlight::grouped_gate_up", mutates_args=())
+def _gate_up(x_MI: Tensor, gate_eOI: Tensor, up_eOI: Tensor, offsets_e: Tensor) -> Tensor:
+    return _rows(x_MI, torch.cat([gate_eOI, up_eOI], dim=1), offsets_e, True)
+
+
+@_gate_up.register_fake
+def _(x_MI: Tensor, gate_eOI: Tensor, up_eOI: Tensor, offsets_e: Tensor) -> Tensor:
+    return x_MI.new_empty(x_MI.shape[0], 2 * gate_eOI.shape[1])
+
+
+def _save_both(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_both(ctx: Any, grad_MO: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    x_MI, gate_eOI, up_eOI, offsets_e = ctx.saved_tensors
+    grad_MO = grad_MO.contiguous()
+    grad_x_MI = _rows(grad_MO, torch.cat([gate_eOI, up_eOI], dim=1), offsets_e, False)
+    if is_cpu_fp32(x_MI):  # halves of one gradient would have to be copied
+        return grad_x_MI, *(_outer(half, x_MI, offsets_e) for half in grad_MO.chunk(2, dim=1)), None
+    return grad_x_MI, *_outer(grad_MO, x_MI, offsets_e).chunk(2, dim=1), None
+
+
+_gate_up.register_autograd(_backward_both, setup_context=_save_both)

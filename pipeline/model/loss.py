@@ -5,9 +5,10 @@ states and weight, which backward only scales; logits are computed once. Memory:
 vocabulary (8192 x 163,840 fp32 logits would be 5.4 GB, and twice that with their gradient), and the weight's gradient
 from the forward pass on.
 
-Whatever the weights' dtype, logits, losses, their sum and the softmax are fp32, and what arrives in backward (one over
-the number of tokens) multiplies unrounded. In bf16 the products' operands are bf16, and so is the weight's gradient, to
-which a chunk is added at a time. `torch.nn.functional.linear_cross_entropy` returns losses in bf16 instead: summed they
+Whatever the weights' dtype, logits, losses, their sum, the softmax and the sum of the weight's gradient over chunks are
+fp32, and what arrives in backward (one over the number of tokens) multiplies unrounded. In bf16 the products' operands
+are bf16. A chunk's logits are passed over twice: once for their log-softmax, once to make of that the gradient in the
+dtype of the products; tokens without a label are zero hidden states there. `torch.nn.functional.linear_cross_entropy` returns losses in bf16 instead: summed they
 are off by about one per cent, and one by one they cost the logits a second time in backward.
 
 Legend: B rows, S tokens, N = B*S, C tokens of a chunk, D hidden, V vocabulary.
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.model.devices import is_gpu
-from pipeline.model.matmul import TILES, is_cpu_fp32, linear, outer, product
+from pipeline.model.matmul import TILES, fp32_product, is_cpu_fp32, linear, outer, product
 
 IGNORE = -100  # label of a token that has no loss
 CUDA_CHUNK = 1024  # tokens: 640 MiB of logits of the real model
@@ -70,7 +71,7 @@ def token_scores(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> TokenScor
     chunk = _chunk(x_ND, weight_VD.shape[0])
     log_p, likeliest = [], []
     for x_CD, labels_C in zip(x_ND.split(chunk), labels_N.split(chunk)):
-        logits_CV = _logits(x_CD, weight_VD)
+        logits_CV = fp32_product(x_CD, weight_VD)
         log_p.append(logits_CV.gather(1, labels_C[:, None])[:, 0] - logits_CV.logsumexp(1))
         likeliest.append(logits_CV.argmax(1))
     return TokenScores(torch.cat(log_p), torch.cat(likeliest))
@@ -91,16 +92,15 @@ class _CrossEntropySum(torch.autograd.Function):
         ):
             counted_C1 = labels_C1 != IGNORE
             index_C1 = labels_C1.where(counted_C1, 0)
-            logits_CV = _logits(x_CD, weight_VD)
-            logits_CV -= logits_CV.amax(1, keepdim=True)
-            chosen_C1 = logits_CV.gather(1, index_C1)
-            total_C1 = logits_CV.exp_().sum(1, keepdim=True)
-            loss += ((total_C1.log() - chosen_C1) * counted_C1).sum()
+            x_CD = x_CD.where(counted_C1, 0)
+            log_p_CV = fp32_product(x_CD, weight_VD).log_softmax(1)
+            chosen_C1 = log_p_CV.gather(1, index_C1)
+            loss -= chosen_C1.where(counted_C1, 0).sum()
             if grad_weight is not None:
-                grad_CV = logits_CV.mul_(counted_C1 / total_C1)
-                grad_CV.scatter_add_(1, index_C1, -counted_C1.to(grad_CV))
-                grad_CV = grad_CV.to(x_ND.dtype)
-                grad_x_CD.copy_(product(grad_CV, weight_VD.T) if is_cpu_fp32(x_ND) else grad_CV @ weight_VD)
+                grad_CV = _exp(log_p_CV, x_CD.dtype)
+                grad_CV.scatter_(1, index_C1, chosen_C1.expm1().to(x_CD.dtype))
+                grad_x_CD.copy_(product(grad_CV, weight_VD.T) if is_cpu_fp32(x_CD) else grad_CV @ weight_VD)
+                grad_x_CD.masked_fill_(~counted_C1, 0)
                 grad_weight.add(grad_CV, x_CD)
         if grad_weight is not None:
             ctx.save_for_backward(grad_x_ND, grad_weight.result())
@@ -113,25 +113,32 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 class _WeightGradient:
-    """The sum over chunks of grad^T x, in the weight's dtype.
+    """The sum over chunks of grad^T x, in fp32.
 
     On a CPU it is summed transposed: `outer` lays out its first factor anew, and hidden states are narrower than logits.
     """
 
     def __init__(self, weight_VD: Tensor) -> None:
-        self.transposed = is_cpu_fp32(weight_VD)
-        self.sum = torch.zeros_like(
-            weight_VD.T if self.transposed else weight_VD, memory_format=torch.contiguous_format
-        )
+        self.dtype, self.transposed = weight_VD.dtype, is_cpu_fp32(weight_VD)
+        shape = weight_VD.T.shape if self.transposed else weight_VD.shape
+        self.sum = torch.zeros(shape, dtype=torch.float32, device=weight_VD.device)
 
     def add(self, grad_CV: Tensor, x_CD: Tensor) -> None:
         if self.transposed:
             self.sum += outer(x_CD, grad_CV)
+        elif is_gpu(x_CD.device) and x_CD.dtype != torch.float32:
+            torch.addmm(self.sum, grad_CV.T, x_CD, out_dtype=torch.float32, out=self.sum)
         else:
-            self.sum.addmm_(grad_CV.T, x_CD)
+            self.sum.addmm_(grad_CV.T.float(), x_CD.float())
 
     def result(self) -> Tensor:
-        return self.sum.T.contiguous() if self.transposed else self.sum
+        return self.sum.T.contiguous() if self.transposed else self.sum.to(self.dtype)
+
+
+def _exp(log_p_CV: Tensor, dtype: torch.dtype) -> Tensor:
+    """In one pass, in place where the dtype is the same."""
+    out = log_p_CV if dtype == log_p_CV.dtype else torch.empty_like(log_p_CV, dtype=dtype)
+    return torch.exp(log_p_CV, out=out)
 
 
 def _chunk(x_ND: Tensor, vocabulary: int) -> int:
@@ -139,12 +146,3 @@ def _chunk(x_ND: Tensor, vocabulary: int) -> int:
     if not is_cpu_fp32(x_ND):
         return CUDA_CHUNK
     return next((tile for tile in TILES if tile * vocabulary <= CPU_CHUNK_NUMBERS), TILES[-1])
-
-
-def _logits(x_CD: Tensor, weight_VD: Tensor) -> Tensor:
-    """fp32 [C, V]; operands in bf16 are multiplied as such and summed in fp32."""
-    if is_cpu_fp32(x_CD):
-        return product(x_CD, weight_VD)
-    if is_gpu(x_CD.device) and x_CD.dtype != torch.float32:
-        return torch.mm(x_CD, weight_VD.T, out_dtype=torch.float32)
-    return x_CD.float() @ weight_VD.float().T

@@ -29,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.model.devices import is_gpu
+
 TILES = (4096, 512, 128)  # rows
 SMALLEST = 1 << 20  # multiply-adds: below, oneDNN's call costs more than it gains
 
@@ -52,6 +54,38 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     return product(x.reshape(-1, x.shape[-1]), weight_OI).view(
         *x.shape[:-1], weight_OI.shape[0]
     )  # an operator costs 30 us
+
+
+def fp32_linear(x_MI: Tensor, weight_OI: Tensor) -> Tensor:
+    """x times the transposed weight in fp32, [M, O]: operands in bf16 are multiplied as such and summed in fp32.
+
+    Its gradients are products in the operands' dtype, of the gradient that arrives rounded to it.
+    """
+    if is_cpu_fp32(x_MI):
+        return linear(x_MI, weight_OI)
+    return _Fp32Linear.apply(x_MI, weight_OI)
+
+
+class _Fp32Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_MI: Tensor, weight_OI: Tensor) -> Tensor:
+        ctx.save_for_backward(x_MI, weight_OI)
+        return fp32_product(x_MI, weight_OI)
+
+    @staticmethod
+    def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor, Tensor]:
+        x_MI, weight_OI = ctx.saved_tensors
+        grad_MO = grad_MO.to(x_MI.dtype)
+        return grad_MO @ weight_OI, grad_MO.T @ x_MI
+
+
+def fp32_product(x_MI: Tensor, weight_OI: Tensor) -> Tensor:
+    """`fp32_linear` without autograd."""
+    if is_cpu_fp32(x_MI):
+        return product(x_MI, weight_OI)
+    if is_gpu(x_MI.device) and x_MI.dtype != torch.float32:
+        return torch.mm(x_MI, weight_OI.T, out_dtype=torch.float32)
+    return x_MI.float() @ weight_OI.float().T
 
 
 def is_cpu_fp32(x: Tensor) -> bool:

@@ -19,10 +19,12 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 KEPT = {  # by name: the module that registers an operator may not have been loaded
     "aten::mm",
+    "aten::mm.dtype",
     "aten::addmm",
     "aten::bmm",
     "moonlight::linear",
     "moonlight::grouped_rows",
+    "moonlight::grouped_gate_up",
     "moonlight::causal_attention",
     "moonlight::largest_logits",
     "torch_attn::_varlen_attn",

@@ -1,6 +1,6 @@
 """Sigmoid router with a selection bias (DeepSeek-V3, arXiv 2412.19437, section 2.1.2, as Moonlight uses it).
 
-Scores are s = sigmoid(W x), in fp32. The top k of s + b choose the experts; b is the selection bias. What an expert
+Scores are s = sigmoid(W x), the product and all after it in fp32, W and x in the dtype that they have. The top k of s + b choose the experts; b is the selection bias. What an expert
 weighs comes from the *unbiased* scores of the chosen: w = factor * s / (sum of chosen s + 1e-20). So the bias moves
 load between experts and never touches the output of a given choice. No gradient reaches it: once per optimizer step
 `update_router_bias` moves it by the rate u against the sign of each expert's excess load, mean-centred so that the sum
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.schema import ModelConfig
-from pipeline.model.matmul import linear
+from pipeline.model.matmul import fp32_linear
 
 
 class Routing(NamedTuple):
@@ -56,7 +56,7 @@ class Router(nn.Module):
         """`text_BS`: True where a slot holds text; None: everywhere."""
         B, S, D = x_BSD.shape
         E = self.weight.shape[0]
-        scores_NE = linear(x_BSD.reshape(-1, D).float(), self.weight.float()).sigmoid()
+        scores_NE = fp32_linear(x_BSD.reshape(-1, D), self.weight).sigmoid()
         experts_NK = (scores_NE.detach() + self.e_score_correction_bias).topk(self.top_k, dim=-1, sorted=False).indices
         chosen_NK = scores_NE.gather(1, experts_NK)
         if self.normalise:

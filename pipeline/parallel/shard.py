@@ -20,6 +20,11 @@ Gradients are summed, never averaged, in every group (`loss` is already divided 
 plain SUM, which gloo has, rather than the pre-multiplied sum of NCCL. An expert's gradient needs no other factor: the
 all-to-all brings it the tokens of all ranks of its ep group, and efsdp and replicate groups add the rest.
 
+Weights that no axis cuts (experts where efsdp is 1) are cast once a step: from the first micro-batch's forward to the last
+one's backward they stay as they are, and their gradients add up here in fp32, to be reduced over copies once
+(`keep_whole`). That costs E / ep experts of every layer in the compute dtype, and saves a cast, a copy and a reduction of
+one rank for each pass of each micro-batch.
+
 Mixed precision is FSDP2's: fp32 shards (the optimizer's masters), bf16 gathered weights, fp32 reduction. Activations are
 bf16 from the embedding on, so inputs are not cast: FSDP2 would look into containers and dataclasses, and rotary tables in
 bf16 make neighbouring positions one (findings/fsdp2_casts_dataclass_inputs.sh). Sources: PyTorch FSDP2; torchtitan's measurements of explicit prefetch order for mixtures of experts
@@ -36,6 +41,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor, Shard
 
 from pipeline.config.schema import TrainingConfig
@@ -43,6 +49,7 @@ from pipeline.model.block import Block
 from pipeline.model.devices import is_gpu
 from pipeline.model.experts import Experts, MoE
 from pipeline.model.moonlight import Moonlight
+from pipeline.parallel.bounded import BoundedDispatch
 from pipeline.parallel.dispatch import AllToAllDispatch
 from pipeline.parallel.mesh import Meshes
 
@@ -70,7 +77,7 @@ def shard_model(model: Moonlight, meshes: Meshes, training: TrainingConfig, devi
     if meshes.ep is not None:
         for block in layers:
             if isinstance(block.mlp, MoE):
-                _spread_experts(block.mlp.experts, meshes.ep)
+                _spread_experts(block.mlp.experts, meshes.ep, training.expert_capacity)
     for block in layers:
         block.activation_checkpointing = training.activation_checkpointing
         if training.compile:
@@ -112,6 +119,20 @@ def shard_model(model: Moonlight, meshes: Meshes, training: TrainingConfig, devi
     _set_prefetch_order(model)
 
 
+def whole_groups(model: nn.Module) -> list[FSDPParamGroup]:
+    """FSDP's groups of parameters that no axis cuts."""
+    states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = [group for state in states for group in state._fsdp_param_groups]
+    return [each for each in groups if isinstance(each.mesh_info, FSDPMeshInfo) and each.mesh_info.shard_mesh_size == 1]
+
+
+def keep_whole(groups: list[FSDPParamGroup], last: bool) -> None:
+    """Before a micro-batch: its backward keeps gathered weights and gradients of `groups` unless it is the `last` one."""
+    for group in groups:
+        group.post_forward_mesh_info = None  # what forward gathered, backward uses
+        group.reshard_after_backward = group.reduce_grads = last
+
+
 def _require_compiler() -> None:
     """Triton builds its driver module, and Inductor its CPU kernels, when they first run; their own message comes from deep inside."""
     if not any(shutil.which(name) for name in ("gcc", "clang", "cc")):
@@ -121,7 +142,7 @@ def _require_compiler() -> None:
         )
 
 
-def _spread_experts(experts: Experts, ep: DeviceMesh) -> None:
+def _spread_experts(experts: Experts, ep: DeviceMesh, capacity: float | None) -> None:
     """Keep E / ep whole experts on each rank of the axis, as DTensor parameters, and route tokens between the ranks."""
     for name, parameter in list(experts.named_parameters(recurse=False)):
         size = parameter.shape[0]
@@ -129,7 +150,8 @@ def _spread_experts(experts: Experts, ep: DeviceMesh) -> None:
         local = parameter.detach().narrow(0, ep.get_local_rank() * (size // ep.size()), size // ep.size())
         spread = DTensor.from_local(local, ep, [Shard(0)], run_check=False)
         setattr(experts, name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
-    experts.dispatcher = AllToAllDispatch(ep.get_group())
+    group = ep.get_group()
+    experts.dispatcher = AllToAllDispatch(group) if capacity is None else BoundedDispatch(group, capacity)
 
 
 def _expert_dim(name: str, experts: nn.Module, meshes: Meshes) -> int:

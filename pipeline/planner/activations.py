@@ -18,13 +18,17 @@ from __future__ import annotations
 from typing import Literal
 
 from pipeline.config.schema import ModelConfig
+from pipeline.parallel.dispatch import ranks_met
 
 Checkpointing = Literal["none", "selective", "full"]
 FP32, INDEX = 4, 8
 
 
-def block_bytes(model: ModelConfig, *, moe: bool, checkpointing: Checkpointing, itemsize: int) -> int:
-    """Bytes a token that one block keeps until backward; `itemsize` of the compute dtype."""
+def block_bytes(
+    model: ModelConfig, *, moe: bool, checkpointing: Checkpointing, itemsize: int, ep: int = 1, room: float = 1.0
+) -> int:
+    """Bytes a token that one block keeps until backward; `itemsize` of the compute dtype, experts over `ep` ranks that have
+    `room` times the rows of even routing."""
     D, H, K = model.hidden_size, model.num_attention_heads, model.num_experts_per_tok
     Q, V, C = model.qk_head_dim, model.v_head_dim, model.kv_lora_rank
     latent = C + model.qk_rope_head_dim
@@ -34,11 +38,17 @@ def block_bytes(model: ModelConfig, *, moe: bool, checkpointing: Checkpointing, 
     if checkpointing == "full":
         return D * itemsize
     log_sum_exp = H * FP32
+    met = (
+        room * ranks_met(E, K, ep) if moe and ep > 1 else 0.0
+    )  # rows that travel for a token, and that arrive for each
+    travel = round(met * 3 * INDEX)  # of a row that left: which it is, and where it came back
     if checkpointing == "selective":
         attention = H * Q + latent + keys_values + H * V + D
         feed_forward = 2 * width + D
-        routed = K * (2 * F + 2 * D) if moe else 0  # rows, gate, up, result
-        router = (E + K) * FP32 + 2 * K * INDEX if moe else 0  # scores; weights, order, where rows went
+        routed = (
+            D + round(met * D) + round(room * K * (2 * F + D)) if moe else 0
+        )  # input, rows that arrived, gate and up, result
+        router = (E + K) * FP32 + (3 * K + 1) * INDEX + travel if moe else 0  # scores; weights, where rows are
         return (D + attention + feed_forward + routed) * itemsize + router + log_sum_exp
     # x and its norm, twice; the latent and its norm; query, key, value, output
     attention = 4 * D + latent + C + 2 * H * Q + keys_values + H * V
@@ -46,6 +56,7 @@ def block_bytes(model: ModelConfig, *, moe: bool, checkpointing: Checkpointing, 
     norms = 3 * FP32
     if not moe:
         return (attention + feed_forward) * itemsize + norms + log_sum_exp
-    routed = K * (2 * D + 4 * F)  # rows, gate, up, silu, product, result
-    router = (D + E + 2 * K + 2) * FP32 + 3 * K * INDEX  # its input in fp32, scores, weights; choice and order
+    routed = round(room * K * (D + 3 * F))  # rows, gate and up, what enters down
+    # Scores, weights twice; the choice, and where rows are.
+    router = (E + 3 * K + 2) * FP32 + (4 * K + 1) * INDEX + travel
     return (attention + feed_forward + routed) * itemsize + router + norms + log_sum_exp

@@ -3,19 +3,21 @@
     parameters   fp32 shards (the optimizer's masters) and their fp32 gradients
     optimizer    Muon 4 bytes an element, AdamW 8
     gathered     whole weights in the compute dtype: the head (kept), the embedding, and two blocks, the one at work and
-                 the next; on the way back one unit's gradients in the compute dtype and in fp32, to be reduced
+                 the next, with the experts of all blocks where no axis cuts them; on the way back one unit's gradients in
+                 the compute dtype and in fp32, to be reduced
     activations  what the blocks keep for backward (activations.py), what one checkpointed block needs while it is
                  computed again, and a chunk of logits with its gradient
     exchange     Muon's buffers: two buckets in flight and the workspace of Newton-Schulz (pipeline/optim/muon.py)
 
 `activations` and `gathered` are at their peak together, at the start of backward; `exchange` comes after both are gone,
-so the peak is the larger of the two. Loads of experts are taken as even; a rank whose experts draw r times the mean
+so the peak is the larger of the two. Loads of experts are taken as even, or as training.expert_capacity has room for; without it a rank whose experts draw r times the mean
 keeps r times the routed part. Not counted: CUDA's context and NCCL's buffers (2 to 4 GB) and what the allocator wastes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from pipeline.config.schema import RunConfig
 from pipeline.model.loss import CUDA_CHUNK
@@ -57,6 +59,11 @@ def _gathered(config: RunConfig, sizes: Sizes, itemsize: int) -> int:
     block = sizes.dense_of_block + sizes.experts_of_block // config.parallelism.ep
     blocks = 2 if config.training.reshard_after_forward else config.model.num_hidden_layers
     weights = (2 * sizes.embedding + blocks * block) * itemsize
+    if (
+        config.parallelism.efsdp == 1 and config.training.reshard_after_forward
+    ):  # kept whole for a step (parallel/shard.py)
+        layers = config.model.num_hidden_layers - config.model.first_k_dense_replace
+        weights += max(0, layers - blocks) * (sizes.experts_of_block // config.parallelism.ep) * itemsize
     gradients = max(sizes.embedding, block) * (itemsize + FP32)
     return weights + gradients
 
@@ -66,10 +73,13 @@ def _activations(config: RunConfig, itemsize: int) -> int:
     tokens = training.micro_batch * training.sequence_length
     dense = model.first_k_dense_replace
     kind = training.activation_checkpointing
-    kept = dense * block_bytes(model, moe=False, checkpointing=kind, itemsize=itemsize)
-    kept += (model.num_hidden_layers - dense) * block_bytes(model, moe=True, checkpointing=kind, itemsize=itemsize)
+    ep = config.parallelism.ep
+    room = (training.expert_capacity or 1.0) if ep > 1 else 1.0
+    block = partial(block_bytes, model, itemsize=itemsize, ep=ep, room=room)
+    kept = dense * block(moe=False, checkpointing=kind)
+    kept += (model.num_hidden_layers - dense) * block(moe=True, checkpointing=kind)
     if kind != "none":
-        kept += block_bytes(model, moe=dense < model.num_hidden_layers, checkpointing="none", itemsize=itemsize)
+        kept += block(moe=dense < model.num_hidden_layers, checkpointing="none")
     logits = 2 * min(CUDA_CHUNK, tokens) * model.vocab_size * FP32
     return tokens * kept + logits
 

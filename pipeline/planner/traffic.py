@@ -5,8 +5,10 @@ With A micro-batches a step, n ranks in a group and weights of P elements in it,
     weights      all-gather of P in the compute dtype, A times: forward, and backward again if they were freed
     gradients    reduce-scatter of P in fp32, A times
     copies       all-reduce of the shard's fp32 gradients over `replicate`: twice it
-    tokens       rows to their experts and back, in forward, in backward, and once more with full checkpointing: A times
-                 tokens * K * D for each way, of which (ep - 1) / ep leave the rank
+    tokens       a row for each rank that a token meets (pipeline/parallel/dispatch.py; evenly routed,
+                 or all the room of training.expert_capacity), there and back, in
+                 forward, in backward, and once more with full checkpointing: A times tokens * met * D for each way, with
+                 E / ep weights in fp32 on the way there; (ep - 1) / ep leave the rank
     muon         pieces to owners and results back (pipeline/optim/sent.py, `bytes_by_rank`), the fullest rank
 
 Dense weights are gathered over `shard`, experts over `efsdp` (each rank gathers the E / ep that it computes with).
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from pipeline.config.schema import RunConfig
 from pipeline.optim.plan import MuonPlan
 from pipeline.optim.sent import bytes_by_rank
+from pipeline.parallel.dispatch import ranks_met
 from pipeline.planner.sizes import FP32, Sizes
 
 
@@ -44,9 +47,9 @@ def traffic(config: RunConfig, sizes: Sizes, plan: MuonPlan | None, sequences: i
     gathered = _leaving(sizes.dense, parallelism.shard) + _leaving(sizes.experts // parallelism.ep, parallelism.efsdp)
     kept = _leaving(sizes.embedding + model.hidden_size, parallelism.shard)  # head and last norm are gathered once
     passes = 2 * gathered - kept if training.reshard_after_forward else gathered
-    rows = training.micro_batch * training.sequence_length * model.num_experts_per_tok * model.hidden_size
+    met = ranks_met(model.n_routed_experts, model.num_experts_per_tok, parallelism.ep)
+    rows = int(training.micro_batch * training.sequence_length * met * (training.expert_capacity or 1.0))
     layers = model.num_hidden_layers - model.first_k_dense_replace
-    ways = 6 if training.activation_checkpointing == "full" else 4
     muon = 0
     if plan is not None:
         wire = 2 if config.optimizer.muon.wire_dtype == "bf16" else FP32
@@ -55,9 +58,16 @@ def traffic(config: RunConfig, sizes: Sizes, plan: MuonPlan | None, sequences: i
         weights=micro_batches * passes * itemsize,
         gradients=micro_batches * gathered * FP32,
         copies=2 * _leaving(sizes.total // parallelism.shard, parallelism.replicate) * FP32,
-        tokens=micro_batches * layers * ways * _leaving(rows, parallelism.ep) * itemsize,
+        tokens=micro_batches * layers * _leaving(rows, parallelism.ep) * row_bytes(config, itemsize),
         muon=muon,
     )
+
+
+def row_bytes(config: RunConfig, itemsize: int) -> int:
+    """Of one row, all its ways in a pass forward and backward."""
+    turns = 3 if config.training.activation_checkpointing == "full" else 2
+    weights = config.model.n_routed_experts // config.parallelism.ep * FP32
+    return turns * (2 * config.model.hidden_size * itemsize + weights)
 
 
 def _leaving(elements: int, ranks: int) -> int:

@@ -187,7 +187,7 @@ def _changed(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
 def kind_of(func: Any, inputs: list[Tensor]) -> str:
     """The rate that an operator goes by."""
     name = func._schema.name.split("::")[1]
-    if name in ("grouped_rows", "grouped_outer", "_grouped_mm", "_scaled_grouped_mm"):
+    if name in ("grouped_rows", "grouped_gate_up", "grouped_outer", "_grouped_mm", "_scaled_grouped_mm"):
         return "grouped"
     if name in ("rehearsed_attention", "_varlen_attn"):
         return "attention_forward"
@@ -210,8 +210,17 @@ def _grouped_rows(x_MI: Tensor, weight_eOI: Tensor, *_: Any) -> int:
     return 2 * x_MI.shape[0] * weight_eOI.shape[-1] * weight_eOI.shape[-2]
 
 
+def _grouped_gate_up(x_MI: Tensor, gate_eOI: Tensor, up_eOI: Tensor, *_: Any) -> int:
+    return _grouped_rows(x_MI, gate_eOI) + _grouped_rows(x_MI, up_eOI)
+
+
 def _grouped_outer(grad_MO: Tensor, x_MI: Tensor, *_: Any) -> int:
     return 2 * grad_MO.shape[0] * grad_MO.shape[1] * x_MI.shape[1]
+
+
+def _addmm(_: Tensor, x_MI: Tensor, y_IO: Tensor, *__: Any, **___: Any) -> int:
+    """PyTorch's counter does not take the overload that says the dtype of the sum."""
+    return 2 * x_MI.numel() * y_IO.shape[1]
 
 
 def _linear_backward(grad: Tensor, x: Tensor, weight_OI: Tensor) -> int:
@@ -232,7 +241,9 @@ def _attention_backward(grad: Tensor, q_BHSQ: Tensor, k: Tensor, v_BHSV: Tensor,
 
 
 _FLOPS: dict[str, Callable[..., int]] = {
+    "aten::addmm": _addmm,
     "moonlight::grouped_rows": _grouped_rows,
+    "moonlight::grouped_gate_up": _grouped_gate_up,
     "moonlight::grouped_outer": _grouped_outer,
     "moonlight::linear": _linear,
     "moonlight::linear_backward": _linear_backward,

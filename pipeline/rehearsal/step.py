@@ -29,6 +29,7 @@ from pipeline.optim.muon import build_optimizer
 from pipeline.optim.rules import moonlight_rules
 from pipeline.optim.schedule import segments
 from pipeline.parallel import local
+from pipeline.parallel.dispatch import ranks_met
 from pipeline.parallel.mesh import build_meshes
 from pipeline.parallel.shard import shard_model
 from pipeline.rehearsal import attention as rehearsed
@@ -86,7 +87,10 @@ def rehearse(config: RunConfig, *, limit: int | None = None) -> Rehearsal:
     memory = Memory(TAPE, limit)
     in_all = segments(config.schedule, training.sequence_length)[-1].sequences // (world * training.micro_batch)
     batch = _batch(config, min(in_all, 3))
-    rows = training.micro_batch * training.sequence_length * config.model.num_experts_per_tok
+    tokens = training.micro_batch * training.sequence_length
+    network = config.model
+    met = ranks_met(network.n_routed_experts, network.num_experts_per_tok, config.parallelism.ep)
+    rows, pairs = int(tokens * met), tokens * network.num_experts_per_tok
 
     with ExitStack() as stack:
         stack.enter_context(
@@ -97,7 +101,7 @@ def rehearse(config: RunConfig, *, limit: int | None = None) -> Rehearsal:
         stack.enter_context(
             mock.patch.object(recomputation, "KEPT", recomputation.KEPT | {"moonlight::rehearsed_attention"})
         )
-        stack.enter_context(mock.patch.object(FakeTensor, "tolist", lambda x: _even(x, rows)))
+        stack.enter_context(mock.patch.object(FakeTensor, "tolist", lambda x: _even(x, rows, pairs)))
         # makes tensors from numbers on the CPU first, as fake mode does where there is no GPU
         stack.enter_context(mock.patch.object(fake_tensor, "_is_privateuse1_backend_available", return_value=False))
         stack.enter_context(mock.patch.object(local, "compute_local_shape_and_global_offset", _really(local)))
@@ -146,11 +150,12 @@ def _really(module: Any) -> Any:
     return run
 
 
-def _even(x: Tensor, rows: int) -> Any:
-    """The host reads how many rows go to each rank and come from each: even shares."""
+def _even(x: Tensor, rows: int, pairs: int) -> Any:
+    """The host reads how many rows, and pairs with experts, go to each rank and come from each: even shares."""
     TAPE.add(HostWait("tolist", TAPE.stream, TAPE.phase, TAPE.where or TAPE.caller()))
-    sides, ranks = x.shape
-    return [[rows // ranks] * ranks for _ in range(sides)]
+    sides, kinds, ranks = x.shape
+    assert kinds == 2, x.shape
+    return [[[count // ranks] * ranks for count in (rows, pairs)] for _ in range(sides)]
 
 
 def _say_where(model: Moonlight) -> None:

@@ -50,7 +50,7 @@ def check_skipped(in_a_row: int, limit: int, step: int) -> None:
         raise RunDiverged(
             f"step {step}: the last {in_a_row} steps had a non-finite loss or gradient and were skipped "
             f"(training.max_skipped_steps {limit}); look at train/metrics, then lower the learning rate, leave the data out "
-            "with training.skip_sequences, or start from an earlier checkpoint"
+            "with training.skip_sequences, raise training.expert_capacity where it is set, or start from an earlier checkpoint"
         )
 
 

@@ -34,6 +34,7 @@ from pipeline.model.sequences import to_device
 from pipeline.optim.muon import MoonlightOptimizer
 from pipeline.parallel.grad_norm import clip_, local_gradients, local_squared_norm
 from pipeline.parallel.mesh import Meshes
+from pipeline.parallel.shard import keep_whole, whole_groups
 from pipeline.training.batches import MicroBatch, StepBatch
 from pipeline.training.guard import Guard
 
@@ -63,6 +64,7 @@ class Step:
         self.device = device
         self.parameters = list(model.parameters())
         self.routers = dict(model.routers())
+        self.whole = whole_groups(model)
         self.before_update: Callable[[], None] = lambda: None  # asked when the weights are about to change
         observe_max_logits(model, self.qk_clip is not None)
 
@@ -105,10 +107,10 @@ class Step:
         loss = torch.zeros((), device=self.device)
         aux_loss = torch.zeros((), device=self.device)
         for index, micro in enumerate(micro_batches):
-            if (
-                isinstance(self.model, FSDPModule) and self.meshes.replicas > 1
-            ):  # copies meet once a step, not per micro-batch
-                self.model.set_requires_all_reduce(index == len(micro_batches) - 1)
+            last = index == len(micro_batches) - 1
+            if isinstance(self.model, FSDPModule) and self.meshes.replicas > 1:  # copies meet once a step
+                self.model.set_requires_all_reduce(last)
+            keep_whole(self.whole, last)
             out = self.model(
                 to_device(micro.tokens_BS, self.device),
                 to_device(micro.labels_BS, self.device),

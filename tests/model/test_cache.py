@@ -80,7 +80,7 @@ def test_tokens_one_by_one_after_prompts_of_different_lengths(model: Moonlight):
 def test_padding_is_not_routed(model: Moonlight):
     counted: list[int] = []
     experts = [block.mlp.experts for block in model.layers[1:]]
-    hooks = [each.register_forward_pre_hook(lambda _, inputs: counted.append(inputs[0].shape[0])) for each in experts]
+    hooks = [each.register_forward_pre_hook(lambda _, inputs: counted.append(inputs[1].pairs)) for each in experts]
     cached, _ = run(model, texts(9, 2), None)
     run(model, texts(5, 1), cached.result(), [0, 1])
     for hook in hooks:

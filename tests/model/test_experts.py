@@ -1,41 +1,14 @@
 """The mixture layer against transformers', its hand-written gradients, and experts that get nothing."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from pipeline.model.experts import MoE, SortRows, WeightedSum, gather_sum
+from pipeline.model.experts import MoE, WeightedSwiGLU
+from pipeline.parallel.dispatch import Choices
 from tests.model.oracle import random_model, small_config
-
-
-def permutation(rows, seed=0):
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
-    return order, order.argsort()
-
-
-def test_row_gathers_have_the_right_gradients():
-    order_M, inverse_M = permutation(6)
-    inverse_NK = inverse_M.view(3, 2)
-    x_ND = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    rows_MD = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
-    weights_NK = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(SortRows.apply, (x_ND, order_M, inverse_NK, None))
-    assert torch.autograd.gradcheck(WeightedSum.apply, (rows_MD, weights_NK, order_M, inverse_NK))
-    assert torch.equal(SortRows.apply(x_ND, order_M, inverse_NK, None), x_ND.repeat_interleave(2, 0)[order_M])
-
-
-@pytest.mark.parametrize(("tokens", "choices"), [(5, 3), (4, 1), (0, 2)])
-@pytest.mark.parametrize("weighted", [True, False])
-def test_the_cpus_embedding_bag_is_the_plain_sum(tokens, choices, weighted):
-    generator = torch.Generator().manual_seed(0)
-    rows_MD = torch.randn(7, 12, generator=generator)
-    index_NK = torch.randint(0, 7, (tokens, choices), generator=generator)
-    weights_NK = torch.rand(tokens, choices, generator=generator) if weighted else None
-    plain = gather_sum(rows_MD.double(), index_NK, weights_NK)  # not for fp32 only
-    out = gather_sum(rows_MD, index_NK, weights_NK)
-    assert out.dtype == torch.float32
-    assert out.shape == (tokens, 12)
-    torch.testing.assert_close(out.double(), plain, rtol=1e-6, atol=1e-6)
 
 
 def test_layer_equals_a_loop_over_experts():
@@ -77,18 +50,22 @@ def test_no_tokens_at_all_gives_empty_output_and_zero_gradients():
     config = small_config()
     layer = random_model(config).layers[1].mlp
     rows = torch.zeros(0, config.hidden_size, requires_grad=True)
-    out = layer.experts(rows, torch.zeros(8, dtype=torch.int64))
+    out = layer.experts(rows, Choices(torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, 3), 0, True))
     assert out.shape == rows.shape
     out.square().sum().backward()
     assert torch.equal(layer.experts.gate_proj.grad, torch.zeros_like(layer.experts.gate_proj))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_are_applied_in_fp32(dtype):
-    order_M, inverse_M = permutation(8)
-    rows_MD = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
-    weights_NK = torch.rand(4, 2)
-    out = WeightedSum.apply(rows_MD, weights_NK, order_M, inverse_M.view(4, 2))
-    exact = (rows_MD[inverse_M].view(4, 2, 16).double() * weights_NK[..., None].double()).sum(1)
-    assert out.dtype == dtype
-    torch.testing.assert_close(out.double(), exact, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+def test_the_activation_has_the_right_gradients():
+    gate_up = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(5, dtype=torch.float64, requires_grad=True)
+    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+        assert torch.autograd.gradcheck(WeightedSwiGLU.apply, (gate_up, weights))
+        expected = F.silu(gate_up[:, :3]) * gate_up[:, 3:] * weights[:, None]
+        torch.testing.assert_close(WeightedSwiGLU.apply(gate_up, weights), expected)
+
+
+def test_weights_are_applied_in_fp32():
+    gate_up, weights = torch.randn(8, 32).bfloat16(), torch.rand(8)
+    exact = F.silu(gate_up[:, :16].float()) * gate_up[:, 16:].float() * weights[:, None]
+    assert torch.equal(WeightedSwiGLU.apply(gate_up, weights), exact.bfloat16())

@@ -79,6 +79,38 @@ def test_all_logits_are_never_held(monkeypatch):
     assert largest.numel == 512 * 200  # the test sees what it looks for
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_passes_over_the_logits(dtype):
+    """Operators that read a chunk of logits, or its softmax or gradient, between the products: two, each a fused kernel."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Passes(TorchDispatchMode):
+        names: list[str] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if any(isinstance(tensor, torch.Tensor) and tensor.shape == (70, 50) for tensor in args):
+                self.names.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    x, weight, labels = draws(dtype=dtype)
+    with Passes() as passes:
+        cross_entropy_sum(x, weight, labels).backward()
+    free = (
+        "detach",
+        "t.",
+        "transpose",
+        "view",
+        "alias",
+        "_unsafe_view",
+        "permute",
+        "empty_like",
+        "_to_copy",
+    )  # the last stands for a bf16 product
+    sparse, products = ("gather", "scatter_"), ("mm", "addmm")
+    rest = [name for name in passes.names if not name.startswith((*free, *sparse, *products))]
+    assert rest == ["_log_softmax.default", "exp.out"]
+
+
 def test_logits_are_fp32_whatever_the_weights():
     head = Head(16, 50).to(torch.bfloat16)
     torch.nn.init.normal_(head.weight)

@@ -1,11 +1,16 @@
 """Experts spread over ranks give what experts on one rank give: outputs and gradients."""
 
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from pipeline.model.experts import MoE
-from pipeline.parallel.dispatch import AllToAllDispatch, LocalDispatch
+from pipeline.parallel.bounded import BoundedDispatch
+from pipeline.parallel.dispatch import AllToAllDispatch, Choices, LocalDispatch, ranks_met
 from tests.distributed import run_distributed
 from tests.model.oracle import random_model, small_config
 
@@ -36,18 +41,30 @@ CASES = {
 }
 
 
+SKEWED = [9.0, 9, 9, 0, 0, 0, 0, 0]
+BOUNDED = [  # bias, tokens, capacity
+    ([0.0] * 8, [6, 6], 2.0),
+    (SKEWED, [5, 5], 2.0),  # all that one rank can be asked for
+]
+
+
 def run_cases(world: int) -> list[dict[str, torch.Tensor]]:
     return [run_case(bias, tokens) for bias, tokens in CASES[world]]
 
 
-def run_case(bias: list[float], tokens: list[int]) -> dict[str, torch.Tensor]:
+def run_bounded() -> list[dict[str, torch.Tensor]]:
+    return [run_case(*case) for case in [*BOUNDED, (SKEWED, [6, 6], 1.0)]]
+
+
+def run_case(bias: list[float], tokens: list[int], capacity: float | None = None) -> dict[str, torch.Tensor]:
     """This rank's tokens through a layer whose experts are spread over all ranks."""
     rank, world = dist.get_rank(), dist.get_world_size()
     layer = layer_with_bias(bias)
     share = 8 // world
     for name, stack in list(layer.experts.named_parameters()):
         setattr(layer.experts, name, torch.nn.Parameter(stack.detach()[rank * share : (rank + 1) * share].clone()))
-    layer.experts.dispatcher = AllToAllDispatch(dist.group.WORLD)
+    group = dist.group.WORLD
+    layer.experts.dispatcher = AllToAllDispatch(group) if capacity is None else BoundedDispatch(group, capacity)
     x_BSD = inputs(rank, tokens[rank]).requires_grad_()
     out = layer(x_BSD)
     out.x_BSD.square().sum().backward()
@@ -61,6 +78,13 @@ def test_outputs_and_gradients_equal_those_of_one_rank(world):
     by_rank = run_distributed(run_cases, world, world)
     for case, (bias, tokens) in enumerate(CASES[world]):
         check_case(bias, tokens, [results[case] for results in by_rank])
+
+
+def test_fixed_buffers_give_the_same_and_nothing_is_lost_in_silence():
+    by_rank = run_distributed(run_bounded, 2)
+    for case, (bias, tokens, _) in enumerate(BOUNDED):
+        check_case(bias, tokens, [results[case] for results in by_rank])
+    assert all(results[-1]["out"].isnan().any() for results in by_rank)
 
 
 def check_case(bias: list[float], tokens: list[int], ranks: list[dict[str, torch.Tensor]]) -> None:
@@ -82,33 +106,85 @@ def check_case(bias: list[float], tokens: list[int], ranks: list[dict[str, torch
         assert torch.equal(together[untouched], torch.zeros_like(together[untouched]))
 
 
-def count_collectives() -> list[str]:
-    """Names of the collectives of one layer's forward and backward pass."""
-    from torch.utils._python_dispatch import TorchDispatchMode
+class Watched:
+    """A collective under way that says when it is awaited."""
 
-    class Collectives(TorchDispatchMode):
-        names: list[str] = []
+    def __init__(self, work: Any, events: list[str]) -> None:
+        self.work, self.events = work, events
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.namespace in ("c10d", "_c10d_functional"):
-                self.names.append(func.__name__)
-            return func(*args, **(kwargs or {}))
+    def wait(self) -> None:
+        self.events.append("wait")
+        self.work.wait()
 
+
+def trace_of_a_layer() -> list[str]:
+    """Exchanges of one layer, forward and backward, and when the shared experts are at work."""
+    events: list[str] = []
     layer = layer_with_bias([0.0] * 8)
     share = 8 // dist.get_world_size()
     for name, stack in list(layer.experts.named_parameters()):
         setattr(layer.experts, name, torch.nn.Parameter(stack.detach()[:share].clone()))
     layer.experts.dispatcher = AllToAllDispatch(dist.group.WORLD)
+    exchange = dist.all_to_all_single
+
+    def launch(output: torch.Tensor, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        kind = "counts" if input.dtype == torch.int64 else "rows" if input.shape[1] == 64 else "weights"
+        events.append(kind)
+        work = exchange(output, input, *args, **kwargs)
+        return work if work is None else Watched(work, events)
+
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        product = getattr(layer.shared_experts, name)
+        product.register_forward_pre_hook(lambda *_, name=name: events.append(name))
+        product.register_full_backward_hook(lambda *_, name=name: events.append(name))
     x_BSD = inputs(dist.get_rank(), TOKENS).requires_grad_()
-    with Collectives() as collectives:
+    with mock.patch.object(dist, "all_to_all_single", launch):
         out = layer(x_BSD)
-        forward = len(collectives.names)
+        events.append("backward")
         out.x_BSD.square().sum().backward()
-    assert forward == 3  # counts, rows there, rows back
-    return collectives.names
+    return events
 
 
-def test_three_exchanges_forward_and_two_backward():
-    for names in run_distributed(count_collectives, 2):
-        assert len(names) == 5
-        assert set(names) == {"alltoall_base_.default"}
+def test_shared_experts_run_while_rows_travel():
+    for events in run_distributed(trace_of_a_layer, 2):
+        turn = events.index("backward")
+        assert events[:turn] == [
+            "counts", "weights", "rows", "gate_proj", "up_proj", "wait", "wait", "rows", "down_proj", "wait",
+        ]  # fmt: skip
+        assert events[turn + 1 :] == [
+            "rows", "down_proj", "wait", "weights", "rows", "up_proj", "gate_proj", "wait", "wait",
+        ]  # fmt: skip
+
+
+class Landed:
+    def wait(self) -> None:
+        pass
+
+
+def test_a_token_travels_once_to_each_rank_that_it_meets():
+    """E 64, K 6, 8 ranks, even routing: bytes against those of a row for each choice; each rank is sent what it sends."""
+    N, D, E, K, W = 2048, 2048, 64, 6, 8
+    sent = {"rows": 0, "weights": 0}
+
+    def exchange(output: torch.Tensor, input: torch.Tensor, *_: Any, **__: Any) -> Landed:
+        if input.dtype == torch.int64:
+            output.copy_(input)
+        else:
+            sent["rows" if input.shape[1] == D else "weights"] += input.nbytes
+            output.fill_(0.5)
+        return Landed()
+
+    experts_NK = torch.rand(N, E, generator=torch.Generator().manual_seed(0)).topk(K, dim=1).indices
+    choices = Choices(experts_NK, torch.rand(N, K, requires_grad=True), N * K, True)
+    dispatcher = AllToAllDispatch(cast(dist.ProcessGroup, SimpleNamespace(size=lambda: W)))
+    x_ND = torch.empty(N, D, dtype=torch.bfloat16, requires_grad=True)
+    plan = dispatcher.plan(choices, torch.bincount(experts_NK.flatten(), minlength=E))
+    with mock.patch.object(dist, "all_to_all_single", exchange):
+        journey = dispatcher.send(x_ND, choices, plan)
+        rows_RD, arrived = journey.arrive()
+        journey.send_back(rows_RD * arrived.weights_RC.sum(1, keepdim=True).bfloat16())
+        journey.come_home().backward(torch.ones(N, D, dtype=torch.bfloat16))
+    before = 4 * N * K * D * 2  # four ways
+    assert sent["rows"] <= 0.78 * before
+    assert sent["rows"] + sent["weights"] <= 0.78 * before
+    assert sent["rows"] == pytest.approx(4 * N * D * 2 * ranks_met(E, K, W), rel=0.01)

@@ -65,7 +65,7 @@ def test_a_plan_for_cpus_is_about_cpus(tmp_path: Path, capsys: pytest.CaptureFix
     assert plan.main([*given, "--corpus-bytes", "lots"]) == 2
     assert "'lots' is no size" in capsys.readouterr().err
     assert plan.main([*given, "--gpu-memory", "0.2"]) == 1
-    assert "it does not fit: 0.5 GB of 0" in capsys.readouterr().out
+    assert "it does not fit: 0.4 GB of 0" in capsys.readouterr().out
 
 
 def test_what_a_run_leaves_in_its_storage() -> None:

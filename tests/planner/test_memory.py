@@ -49,7 +49,7 @@ def test_settings_move_what_they_should() -> None:
     assert twice["parameters"] == usual["parameters"]
     kinds = [plan(f"training.activation_checkpointing={kind}")["activations"] for kind in ("none", "selective", "full")]
     assert kinds == sorted(kinds, reverse=True)
-    assert kinds[0] > 1.3 * kinds[1] > 4 * kinds[2]
+    assert kinds[0] > 1.05 * kinds[1] > 4 * kinds[2]
     assert plan("parallelism.ep=16")["gathered"] < usual["gathered"]
 
 

@@ -6,13 +6,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 import torch.distributed as dist
 
 from pipeline.manifest import DatasetManifest
 from pipeline.model.moonlight import Moonlight
 from pipeline.planner.estimate import _muon_plan
 from pipeline.planner.sizes import sizes_of
-from pipeline.planner.traffic import traffic
+from pipeline.planner.traffic import row_bytes, traffic
 from pipeline.storage import Storage
 from pipeline.training.trainer import Run
 from tests.distributed import run_distributed
@@ -40,7 +42,9 @@ def sent_in_a_step(root: str, dataset: DatasetManifest) -> Counter[str]:
         return scatter(output, input, **kwargs)
 
     def count_exchange(output: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
-        if input.dim() == 2:  # rows of tokens; Muon's buffers are flat, token counts are integers
+        if input.dtype == torch.int64:  # counts, of rows first
+            sent["rows"] += int(input[:, 0].sum())
+        elif input.dim() == 2:  # rows of tokens and their weights; Muon's buffers are flat
             sent["tokens"] += input.nbytes
         return exchange(output, input, *args, **kwargs)
 
@@ -63,5 +67,7 @@ def test_a_step_of_four_ranks(tmp_path: Path) -> None:
         assert sent["weights"] == expected.weights
         assert sent["gradients"] == expected.gradients
     ep = config.parallelism.ep
-    assert sum(sent["tokens"] for sent in ranks) == 4 * expected.tokens * ep // (ep - 1)
+    tokens = sum(sent["tokens"] for sent in ranks)
+    assert tokens == sum(sent["rows"] for sent in ranks) * row_bytes(config, itemsize=4)
+    assert tokens == pytest.approx(4 * expected.tokens * ep // (ep - 1), rel=0.15)  # it is not routed evenly
     assert max(sent["muon"] for sent in ranks) == expected.muon

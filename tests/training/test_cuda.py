@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -21,8 +22,10 @@ from pipeline.model.moonlight import Moonlight
 from pipeline.model.qk_clip import observe_max_logits
 from pipeline.optim.muon import build_optimizer
 from pipeline.optim.rules import moonlight_rules
-from pipeline.parallel.dispatch import _by_expert, inverse_permutation
+from pipeline.parallel.bounded import BoundedDispatch
+from pipeline.parallel.dispatch import AllToAllDispatch, Choices
 from pipeline.parallel.mesh import Meshes
+from pipeline.parallel.rows import place
 from pipeline.training.guard import Guard
 from pipeline.training.step import Step
 
@@ -30,7 +33,7 @@ CUDA = torch.device("cuda", 0)
 BF16 = torch.bfloat16
 MODEL = ModelConfig(
     vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, kv_lora_rank=32, intermediate_size=96,
-    moe_intermediate_size=48, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, max_position_embeddings=64,
+    moe_intermediate_size=48, n_routed_experts=16, n_shared_experts=1, num_experts_per_tok=2, max_position_embeddings=64,
 )  # fmt: skip
 
 
@@ -98,12 +101,11 @@ def test_precisions():
     """Router and combination weights in fp32, rows and results of experts in bf16."""
     model = on_cuda(BF16)
     mixture = model.layers[1].mlp
-    rows = mixture.sort(torch.empty(2, 64, 64, dtype=BF16, device=CUDA))
-    assert (rows.x_MD.dtype, rows.shared_BSD.dtype) == (BF16, BF16)
-    assert (rows.weights_NK.dtype, rows.aux_loss.dtype) == (torch.float32, torch.float32)
-    assert rows.tokens_per_expert_E.dtype == torch.int64
-    out_MD = mixture.experts(rows.x_MD, rows.tokens_per_expert_E)
-    assert (out_MD.dtype, mixture.collect(rows, out_MD).dtype) == (BF16, BF16)
+    x_BSD = torch.empty(2, 64, 64, dtype=BF16, device=CUDA)
+    routing, plan = mixture.route(x_BSD)
+    assert (routing.weights_NK.dtype, routing.aux_loss.dtype) == (torch.float32, torch.float32)
+    assert routing.tokens_per_expert_E.dtype == torch.int64
+    assert {out.dtype for out in mixture.mix(x_BSD, routing, plan)} == {BF16}
 
 
 def test_gradients_of_the_loss():
@@ -131,10 +133,40 @@ def test_grouped_products_take_their_operands(capability, rows):
             grouped._rows._init_fn(torch.empty(rows, 44, dtype=BF16, device=CUDA), narrow, offsets_e, False)
 
 
-def test_rows_that_arrive_are_sorted_without_a_read():
-    by_expert_M = _by_expert(torch.empty(2, 3, dtype=torch.int64, device=CUDA), 40)
-    assert (by_expert_M.shape, by_expert_M.device) == ((40,), CUDA)
-    assert inverse_permutation(by_expert_M).device == CUDA
+class Landed:
+    def wait(self) -> None:
+        pass
+
+
+@pytest.fixture
+def eight_ranks() -> Iterator[Any]:
+    """A group whose exchanges come to nothing: values do not exist here anyway."""
+    group = SimpleNamespace(size=lambda: 8)
+    with mock.patch.object(dist, "all_to_all_single", return_value=Landed()):
+        yield group
+
+
+@pytest.mark.parametrize("lengths", [None, [50, 64]])
+def test_a_pass_over_ranks_waits_for_nothing_on_the_host(eight_ranks, lengths):
+    """With room set aside; a read of counts would raise here, as it does without."""
+    model = on_cuda(BF16)
+    ids_BS = torch.empty(2, 64, dtype=torch.int64, device=CUDA)
+    experts = model.layers[1].mlp.experts
+    experts.dispatcher = BoundedDispatch(eight_ranks, 1.25)
+    out = model(ids_BS, ids_BS, lengths=lengths)
+    assert out.loss_sum.device == CUDA
+    experts.dispatcher = AllToAllDispatch(eight_ranks)
+    with pytest.raises(DataDependentOutputException):
+        model(ids_BS, ids_BS, lengths=lengths)
+
+
+@pytest.mark.parametrize("dispatch", [AllToAllDispatch, lambda group: BoundedDispatch(group, 1.25)])
+def test_tokens_are_sorted_without_a_read(eight_ranks, dispatch):
+    experts_NK = torch.empty(128, 2, dtype=torch.int64, device=CUDA)
+    choices = Choices(experts_NK, torch.empty(128, 2, device=CUDA), 256, True)
+    plan = dispatch(eight_ranks).plan(choices, torch.empty(16, dtype=torch.int64, device=CUDA))
+    assert {t.device for t in (*plan.placing, plan.weights_LE, plan.counts_W2)} == {CUDA}
+    assert place(experts_NK, 4, 256, all_chosen=True).choice_M.shape == (256,)
 
 
 @pytest.mark.parametrize("muon", [{}, {"backend": "gram", "newton_schulz": "polar_express"}, {"blocks": "per_head"}])

@@ -11,6 +11,7 @@ losses not visibly. `SEED` is one where 20 steps hold no such tie (about every t
 """
 
 import math
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from pipeline.manifest import DatasetManifest
 from pipeline.optim import muon
+from pipeline.parallel.flight import Flight
 from pipeline.storage import Storage
 from pipeline.training.metrics import StepRecord
 from pipeline.training.trainer import Run
@@ -29,7 +31,7 @@ pytestmark = pytest.mark.timeout(900)  # a minute each, but more on a machine th
 STEPS = 20
 SEQUENCES = 16  # of a step: 4 on each of 4 ranks
 TOLERANCE = 1e-5
-SEED = 3
+SEED = 13
 Outcome = tuple[list[StepRecord], dict[str, list[float]]]
 
 
@@ -63,8 +65,16 @@ EXACT = {"exact": True, "peak": 4e-3, "optimizer": {"muon": {"wire_dtype": "fp32
 def trained(root: str, dataset: DatasetManifest, overrides: dict) -> Outcome:
     options = dict(overrides)
     orthogonalize = fp32_newton_schulz if options.pop("exact", False) else muon.orthogonalize
+    finish = Flight.finish if options.pop("blocking", False) else lambda flight: None
     config = tiny(root, seed=SEED, steps=STEPS, **schedule(options.pop("peak", 5e-4)), **options)
-    with mock.patch.object(muon, "orthogonalize", orthogonalize):
+    start = Flight._start
+
+    def awaited(flight: Flight, *arguments: Any) -> Tensor:
+        arrived = start(flight, *arguments)
+        finish(flight)
+        return arrived
+
+    with mock.patch.object(muon, "orthogonalize", orthogonalize), mock.patch.object(Flight, "_start", awaited):
         run = Run(config, dataset, Storage(config.storage))
         records = [run.advance(False).fetch() for _ in range(STEPS)]
         biases = {name: router.e_score_correction_bias.tolist() for name, router in run.model.routers()}
@@ -76,7 +86,9 @@ def all_trained(root: str, dataset: DatasetManifest, cases: list[dict]) -> list[
     return [trained(root, dataset, case) for case in cases]
 
 
-MECHANICS = {"parallelism", "training__micro_batch", "training__activation_checkpointing"}
+MECHANICS = {
+    "parallelism", "training__micro_batch", "training__activation_checkpointing", "training__expert_capacity", "blocking",
+}  # fmt: skip
 
 
 def compare(root: str, world: int, cases: list[dict], timeout: float = 800.0) -> None:
@@ -128,6 +140,8 @@ def test_two_ranks(tmp_path):
             {"parallelism": {"replicate": 2}, **four_times},
             {**EP2, **four_times, **FULL},
             {**EP2, **once, **options},
+            {**EP2, **once, "blocking": True},
+            {**EP2, **once, **SELECTIVE, "training__expert_capacity": 4.0},
         ],
     )
 
@@ -156,6 +170,9 @@ def test_four_ranks(tmp_path):
 def test_every_way(tmp_path, mesh):
     world = math.prod(mesh["parallelism"].get(axis, 1) for axis in ("replicate", "shard"))
     ways = [{**save, **accumulated(steps, world)} for save in ({}, FULL, SELECTIVE) for steps in (1, 4)]
+    if mesh["parallelism"].get("ep", 1) > 1:  # exchanges that block, and such in buffers of fixed size
+        ways += [{**way, "blocking": True} for way in ways[::2]]
+        ways += [{**way, "training__expert_capacity": 4.0} for way in ways[1:6:2]]
     compare(str(tmp_path), world, [{**mesh, **way} for way in ways] + [{**mesh, **ways[0], **EXACT}], timeout=1700)
 
 

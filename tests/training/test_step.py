@@ -4,6 +4,7 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -193,3 +194,33 @@ def test_starts_from_published_weights(tmp_path):
         assert torch.equal(run.model.lm_head.weight, source.model.lm_head.weight)
         assert run.at.step == 0
         run.close()
+
+
+def casts_in_a_step(root: str, dataset: DatasetManifest, kept: bool) -> int:
+    """How often this rank casts a stack of experts from its fp32 masters in a step of four micro-batches."""
+    options = {"training__micro_batch": 1, "training__compute_dtype": "bf16"}
+    run = build(root, dataset, 2, **options)
+    stack = local_tensor(run.model.layers[1].mlp.experts.up_proj).numel()
+
+    class Casts(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            to = (kwargs or {}).get("dtype")
+            if func.__name__.startswith("_to_copy") and to == torch.bfloat16 and args[0].shape == (stack,):
+                self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    if not kept:
+        run.step.whole = []
+    with Casts() as casts:
+        run.advance(False).fetch()
+    run.close()
+    return casts.count
+
+
+def test_whole_experts_are_cast_once_a_step(tmp_path):
+    dataset = tiny_dataset(Storage(tiny(str(tmp_path)).storage))
+    stacks, passes, micro_batches = 3, 2, 4
+    assert run_distributed(casts_in_a_step, 2, str(tmp_path), dataset, True) == [stacks] * 2
+    assert run_distributed(casts_in_a_step, 2, str(tmp_path), dataset, False) == [stacks * passes * micro_batches] * 2
