@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,6 +85,7 @@ class Command:
             self.process.wait()
         for folder in self.temporary.glob(f"{PREFIX}*"):
             keeper.end(str(folder))
+        shutil.rmtree(self.temporary, ignore_errors=True)  # two commands may have shared it
 
     def check_nothing_left(self) -> None:
         """No process and no folder of its Ray, a moment after its end."""
