@@ -136,6 +136,8 @@ def warm(workers: int) -> dict[int, int]:
 def measure(layers: int, numbers: list[int], rounds: int, folder: str | None) -> None:
     import ray
 
+    from jobs.on_ray.local import local_cluster
+
     root = tempfile.mkdtemp(dir=folder, prefix="bench-export-")
     config = configuration(root, layers)
     rates: dict[str, list[float]] = {}
@@ -147,18 +149,17 @@ def measure(layers: int, numbers: list[int], rounds: int, folder: str | None) ->
         model = None
         for number in [number for _ in range(rounds) for number in numbers]:
             # a cluster of its own for each, so that memory is that of workers that did nothing else
-            ray.init(
-                address="local", num_cpus=number, include_dashboard=False, object_store_memory=10**8, runtime_env=env
-            )
-            base = warm(number)
-            start = time.monotonic()
-            written = list(exported(config, checkpoint, number, f"out-{number}"))
-            took = time.monotonic() - start
-            megabytes = sum(each.entry.bytes for each in written) / 1e6
-            rates.setdefault(f"{number} workers", []).append(megabytes / took)
-            peak = max(warm(number).values())
-            memories[number] = (peak, peak - min(base.values()))
-            ray.shutdown()
+            with local_cluster(number, 10**8, dashboard=False) as address:
+                ray.init(address=address, runtime_env=env)
+                base = warm(number)
+                start = time.monotonic()
+                written = list(exported(config, checkpoint, number, f"out-{number}"))
+                took = time.monotonic() - start
+                megabytes = sum(each.entry.bytes for each in written) / 1e6
+                rates.setdefault(f"{number} workers", []).append(megabytes / took)
+                peak = max(warm(number).values())
+                memories[number] = (peak, peak - min(base.values()))
+                ray.shutdown()
             found = digests(Path(root) / f"out-{number}")
             first = first or found
             assert found == first == {each.entry.path: each.entry.sha256 for each in written}
