@@ -48,6 +48,7 @@ ENDINGS = [
     Ending("neither reported", "Failed", "-1", "pod failed: neither main nor wait container completed successfully", True, UNREPORTED),
     Ending("driver: infrastructure", "Failed", "12", "main: Error (exit code 12)", True, MAIN),
     Ending("driver: usage", "Failed", "2", "main: Error (exit code 2)", False, MAIN),
+    Ending("driver: the gate is closed", "Failed", "4", "main: Error (exit code 4)", False, MAIN),
     Ending("driver: the stage failed", "Failed", "10", "main: Error (exit code 10)", False, MAIN),
     Ending("driver: deadline of the stage", "Failed", "11", "main: Error (exit code 11)", False, MAIN),
     Ending("driver: refused", "Failed", "13", "main: Error (exit code 13)", False, MAIN),
