@@ -194,7 +194,7 @@ def kind_of(func: Any, inputs: list[Tensor]) -> str:
     if name in ("rehearsed_attention_backward", "_varlen_attn_backward"):
         return "attention_backward"
     if name in _PRODUCTS:
-        return "matmul_fp32" if inputs[0].dtype == torch.float32 else "matmul"
+        return "matmul_fp32" if all(x.dtype == torch.float32 for x in inputs) else "matmul"  # a sum may be fp32
     return "memory"
 
 
