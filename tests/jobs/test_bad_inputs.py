@@ -94,7 +94,7 @@ SETTINGS: list[tuple[str, tuple[str, ...]]] = [
     # choices
     ("training.compute_dtype=fp16", ("training.compute_dtype", "'auto', 'fp32' or 'bf16'", "'fp16'")),
     ("optimizer.name=sgd", ("optimizer.name", "'muon' or 'adamw'")),
-    ("data.packing=best", ("data.packing", "'best_fit', 'concat' or 'pad'")),
+    ("data.packing=best", ("data.packing", "'best_fit', 'concat', 'pad' or 'whole'")),
     ("corpus.sources.0.format=xml", ("corpus.sources.0.format", "'auto'", "'xml'")),
     ("publishing.dtype=fp8", ("publishing.dtype", "'fp32' or 'bf16'")),
     ("evaluation.checkpoint=first", ("evaluation.checkpoint", "'last'", "'first'")),

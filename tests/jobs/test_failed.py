@@ -11,7 +11,7 @@ import pytest
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from jobs import evaluate
+from jobs import stage
 from jobs.on_ray.failed import WorkersFailed, told
 
 
@@ -51,5 +51,5 @@ def test_a_stage_ends_with_one(
         raise error
 
     monkeypatch.setattr("jobs.stage.open_run", fail)
-    assert evaluate.main("evaluate", ["--config", "debug", f"storage.root={tmp_path}"]) == 1
+    assert stage.main("evaluate", ["--config", "debug", f"storage.root={tmp_path}"]) == 1
     assert capsys.readouterr().err == said
