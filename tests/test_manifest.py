@@ -92,7 +92,7 @@ def test_volatile_fields_are_not_in_the_digest() -> None:
     assert TRAIN.model_copy(update={"checkpoint": moved}).digest == TRAIN.digest  # nor in that of what holds them
     for name in CheckpointManifest.model_fields.keys() - CheckpointManifest.VOLATILE:
         value = getattr(CHECKPOINT, name)
-        other = f"{value}x" if isinstance(value, str) else value + 1
+        other = f"{value}x" if isinstance(value, str) else (*value, 1) if isinstance(value, tuple) else value + 1
         assert CHECKPOINT.model_copy(update={name: other}).digest != CHECKPOINT.digest, name
 
 

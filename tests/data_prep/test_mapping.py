@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+import ray.data
+
 from data_prep.mapping import _quiet
 
 
@@ -16,6 +18,7 @@ def shown(level: int, text: str) -> bool:
 
 
 def test_plans_and_phases_stay_in_its_file() -> None:
+    ray.data.DataContext.get_current()
     assert any(handler.get_name() == "file" for handler in logging.getLogger("ray.data").handlers)
     _quiet()
     _quiet()  # of every phase
