@@ -9,7 +9,7 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet --disable-pip-version-check "s3fs==2026.9.0" "fsspec==2026.9.0" "moto[server]==5.2.5" boto3
+"$folder/venv/bin/pip" install --quiet --disable-pip-version-check "s3fs==2026.9.0" "fsspec==2026.9.0" "moto[server]==5.2.5" "aiobotocore==3.10.0" "boto3==1.43.117"
 cd "$folder"
 AWS_ACCESS_KEY_ID=test AWS_SECRET_ACCESS_KEY=test AWS_DEFAULT_REGION=us-east-1 "$folder/venv/bin/python" - <<'EOF' || { echo "not as it was seen: the behaviour has changed" >&2; exit 1; }
 import logging

@@ -104,6 +104,6 @@ def test_the_command_prints_and_writes_a_trace(tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert [line.split()[0] for line in done.stdout.splitlines() if not line.startswith(" ")] == [
-        "rehearsed", "memory", "step", "wire", "host", "trace",
+        "debug:", "rehearsed", "memory", "step", "wire", "host", "trace",
     ]  # fmt: skip
     assert len(json.loads(trace.read_text())["traceEvents"]) > 1000
