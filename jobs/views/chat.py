@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from jobs.cli import program
+from jobs.views.sampling import add_sampling, sampling_of
 
 
 def command(arguments: Sequence[str] | None) -> int:
@@ -15,11 +16,9 @@ def command(arguments: Sequence[str] | None) -> int:
     made.add_argument("folder", help="a published folder: a path or s3:// URI")
     made.add_argument("--system", help="what the model is told first, where it has a chat template")
     made.add_argument("--base", action="store_true", help="go on from each line by itself, as base models do")
-    made.add_argument("--tokens", type=int, default=400, help="of an answer, at most")
-    made.add_argument("--temperature", type=float, default=0.7, help="0: the likeliest token; 1: as the model says")
-    made.add_argument("--top-p", type=float, default=0.95, help="draw from the fewest tokens with this probability")
-    made.add_argument("--seed", type=int, default=0, help="the same seed, the same answers")
-    made.add_argument("--endpoint-url", help="of an S3 server that is not AWS's")
+    add_sampling(
+        made, tokens=(400, "of an answer, at most"), temperature=0.7, top_p=0.95, seed="the same seed, the same answers"
+    )
     return talk(**vars(made.parse_args(arguments)))
 
 
@@ -36,12 +35,9 @@ def talk(
     """Returns the exit code: 2 for wrong settings or a wrong folder, told in one line."""
     from pipeline.generation.conversation import Conversation  # here: --help needs no torch
     from pipeline.generation.published import load_published
-    from pipeline.generation.sample import Sampling
 
     try:
-        if tokens < 1:
-            raise ValueError(f"--tokens {tokens}: give a number from 1 on")
-        sampling = Sampling(temperature, top_p, seed)
+        sampling = sampling_of(tokens, temperature, top_p, seed)
         published = load_published(folder, endpoint_url=endpoint_url)
         has_template = published.encoder.has_chat_template
         if system is not None and (base or not has_template):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jobs.cli import program
+from jobs.views.sampling import add_sampling, sampling_of
 
 
 def command(arguments: Sequence[str] | None) -> int:
@@ -18,11 +19,13 @@ def command(arguments: Sequence[str] | None) -> int:
     prompt = made.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="the text to go on from")
     prompt.add_argument("--file", help="a file that holds it; - for the standard input")
-    made.add_argument("--tokens", type=int, default=200, help="how many new tokens at most")
-    made.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token; 1: as the model says")
-    made.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens with this probability")
-    made.add_argument("--seed", type=int, default=0, help="the same seed, the same text")
-    made.add_argument("--endpoint-url", help="of an S3 server that is not AWS's")
+    add_sampling(
+        made,
+        tokens=(200, "how many new tokens at most"),
+        temperature=0.0,
+        top_p=1.0,
+        seed="the same seed, the same text",
+    )
     return write(**vars(made.parse_args(arguments)))
 
 
@@ -38,12 +41,9 @@ def write(
 ) -> int:
     """Returns the exit code: 2 for wrong settings or a wrong folder, told in one line."""
     from pipeline.generation.published import load_published  # here: --help needs no torch
-    from pipeline.generation.sample import Sampling
 
     try:
-        if tokens < 1:
-            raise ValueError(f"--tokens {tokens}: give a number from 1 on")
-        sampling = Sampling(temperature, top_p, seed)
+        sampling = sampling_of(tokens, temperature, top_p, seed)
         if prompt is None:
             assert file is not None
             prompt = sys.stdin.read() if file == "-" else Path(file).read_text()

@@ -15,11 +15,11 @@ from pipeline.config.load import expand_path
 from pipeline.config.schema import RunConfig
 from pipeline.config.values import parse_size
 from pipeline.planner.estimate import Estimate, Hardware, estimate
+from pipeline.planner.memory import RESERVED_GB
 from pipeline.planner.preparing import TEXT_BYTES_A_SECOND, checkpoint_bytes, model_bytes, preparing
 from pipeline.workflow.duration import duration
 
 GB = 1e9
-RESERVED_GB = 4.0  # CUDA's context, NCCL's buffers
 
 
 @refusing

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.config.schema import RunConfig
+from pipeline.planner.memory import RESERVED_GB
 from pipeline.rehearsal.chips import Chip, load_chip
 from pipeline.rehearsal.fuse import fuse
 from pipeline.rehearsal.step import Rehearsal, rehearse
@@ -16,7 +17,6 @@ from pipeline.rehearsal.trace import to_trace
 from pipeline.training.flops import flops_per_token
 
 GB = 1e9
-RESERVED_GB = 4.0  # CUDA's context, NCCL's buffers
 KINDS = {
     "matmul": "products", "grouped": "products of experts", "matmul_fp32": "products in fp32", "attention_forward": "attention",
     "attention_backward": "attention backward", "memory": "memory",

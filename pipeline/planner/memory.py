@@ -24,6 +24,8 @@ from pipeline.model.loss import CUDA_CHUNK
 from pipeline.planner.activations import block_bytes
 from pipeline.planner.sizes import FP32, Sizes
 
+RESERVED_GB = 4.0  # what is not counted here: CUDA's context, NCCL's buffers
+
 
 @dataclass(frozen=True)
 class Memory:

@@ -167,9 +167,7 @@ class Group(dist.ProcessGroup):
         ranks = tuple(dist.get_process_group_ranks(self)) if dist.is_initialized() else ()
         number = TAPE.number()
         group = name_of(ranks)
-        entry = Collective(
-            name, group, ranks, TAPE.stream, TAPE.phase, TAPE.where or TAPE.caller(), str(tensor.dtype), sent, number
-        )
+        entry = Collective(name, group, ranks, TAPE.stream, TAPE.phase, TAPE.where, str(tensor.dtype), sent, number)
         TAPE.add(entry)
         return Work(number, result)
 

@@ -64,7 +64,7 @@ class Memory:
             self._numbers[storage] = found = self.tape.number()
             if tensor.device.type == NAME:
                 what = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-                self._holders[found] = Holder(what, self.tape.phase, self.tape.where or self.tape.caller())
+                self._holders[found] = Holder(what, self.tape.phase, self.tape.where)
                 self._resize(found, storage.nbytes())
                 weakref.finalize(storage, self._resize, found, 0)
         return found
@@ -122,7 +122,7 @@ class Recorder(TorchDispatchMode):
             return NotImplemented  # its local tensors come by
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == NAME:
-            self.tape.add(HostWait("item", self.tape.stream, self.tape.phase, self.tape.where or self.tape.caller()))
+            self.tape.add(HostWait("item", self.tape.stream, self.tape.phase, self.tape.where))
         out = func(*args, **kwargs)
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
@@ -151,7 +151,7 @@ class Recorder(TorchDispatchMode):
                 kind_of(func, inputs),
                 self.tape.stream,
                 self.tape.phase,
-                self.tape.where or self.tape.caller(),
+                self.tape.where,
                 flops_of(func, args, kwargs, out),
                 tuple(reads),
                 tuple(writes),

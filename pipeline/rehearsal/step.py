@@ -152,7 +152,7 @@ def _really(module: Any) -> Any:
 
 def _even(x: Tensor, rows: int, pairs: int) -> Any:
     """The host reads how many rows, and pairs with experts, go to each rank and come from each: even shares."""
-    TAPE.add(HostWait("tolist", TAPE.stream, TAPE.phase, TAPE.where or TAPE.caller()))
+    TAPE.add(HostWait("tolist", TAPE.stream, TAPE.phase, TAPE.where))
     sides, kinds, ranks = x.shape
     assert kinds == 2, x.shape
     return [[[count // ranks] * ranks for count in (rows, pairs)] for _ in range(sides)]
@@ -163,13 +163,13 @@ def _say_where(model: Moonlight) -> None:
 
     def enter(name: str) -> Any:
         def hook(*_: Any) -> None:
-            TAPE.phase, TAPE.places = "forward", [name]
+            TAPE.phase, TAPE.part = "forward", name
 
         return hook
 
     def leave(name: str) -> Any:
         def hook(module: nn.Module, args: Any, out: Any) -> None:
-            TAPE.places = []
+            TAPE.part = ""
             x = out.x_BSD if isinstance(out, BlockOutput) else out
             if isinstance(x, Tensor) and x.requires_grad:
                 x.register_hook(lambda _: _begin_backward(name))
@@ -185,7 +185,7 @@ def _say_where(model: Moonlight) -> None:
 
 
 def _begin_backward(name: str) -> None:
-    TAPE.phase, TAPE.places = "backward", [name]
+    TAPE.phase, TAPE.part = "backward", name
 
 
 def _to_host(memory: Memory, tensor: Tensor) -> None:

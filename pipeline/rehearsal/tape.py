@@ -96,7 +96,7 @@ class Tape:
     entries: list[Entry] = field(default_factory=list)
     phase: str = "build"
     streams: list[str] = field(default_factory=lambda: [MAIN])  # the current one is last
-    places: list[str] = field(default_factory=list)  # modules that the host is in
+    part: str = ""  # of the network, that the host is at work on
     running: bool = False
     _numbers: int = 0
 
@@ -114,7 +114,8 @@ class Tape:
 
     @property
     def where(self) -> str:
-        return self.places[-1] if self.places else ""
+        """The part of the network, or the function of the library that is at work outside of all parts."""
+        return self.part or self.caller()
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
