@@ -62,7 +62,19 @@ def job(
     change: Change | None = None,
 ) -> Manifest:
     """The RayJob that a driver makes of the overlay's template."""
-    template = find(render(f"k8s/overlays/{overlay}"), "RayJob", f"template-{stage}")
+    return job_of(render(f"k8s/overlays/{overlay}"), stage, owner=owner, priority=priority, change=change)
+
+
+def job_of(
+    objects: list[Manifest],
+    stage: str,
+    *,
+    owner: dict[str, Any] | None = WORKFLOW,
+    priority: str = "moonlight-interactive",
+    change: Change | None = None,
+) -> Manifest:
+    """The same where these objects are."""
+    template = find(objects, "RayJob", f"template-{stage}")
     arguments = ["--config", "debug", "run_id=first", 'schedule.learning_rate=[{"start": 1e-4}]', "data.note=it's"]
     made = instantiate(template, CONFIG, stage, 1, arguments, priority=priority, owner=owner)
     made = copy.deepcopy(made)
