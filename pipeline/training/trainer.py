@@ -47,6 +47,7 @@ from pipeline.training.figures import Fetch, PendingRecord
 from pipeline.training.going_back import WentBack, decide
 from pipeline.training.guard import Guard, check_skipped, check_spikes
 from pipeline.training.identity import identity_digest
+from pipeline.training.journal import Journal
 from pipeline.training.left_out import Detour, order_of
 from pipeline.training.metrics import MetricsFiles, Pace, StepRecord, TrainProgress, sound_files
 from pipeline.training.recompute import Recomputation
@@ -131,6 +132,7 @@ class Run:
         )
         self.meshes = build_meshes(config.parallelism, self.device.type)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.journal: Journal | None = None
         self.dataset = dataset
         self.facts = replace(RunFacts.of(config, dataset, Order.of_run(config, dataset)), fence=self.writer.number)
         self.named = named_steps(config)
@@ -205,6 +207,8 @@ class Run:
             self.loss, self.tokens_seen = parent.loss, parent.tokens_seen
 
     def close(self) -> None:
+        if self.journal is not None:
+            self.journal.close()
         self.loader.close()
         self.checkpoints.close()
 
@@ -218,6 +222,9 @@ class Run:
         config, at = self.config, self.at
         logged = self.checkpoint.metrics if self.checkpoint is not None else ()
         files = MetricsFiles(self.storage, train_folder(config.run_id), at.step, logged) if self.rank == 0 else None
+        if self.rank == 0:
+            number, ranks = self.writer.number, self.meshes.world_size
+            self.journal = Journal(self.storage, config.run_id, number, at.step, ranks)
         slots = at.next_sequence * config.training.sequence_length
         pace = Pace(self.tokens_seen, slots, self.steps, config.schedule.total_tokens)
         pending: PendingRecord | None = None
@@ -230,7 +237,10 @@ class Run:
             check_spikes(seen.spikes_in_a_row, config.training.spikes.stop_after, seen.step)
             if files and (seen.step % config.training.log_every == 0 or seen.step in (1, self.steps)):
                 files.add(seen)
-                report(pace.progress(seen, record.clock, self.checkpoints.committed_step))
+                now = pace.progress(seen, record.clock, self.checkpoints.committed_step)
+                if self.journal is not None:
+                    self.journal.add(seen, now)
+                report(now)
             pace.stepped(seen, record.clock)
             spiked, self.spikes = seen.spikes > self.spikes, seen.spikes
             if spiked and config.training.spikes.action == "go_back":
