@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pipeline.model.shapes import ParameterCount
+from pipeline.publishing.plots import same_settings
 
 OPTIMIZERS = ("muon", "adamw")
 TARGET = 1.0  # Muon's loss at most AdamW's
@@ -98,9 +98,7 @@ def passes(curve: Curve, loss: float) -> str:
 
 def plot(curves: Curves, sizes: Sequence[int], rate: float) -> bytes:
     """PNG of held-out loss over steps, one panel a size."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update({"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK})
+    with same_settings():
         figure = Figure(figsize=(3.2 * len(sizes) + 0.8, 3.6), dpi=110, layout="constrained")
         panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
         for axes, size in zip(panels, sizes):

@@ -1,13 +1,16 @@
 """Pictures of losses over tokens: of a model card, and of a run's checkpoints. Same numbers, same bytes.
 
 Drawn on matplotlib's own defaults (a user's matplotlibrc is set aside), with the font that matplotlib ships, fixed size
-and resolution, and without the metadata that names versions; no global state of pyplot is touched.
+and resolution, and without the metadata that names versions; no global state of pyplot is touched. matplotlib's settings are
+one table of the process, so its threads draw one after the other: a picture that ends would take the settings from the next.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -17,6 +20,7 @@ from matplotlib.ticker import EngFormatter
 
 Point = tuple[int, float]
 
+_ONE_AT_A_TIME = threading.RLock()
 INK, MUTED, TRAIN, HELDOUT = "#1f2933", "#7b8794", "#2563eb", "#d9480f"
 
 
@@ -67,11 +71,18 @@ def _unigram(axes: Axes, entropy: float) -> None:
     )
 
 
-def _picture(draw: Callable[[Axes], None], title: str, below: int = 0) -> bytes:
-    """`below`: columns of a legend below the axes; 0: two names beside the title."""
-    with matplotlib.rc_context():
+@contextlib.contextmanager
+def same_settings() -> Iterator[None]:
+    """While the block runs, matplotlib's settings are those of our pictures, whatever the user's are or another thread draws."""
+    with _ONE_AT_A_TIME, matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update({"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK})
+        yield
+
+
+def _picture(draw: Callable[[Axes], None], title: str, below: int = 0) -> bytes:
+    """`below`: columns of a legend below the axes; 0: two names beside the title."""
+    with same_settings():
         figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
         axes = figure.subplots()
         draw(axes)

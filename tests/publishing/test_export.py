@@ -7,9 +7,9 @@ import hashlib
 import json
 import logging
 import re
-import threading
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -21,6 +21,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from pipeline.evaluation.heldout import evaluate
+from pipeline.manifest import ModelManifest
 from pipeline.publishing import export, registry
 from pipeline.publishing.export import publish
 from pipeline.publishing.gate import GateError
@@ -332,16 +333,12 @@ def test_records_that_do_not_belong_together_are_refused(run: PublishedRun):
 def test_concurrent_publishers_of_one_version_agree(tmp_path: Path, run: PublishedRun):
     made = make_run(run_config(str(tmp_path), sample_prompts=PROMPTS))
     evaluation = evaluate(made.config, made.dataset, made.checkpoint, made.storage, report=lambda _: None)
-    found = []
 
-    def one() -> None:
-        found.append(publish(made.config, made.train, evaluation, made.dataset, made.storage, report=lambda _: None))
+    def one(_: int) -> ModelManifest:
+        return publish(made.config, made.train, evaluation, made.dataset, made.storage, report=lambda _: None)
 
-    threads = [threading.Thread(target=one) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(one, range(3)))
     assert found == [run.manifest] * 3
     assert folder_digests(tmp_path / registry.folder("tiny", run.manifest.version)) == folder_digests(run.folder)
     assert registry.latest(made.storage, "tiny").previous == ()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import matplotlib
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -12,7 +15,7 @@ from pipeline.config.schema import ParallelismConfig
 from pipeline.evaluation.baselines import SHOWN
 from pipeline.model.shapes import ParameterCount
 from pipeline.publishing.model_card import Sample, model_card, table
-from pipeline.publishing.plots import loss_plot
+from pipeline.publishing.plots import INK, loss_plot, same_settings
 from pipeline.publishing.version import version_name
 from tests.publishing.conftest import PROMPTS, PublishedRun
 
@@ -137,3 +140,21 @@ def test_plot_is_a_png_that_depends_on_the_numbers_alone():
         assert loss_plot(curve, (49_000, 2.6), 6.3, "tiny, step 49") == first
     assert loss_plot(curve, (49_000, 2.7), 6.3, "tiny, step 49") != first
     assert loss_plot([], (49_000, 2.7), 6.3, "no training curve")[:4] == b"\x89PNG"
+
+
+def test_pictures_of_two_threads_do_not_change_each_others_settings():
+    began = threading.Event()
+
+    def second() -> object:
+        with same_settings():
+            began.set()
+            return matplotlib.rcParams["text.color"]
+
+    before = dict(matplotlib.rcParams)
+    with ThreadPoolExecutor() as threads:
+        with same_settings():
+            other = threads.submit(second)
+            together = began.wait(0.5)
+        assert other.result() == INK
+    assert not together  # else the first to end takes the settings from the other
+    assert dict(matplotlib.rcParams) == before
