@@ -1,7 +1,8 @@
 """Run a function over units: in this process, or as Ray Data tasks.
 
-Rows are descriptions of units (kilobytes) in and manifests out, pickled; token bytes never enter the object store. Ray retries a
-task whose worker or node died for as long as it takes; a unit that is itself the cause is dealt with in `attempts.py`.
+Rows are descriptions of units (a few kilobytes) in and manifests out, pickled; what all of them have in common goes with the
+function, once; token bytes never enter the object store. Ray retries a task whose worker or node died for as long as it takes;
+a unit that is itself the cause is dealt with in `attempts.py`.
 """
 
 from __future__ import annotations

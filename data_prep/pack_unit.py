@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +41,23 @@ class PackSettings:
     tokenizer: TokenizerManifest
     heldout_hashes: FileEntry | None  # 16-byte hashes, sorted, of all sources; None: no unit is packed, only tails
     keep_rejected: bool = False
+    duplicates: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # by source, of its partitions; none: they stay
+    across: tuple[str, ...] = ()  # paths of the partitions over all sources; none: copies in other sources stay
 
 
 @dataclass(frozen=True)
 class PackTask:
+    """What is a unit's own: of 45,000 tasks each carries no more than it needs."""
+
+    source: str
     unit: str  # path of the unit's manifest
     place: int  # of the unit among its source's, in order of precedence
     units: int
     heldout: tuple[int, ...]  # ordinals chosen for the held-out split
-    duplicates: tuple[str, ...]  # paths of the source's partitions; none: duplicates stay
     place_in_all: int = 0  # of the unit among those of all sources
     units_in_all: int = 0
-    across: tuple[str, ...] = ()  # paths of the partitions over all sources; none: copies in other sources stay
 
 
 @dataclass(frozen=True)
@@ -157,9 +162,9 @@ def _excluded(storage: Storage, settings: PackSettings, task: PackTask, unit: Un
             known = {(int(high), int(low)) for high, low in heldout}
             same = [int(record["ordinal"]) for record in suspects if (int(record["high"]), int(record["low"])) in known]
             copies = np.setdiff1d(np.array(same, np.int64), chosen)
-    parts = [read_duplicates(storage, path, task.place, task.units) for path in task.duplicates]
+    parts = [read_duplicates(storage, path, task.place, task.units) for path in settings.duplicates[task.source]]
     duplicates = np.concatenate([np.zeros(0, np.int64), *parts])
-    parts = [read_duplicates(storage, path, task.place_in_all, task.units_in_all) for path in task.across]
+    parts = [read_duplicates(storage, path, task.place_in_all, task.units_in_all) for path in settings.across]
     across = np.concatenate([np.zeros(0, np.int64), *parts])
     across = np.setdiff1d(across, np.concatenate([chosen, copies]))
     duplicates = np.setdiff1d(duplicates, np.concatenate([chosen, copies, across]))

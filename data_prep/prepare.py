@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ from data_prep.identity import identity, list_corpus, versions
 from data_prep.listing import Listing
 from data_prep.mapping import MapUnits, map_in_process
 from data_prep.pack_unit import PackSettings, PackTask, pack_unit
-from data_prep.plan import Unit, unit_settings
+from data_prep.plan import unit_settings
 from data_prep.quarantine_share import QuarantineShare
 from data_prep.records import (
     PackManifest,
@@ -36,10 +37,10 @@ from data_prep.records import (
     lease_path,
     shard_path,
 )
-from data_prep.resolve import READ_THREADS, Heldout, Partition, choose_heldout, find_duplicates, partitions_of
+from data_prep.resolve import READ_THREADS, Heldout, Indexes, Partition, choose_heldout, find_duplicates, partitions_of
 from data_prep.tail import TailTask, build_tail, tail_tasks
 from data_prep.tokenize_unit import TokenizeSettings
-from data_prep.units import Units
+from data_prep.units import Units, unpacked
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.file_index import dataset_path, read_dataset
@@ -183,7 +184,7 @@ def _tokenize(
         return value["counts"]["docs_in"], value["text_bytes"], value["tokens"], bool(value["failed"])
 
     done = _committed(storage, units)
-    found = _mapped("tokenize", partial(_tokenize_unit, settings), units, map_units, report, measure, done)
+    found = _mapped("tokenize", partial(_tokenize_unit, settings), units.packed, map_units, report, measure, done)
     quarantined.end()
     return [UnitManifest.model_validate(value) for value in found]
 
@@ -200,7 +201,8 @@ def _committed(storage: Storage, units: Units) -> list[dict[str, Any] | None]:
         return list(pool.map(load, units.ids))
 
 
-def _tokenize_unit(settings: dict[str, TokenizeSettings], unit: Unit) -> dict[str, Any]:
+def _tokenize_unit(settings: dict[str, TokenizeSettings], packed: bytes) -> dict[str, Any]:
+    unit = unpacked(packed)
     return _without_slices(tokenize_guarded(settings[unit.source], unit))
 
 
@@ -220,7 +222,8 @@ def _resolve_and_pack(
 ) -> tuple[dict[str, Heldout], list[PackManifest]]:
     folder = _resolved(plan)
     heldout: dict[str, Heldout] = {}
-    partitions: dict[str, list[Any]] = {}
+    indexes: dict[str, Indexes] = {}
+    partitions: dict[str, list[Partition]] = {}
     places: dict[str, list[int]] = {}  # of a source's units in the plan
     for source in config.corpus.sources:
         mine = places[source.name] = units.of(source.name)
@@ -228,32 +231,39 @@ def _resolve_and_pack(
         heldout[source.name] = choose_heldout(
             storage, source.name, manifests, generations, config.corpus.heldout_max_documents, plan.tokenizer
         )
-        dedup = source.filters.drop_exact_duplicates
-        partitions[source.name] = partitions_of(source.name, manifests, folder) if dedup else []
+        partitions[source.name] = []
+        if source.filters.drop_exact_duplicates:
+            indexes[source.name], partitions[source.name] = partitions_of(source.name, manifests, folder)
     across: list[Partition] = []
     if config.corpus.drop_duplicates_across_sources:
         numbers = {source.name: number for number, source in enumerate(config.corpus.sources)}
-        across = partitions_of("_across", tokenized, folder, [numbers[name] for name in units.sources])
+        indexes["_across"], across = partitions_of(
+            "_across", tokenized, folder, [numbers[name] for name in units.sources]
+        )
     hashes = b"".join(sorted(frozenset().union(*(chosen.hashes for chosen in heldout.values()))))
     entry = FileEntry(path=f"{folder}/heldout.hashes", bytes=len(hashes), sha256=hashlib.sha256(hashes).hexdigest())
     storage.write(entry.path, hashes)
-    settings = _pack_settings(config, plan, entry)
     every = [partition for found in partitions.values() for partition in found] + across
-    _mapped("resolve", partial(find_duplicates, config.storage), every, map_units, report, lambda _: (0, 0, 0, False))
+    find = partial(find_duplicates, config.storage, indexes)
+    _mapped("resolve", find, every, map_units, report, lambda _: (0, 0, 0, False))
+    settings = replace(
+        _pack_settings(config, plan, entry),
+        duplicates={name: tuple(partition.output for partition in found) for name, found in partitions.items()},
+        across=tuple(partition.output for partition in across),
+    )
 
     tasks: list[PackTask] = []
     for place, (unit_id, owner) in enumerate(zip(units.ids, units.sources)):
         mine = places[owner]
         tasks.append(
             PackTask(
+                source=owner,
                 unit=shard_path("units", unit_id, ".json"),
                 place=place - mine[0],
                 units=len(mine),
                 heldout=tuple(heldout[owner].chosen.get(unit_id, ())),
-                duplicates=tuple(partition.output for partition in partitions[owner]),
                 place_in_all=place,
                 units_in_all=len(units),
-                across=tuple(partition.output for partition in across),
             )
         )
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -49,15 +49,21 @@ HEAD = np.dtype(
 
 
 @dataclass(frozen=True)
+class Indexes:
+    """Of the units of a source, or of all: what every partition of them reads, and is told once (mapping.py)."""
+
+    paths: tuple[str, ...]  # in order of precedence; "" for a unit without documents
+    owners: tuple[int, ...] = ()  # across sources: the number of each index's source
+
+
+@dataclass(frozen=True)
 class Partition:
     """Leading hash bytes [low, high) of a source, or of all."""
 
     source: str
-    indexes: tuple[str, ...]  # paths, in order of precedence; "" for a unit without documents
     low: int
     high: int
     output: str  # path
-    owners: tuple[int, ...] = ()  # across sources: the number of each index's source
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,8 @@ class Heldout:
 
 def partitions_of(
     source: str, units: Sequence[UnitManifest], folder: str, owners: Sequence[int] = ()
-) -> list[Partition]:
-    """A power of two of equal hash ranges. Files are named after what they were made from.
+) -> tuple[Indexes, list[Partition]]:
+    """A power of two of equal hash ranges, and what they read. Files are named after what they were made from.
 
     `owners`: the number of each unit's source, to find copies of other sources' documents alone.
     """
@@ -83,18 +89,16 @@ def partitions_of(
     paths = tuple(unit.index.path if unit.index else "" for unit in units)
     made_from = digest_of([[unit.index.sha256 if unit.index else "" for unit in units], list(owners)])[:16]
     edges = [256 * part // count for part in range(count + 1)]
-    return [
-        Partition(
-            source, paths, low, high, f"{folder}/{source}-{made_from}-{low:02x}-{high:03x}.duplicates", tuple(owners)
-        )
+    return Indexes(paths, tuple(owners)), [
+        Partition(source, low, high, f"{folder}/{source}-{made_from}-{low:02x}-{high:03x}.duplicates")
         for low, high in zip(edges, edges[1:])
     ]
 
 
-def find_duplicates(storage_config: StorageConfig, partition: Partition) -> str:
+def find_duplicates(storage_config: StorageConfig, indexes: Mapping[str, Indexes], partition: Partition) -> str:
     """Write the partition's file: uint64 offsets [units + 1], uint64 digests [units] (`_digest_of`), then uint32 ordinals by unit.
     Returns its path."""
-    storage = open_storage(storage_config)
+    storage, mine = open_storage(storage_config), indexes[partition.source]
     if storage.exists(partition.output):
         return partition.output
 
@@ -102,15 +106,15 @@ def find_duplicates(storage_config: StorageConfig, partition: Partition) -> str:
         return read_index(storage, path, partition.low, partition.high) if path else np.zeros(0, INDEX_DTYPE)
 
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        parts = list(pool.map(load, partition.indexes))
+        parts = list(pool.map(load, mine.paths))
     records = np.concatenate(parts) if parts else np.zeros(0, INDEX_DTYPE)
     unit_of = np.repeat(np.arange(len(parts), dtype=np.uint32), [len(part) for part in parts])
     order = np.lexsort((records["low"], records["high"]))  # stable: equal hashes stay in order of precedence
     high, low = records["high"][order], records["low"][order]
     copy = np.zeros(len(order), bool)
     copy[1:] = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
-    if partition.owners:
-        owner = np.array(partition.owners, np.int64)[unit_of[order]]
+    if mine.owners:
+        owner = np.array(mine.owners, np.int64)[unit_of[order]]
         first = np.maximum.accumulate(np.where(copy, 0, np.arange(len(order))))  # of the equals
         copy &= owner[first] != owner
     copies = order[copy]

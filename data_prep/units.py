@@ -23,7 +23,7 @@ class Units(Sequence[Unit]):
         self.ids: list[str] = []
         self.sources: list[str] = []
         self.generations: list[int] = []
-        self._packed: list[bytes] = []  # length of the line, compressed line
+        self.packed: list[bytes] = []  # length of the line, compressed line: what a task is sent
         for unit in units:
             line = orjson.dumps(unit)
             packed = len(line).to_bytes(4, "little") + _zstd().compress(line, asbytes=True)
@@ -33,13 +33,13 @@ class Units(Sequence[Unit]):
         self.ids.append(unit_id)
         self.sources.append(self.sources[-1] if self.sources and self.sources[-1] == source else source)  # one object
         self.generations.append(generation)
-        self._packed.append(packed)
+        self.packed.append(packed)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __iter__(self) -> Iterator[Unit]:
-        return (Unit.from_json(orjson.loads(_line(packed))) for packed in self._packed)
+        return map(unpacked, self.packed)
 
     @overload
     def __getitem__(self, index: int) -> Unit: ...
@@ -48,14 +48,14 @@ class Units(Sequence[Unit]):
     def __getitem__(self, index: int | slice) -> Unit | Sequence[Unit]:
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
-        return Unit.from_json(orjson.loads(_line(self._packed[index])))
+        return unpacked(self.packed[index])
 
     def of(self, source: str) -> list[int]:
         """Places of a source's units."""
         return [place for place, name in enumerate(self.sources) if name == source]
 
     def to_bytes(self) -> bytes:
-        return b"".join((len(packed) - 4).to_bytes(4, "little") + packed for packed in self._packed)
+        return b"".join((len(packed) - 4).to_bytes(4, "little") + packed for packed in self.packed)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Units:
@@ -68,6 +68,10 @@ class Units(Sequence[Unit]):
             units._add(packed, value["id"], value["source"], value["generation"])
             position = end
         return units
+
+
+def unpacked(packed: bytes) -> Unit:
+    return Unit.from_json(orjson.loads(_line(packed)))
 
 
 def _line(packed: bytes) -> bytes:

@@ -19,6 +19,7 @@ import pytest
 from data_prep.attempts import REASON
 from data_prep.prepare import prepare
 from data_prep.records import shard_path
+from data_prep.units import unpacked
 from pipeline.config.schema import RunConfig
 from pipeline.file_index import open_index
 from pipeline.manifest import DatasetManifest
@@ -89,7 +90,7 @@ def test_a_deadly_unit_is_convicted_in_isolation(
         pass
 
     def planning(function: object, items: list) -> object:
-        planned.extend(items)
+        planned.extend(map(unpacked, items))
         raise Stop
 
     with pytest.raises(Stop):

@@ -28,6 +28,7 @@ from data_prep.mapping import map_in_process, map_on_ray
 from data_prep.prepare import prepare
 from data_prep.records import PrepareProgress, UnitManifest, lease_path
 from data_prep.tokenizer_stage import ensure_tokenizer
+from data_prep.units import unpacked
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.file_index import dataset_path, open_index
@@ -166,7 +167,7 @@ def test_committed_units_are_not_sent_out_again_and_not_counted_as_this_runs_wor
         return map_in_process(function, items)
 
     assert prepare(config, storage, map_units=sending, report=seen.append).digest == dataset.digest
-    assert [unit.id for unit in sent["_tokenize_unit"]] == [lost["id"]]
+    assert [unpacked(packed).id for packed in sent["_tokenize_unit"]] == [lost["id"]]
     begin, end = (at for at in seen if at.phase == "tokenize")
     total = len(others) + 1
     assert (begin.units_done, begin.units_total, begin.units_before, begin.eta_seconds) == (
@@ -266,6 +267,23 @@ def test_a_killed_run_goes_on(jsonl: Path, tmp_path: Path, run_config: Make, sur
     after = {entry.path: entry.etag for entry in storage.list("datasets")}
     assert before.items() <= after.items()
     assert objects(storage) == objects(open_storage(clean.storage))
+
+
+def test_a_task_is_sent_what_is_its_own(jsonl: Path, run_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task names no other unit and no partition: of 45,000 units in 256 partitions each would carry megabytes."""
+    monkeypatch.setattr("data_prep.resolve.PARTITION_DOCUMENTS", 2)
+    config = run_config(jsonl, corpus__drop_duplicates_across_sources=True)
+    sent: dict[str, list[Any]] = {}
+
+    def sending(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        sent[function.func.__name__] = [pickle.dumps(item) for item in items]
+        return map_in_process(function, items)
+
+    prepare(config, open_storage(config.storage), map_units=sending)
+    assert len(sent["_pack_unit"]) == len(sent["_tokenize_unit"]) > 4
+    assert len(sent["find_duplicates"]) == 2 * 64  # 120 documents, of the source and of all
+    for tasks in (sent["_pack_unit"], sent["_tokenize_unit"], sent["find_duplicates"]):
+        assert max(map(len, tasks)) < 500
 
 
 def test_two_runs_at_once_converge(

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.resolve import Partition, find_duplicates, read_duplicates, read_index
+from data_prep.resolve import Indexes, Partition, find_duplicates, read_duplicates, read_index
 from data_prep.tokenize_unit import document_hash, index_bytes, is_heldout_candidate
 from pipeline.config.schema import StorageConfig
 from pipeline.storage import open_storage
@@ -35,7 +35,7 @@ def test_the_first_copy_stays(
             storage.write(paths[-1], index_bytes(hashes))
     edges = sorted({0, 256, *cuts})
     outputs = [
-        find_duplicates(config, Partition("main", tuple(paths), low, high, f"{low}.duplicates"))
+        find_duplicates(config, {"main": Indexes(tuple(paths))}, Partition("main", low, high, f"{low}.duplicates"))
         for low, high in zip(edges, edges[1:])
     ]
     seen: set[int] = set()
