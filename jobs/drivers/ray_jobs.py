@@ -25,9 +25,10 @@ from pipeline.manifest import digest_of
 from pipeline.storage import Storage
 from pipeline.workflow.duration import duration
 from pipeline.workflow.heartbeat import Heartbeat
-from pipeline.workflow.ray_jobs import StageJob, StageJobFailed, follow, stop, submit_or_attach
+from pipeline.workflow.ray_jobs import PATIENCE_S, StageJob, StageJobFailed, follow, stop, submit_or_attach
 
 STOP_S = 300  # for a stage that was asked to stop: the rest of a step and a checkpoint
+OWN_PATIENCE_S = 20.0  # with a Ray of our own: its job server comes back never (on_ray/keeper.py)
 
 
 def run_on_ray(todo: list[str], config: RunConfig, storage: Storage) -> None:
@@ -82,7 +83,7 @@ def _run_stage_job(client: JobSubmissionClient, stage: str, config: RunConfig, s
     try:
         with ProgressLines(storage, config.run_id) as lines:
             lines.work = Work(stage, since=time.time())
-            follow(client, submission_id)
+            follow(client, submission_id, PATIENCE_S if os.environ.get("RAY_ADDRESS") else OWN_PATIENCE_S)
     except StageJobFailed as error:
         raise StageFailure(str(error), error.exit_code if error.exit_code in (2, HELD, CLOSED) else 1) from error
     except Interrupted:

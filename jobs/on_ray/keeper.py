@@ -4,8 +4,9 @@
 
 It runs in a session of its own, so that Ctrl-C in a terminal reaches the command and not the cluster under it. Its standard input
 is a pipe that the command holds open and writes nothing to: when the kernel closes it, after `kill -9` too, the keeper ends every
-process of the cluster and deletes the folder. On standard output: one line, the cluster's address, or nothing and status 1 with
-Ray's own words on standard error.
+process of the cluster and deletes the folder. It does the same when the raylet or the GCS dies: without one of them the rest is of
+no use, and would say for ever that its jobs are running. On standard output: one line, the cluster's address, or nothing and
+status 1 with Ray's own words on standard error.
 
 The processes of a cluster are known by an environment variable that they all inherit, wherever they have been adopted.
 """
@@ -13,6 +14,7 @@ The processes of a cluster are known by an environment variable that they all in
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -25,6 +27,8 @@ import psutil
 
 MARK = "MOONLIGHT_LOCAL_RAY"
 GRACE_S = 1.0  # between SIGTERM and SIGKILL: nothing in a local cluster is worth waiting for
+PARTS = ("raylet", "gcs_server")  # that Ray cannot be without
+LOOK_S = 1.0
 
 
 def main(folder: str, arguments: list[str]) -> int:
@@ -39,10 +43,20 @@ def main(folder: str, arguments: list[str]) -> int:
             print(started.stdout, started.stderr, sep="\n", file=sys.stderr)
             return 1
         print(Path(folder, "ray_current_cluster").read_text(), flush=True)
-        sys.stdin.buffer.read()
+        parts = [process for process in members(folder) if process.name() in PARTS]
+        while not select.select([sys.stdin], [], [], LOOK_S)[0]:
+            if not all(_lives(part) for part in parts):
+                return 1
     finally:
         end(folder)
     return 0
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def without_client_server(parameters: Any, head: bool) -> None:

@@ -85,17 +85,18 @@ def stop(client: JobSubmissionClient, submission_id: str, patience_s: float) -> 
     asking.join(patience_s)
 
 
-def follow(client: JobSubmissionClient, submission_id: str) -> None:
-    """Wait for the end. Returns on SUCCEEDED; raises StageJobFailed on FAILED, STOPPED, or a job server that stays away."""
+def follow(client: JobSubmissionClient, submission_id: str, patience_s: float = PATIENCE_S) -> None:
+    """Wait for the end. Returns on SUCCEEDED; raises StageJobFailed on FAILED, STOPPED, or a job server that stays away for
+    `patience_s`."""
     last_answer = time.monotonic()
     while True:
         try:
             info = client.get_job_info(submission_id)
             last_answer = time.monotonic()
         except (RuntimeError, OSError) as error:
-            if time.monotonic() - last_answer > PATIENCE_S:
+            if time.monotonic() - last_answer > patience_s:
                 raise StageJobFailed(
-                    f"{submission_id}: the job server has not answered for {PATIENCE_S:.0f} s ({error}); "
+                    f"{submission_id}: the job server has not answered for {patience_s:.0f} s ({error}); "
                     "run the same command again to go on",
                     1,
                 ) from error

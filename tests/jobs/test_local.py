@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from jobs.on_ray import keeper
-from jobs.on_ray.local import OWNER, PREFIX, TOKEN, end_abandoned
+from jobs.on_ray.local import OWNER, PREFIX, TOKEN, end_abandoned, local_cluster
 
 COMMAND = """
 import os, signal
@@ -76,6 +76,16 @@ def test_a_local_cluster(temporary: Path) -> None:
     command.send_signal(signal.SIGKILL)
     command.wait()
     wait_until_gone(folder)
+
+
+def test_a_cluster_that_lost_a_part_is_ended_whole(temporary: Path) -> None:
+    """Or its job server would say for ever that its jobs are running."""
+    with local_cluster(1, 80_000_000, dashboard=False):
+        (folder,) = (str(each) for each in temporary.glob(f"{PREFIX}*"))
+        (raylet,) = (process for process in keeper.members(folder) if process.name() == "raylet")
+        assert len(keeper.members(folder)) > 2
+        raylet.kill()
+        wait_until_gone(folder)
 
 
 def wait_until_gone(folder: str) -> None:

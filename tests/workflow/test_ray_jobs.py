@@ -107,7 +107,6 @@ def test_two_drivers_at_once_submit_once(client: JobSubmissionClient, tmp_path: 
     assert seen.read_text() == "x"
 
 
-def test_a_job_server_that_stays_away(client: JobSubmissionClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_jobs, "PATIENCE_S", 0.3)
+def test_a_job_server_that_stays_away(client: JobSubmissionClient) -> None:
     with pytest.raises(StageJobFailed, match=r"has not answered for 0 s .*run the same command again"):
-        follow(client, "never-submitted-1")
+        follow(client, "never-submitted-1", patience_s=0.3)
