@@ -2,7 +2,8 @@
 
 What is judged is what has a record (result.py), so a follower that was killed goes on where it was. Each turn it lists the
 run's folders and results by name, pins the checkpoints that still wait (at most `evaluation.waiting` of them, the oldest
-first), and judges the oldest. The pins outlast it by an hour, so nothing is deleted under a follower that is started again.
+first), and judges the oldest. The pins outlast it by an hour, so nothing is deleted under a follower that is started again; that one
+pins what waits, and then drops the pins of those before it.
 
 What training does with checkpoints that wait is its own business (training/retention.py): with `evaluation.follow` it keeps the
 newest `evaluation.waiting` of those without a result, and says which it retires without one. A result of a follower holds
@@ -34,6 +35,7 @@ from pipeline.training.left_out import left_out_path
 from pipeline.training.retention import (
     Retention,
     evaluated_steps,
+    follower_pins,
     mark_followed,
     named_steps,
     reading,
@@ -102,18 +104,21 @@ def follow(
 
 
 class _Pins(contextlib.ExitStack):
-    """Pins of several checkpoints."""
+    """Pins of several checkpoints, instead of those that an earlier follower held when it was killed."""
 
     def __init__(self, storage: Storage, run_id: str) -> None:
         super().__init__()
         self._storage, self._run_id = storage, run_id
         self._held: dict[int, contextlib.ExitStack] = {}
+        self._earlier = follower_pins(storage, run_id)
 
     def hold(self, steps: list[int]) -> None:
         """These and no others."""
         for step in set(steps) - self._held.keys():
             self._held[step] = self.enter_context(contextlib.ExitStack())
-            self._held[step].enter_context(reading(self._storage, self._run_id, step))
+            self._held[step].enter_context(reading(self._storage, self._run_id, step, follower=True))
+        while self._earlier:
+            self._storage.delete(self._earlier.pop())
         for step in self._held.keys() - set(steps):
             self._held.pop(step).close()
 

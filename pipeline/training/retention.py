@@ -7,7 +7,8 @@ Who reads a checkpoint while the run may go on pins it by an object whose name s
 
     <root>/runs/<run_id>/train/pins/<step>-<UNIX time when it expires>-<random>
 
-and renews it; a reader that was killed holds its checkpoint until then, not for ever. Cost of `collect`: one listing of names
+and renews it; a reader that was killed holds its checkpoint until then, not for ever. A follower's has `follower-` before the random
+part, and the next follower takes its place: what nobody waits for any more need not stay because one was killed. Cost of `collect`: one listing of names
 when it is called first, two short ones whenever something may have to go. A checkpoint goes manifest first, so a half-deleted one does not exist; `sweep` collects what is left of it,
 and of saves that were cut off, when the run starts again.
 """
@@ -38,7 +39,7 @@ from pipeline.training.commits import (
 )
 
 PIN_SECONDS = 3600.0
-PIN = re.compile(r"(\d{8,})-(\d+)-[0-9a-f]+")
+PIN = re.compile(r"(\d{8,})-(\d+)-(follower-)?[0-9a-f]+")
 EVALUATION = re.compile(r"step-(\d{8,})\.json")
 FOLLOWED = re.compile(r"step-(\d{8,})\.followed")
 
@@ -219,15 +220,23 @@ def pinned(storage: Storage, run_id: str) -> set[int]:
     return found
 
 
+def follower_pins(storage: Storage, run_id: str) -> list[str]:
+    """The paths of pins that followers hold, or held when they were killed."""
+    found = ((name, PIN.fullmatch(name)) for name in storage.names(pins_folder(run_id)))
+    return [f"{pins_folder(run_id)}/{name}" for name, match in found if match and match.group(3)]
+
+
 @contextlib.contextmanager
-def reading(storage: Storage, run_id: str, step: int, seconds: float = PIN_SECONDS) -> Iterator[None]:
+def reading(
+    storage: Storage, run_id: str, step: int, seconds: float = PIN_SECONDS, *, follower: bool = False
+) -> Iterator[None]:
     """Keep the checkpoint of a step while the block runs; `seconds` after a reader's death its pin means nothing."""
     ended = threading.Event()
-    held = [_pin(storage, run_id, step, seconds)]
+    held = [_pin(storage, run_id, step, seconds, follower)]
 
     def renew() -> None:
         while not ended.wait(seconds / 3):
-            held.append(_pin(storage, run_id, step, seconds))
+            held.append(_pin(storage, run_id, step, seconds, follower))
             storage.delete(held.pop(0))
 
     thread = threading.Thread(target=renew, name="checkpoint-pin", daemon=True)
@@ -241,8 +250,9 @@ def reading(storage: Storage, run_id: str, step: int, seconds: float = PIN_SECON
             storage.delete(path)
 
 
-def _pin(storage: Storage, run_id: str, step: int, seconds: float) -> str:
-    path = f"{pins_folder(run_id)}/{step:08d}-{int(time.time() + seconds)}-{uuid.uuid4().hex[:12]}"
+def _pin(storage: Storage, run_id: str, step: int, seconds: float, follower: bool) -> str:
+    who = ("follower-" if follower else "") + uuid.uuid4().hex[:12]
+    path = f"{pins_folder(run_id)}/{step:08d}-{int(time.time() + seconds)}-{who}"
     storage.write(path, b"")
     return path
 

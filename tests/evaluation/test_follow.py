@@ -117,6 +117,8 @@ def test_eight_checkpoints_and_a_slow_follower_that_is_killed_twice(tmp_path: An
     assert done.passed_over == {}
     curve = [run.storage.read(f"runs/tiny/evaluate/step-{step:08d}.json") for step in run.judged]
     assert [EvaluationManifest.parse(data, "").tokens_seen for data in curve] == [100 * step for step in run.judged]
+    assert pinned(run.storage, "tiny") == set()
+    assert committed_steps(run.storage, "tiny") == [STEPS]  # nothing stays for the dead
 
 
 def test_what_is_judged_need_not_stay(tmp_path: Any):
