@@ -11,9 +11,14 @@ import pytest
 
 from jobs.drivers import kuberay
 from pipeline.config.load import load_config
+from pipeline.config.schema import RunConfig
+from pipeline.manifest import CheckpointManifest, EvaluationManifest
 from pipeline.storage import Storage, open_storage
+from pipeline.training.commits import committed_steps
+from pipeline.training.retention import evaluated_steps
 from pipeline.workflow.rayjobs import Options, Outcome, StageFailed
 from pipeline.workflow.record import read_events, read_progress
+from tests.evaluation.test_follow import EVERY, STEPS, Killed, Run
 from tests.jobs.test_gate import checkpoint
 from tests.workflow.driver import job_appears
 from tests.workflow.fake_kubernetes import FakeKubernetes
@@ -24,10 +29,17 @@ ARGUMENTS = ["--config", "debug", "storage.root=s3://bucket/runs"]
 class Following:
     """`_follow` in a thread, whose evaluate stage is done when we say so."""
 
-    def __init__(self, cluster: FakeKubernetes, root: Path, patch: pytest.MonkeyPatch, **settings: Any) -> None:
+    def __init__(
+        self,
+        cluster: FakeKubernetes,
+        root: Path,
+        patch: pytest.MonkeyPatch,
+        config: RunConfig | None = None,
+        **settings: Any,
+    ) -> None:
         self.done, self.error = threading.Event(), BaseException()
         overrides = [f"storage.root={root}", *(f"{key.replace('__', '.')}={value}" for key, value in settings.items())]
-        self.config = load_config("debug", overrides)
+        self.config = config or load_config("debug", overrides)
         self.storage: Storage = open_storage(self.config.storage)
         records = SimpleNamespace(done=lambda stage: self.done.is_set())
         patch.setattr(kuberay.stages, "find", lambda *_: records)
@@ -78,6 +90,42 @@ def test_it_starts_with_the_first_checkpoint_and_is_made_again_when_it_dies(
     events = read_events(following.storage, "debug")
     assert {event["name"] for event in events} == {f"debug-evaluate-{attempt}" for attempt in (1, 2, 3, 4)}
     assert read_progress(following.storage, "debug") is None  # that file is training's
+
+
+def test_eight_checkpoints_are_judged_once_each_though_the_rayjob_dies_twice(
+    cluster: FakeKubernetes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a RayJob's pods do is done here by the same function, slower than training commits, and killed in two of them."""
+    run = Run(tmp_path)
+    run.train()
+    following = Following(cluster, tmp_path, monkeypatch, run.config).start()
+    killed: list[int] = []
+
+    def judge(checkpoint: CheckpointManifest, with_tasks: bool) -> EvaluationManifest:
+        if len(killed) < 2 and len(run.judged) == 2 + 3 * len(killed):
+            killed.append(checkpoint.step)
+            raise Killed
+        return run.judge(checkpoint, with_tasks)
+
+    for attempt in (1, 2, 3):
+        name = job_appears(cluster, f"tiny-evaluate-{attempt}")
+        cluster.set_status(name, suspend=False, jobDeploymentStatus="Running", jobStatus="RUNNING")
+        try:
+            done = run.follow(judge)
+        except Killed:
+            cluster.set_status(name, jobDeploymentStatus="Failed", jobStatus="FAILED", reason="AppFailed")
+            continue
+        following.done.set()
+        cluster.set_status(name, jobDeploymentStatus="Complete", jobStatus="SUCCEEDED")
+        break
+    following.wait()
+    assert type(following.error) is BaseException  # none came
+    steps = list(range(EVERY, STEPS + 1, EVERY))
+    assert killed == [6, 12]
+    assert run.judged == steps == sorted(evaluated_steps(run.storage, "tiny"))  # all 8, once each, in order
+    assert done.missing == []
+    assert committed_steps(run.storage, "tiny") == [STEPS]  # `keep` is 1: what was judged went, and nothing before
+    assert cluster.created == [f"tiny-evaluate-{attempt}" for attempt in (1, 2, 3)]
 
 
 def test_a_follower_that_keeps_dying_is_given_up(
