@@ -1,10 +1,10 @@
 """Checkpoints beside `torch.distributed.checkpoint`: save, load, what the loop waits, and retention among many.
 
-    python -m benchmarks.checkpoint [--layers 12] [--rounds 3] [--folder DIR] [--s3 100] [--loads 10]
+    python -m benchmarks.checkpoint [--layers 12] [--rounds 3] [--folder DIR] [--s3 100] [--loads 10 [--cold]]
 
 One process, one thread, the state of a real network and its optimizer. Every round does each thing once, in turn (the two
 kinds of loads in alternating order), into new folders that it deletes, so that all meet the same machine; figures are medians over the rounds, in MB (10^6) of state per
-second of CPU (user and system, all threads) and of wall time. The first copy of a run also pays for its memory. Loads read what the page cache still holds. `--s3`
+second of CPU (user and system, all threads) and of wall time. The first copy of a run also pays for its memory. Loads read what the page cache still holds; `--cold`: from the disk, as after a node was replaced. `--s3`
 adds a save of that many MB to an S3 server (moto) in a process of its own on the same cores.
 """
 
@@ -130,8 +130,9 @@ def measure(layers: int, rounds: int, folder: str | None) -> None:
     )
 
 
-def measure_loads(layers: int, times: int, folder: str | None) -> None:
-    """Verified and unverified loads in turn, of files that lie in the page cache; each pair in the other order than the one before."""
+def measure_loads(layers: int, times: int, folder: str | None, cold: bool) -> None:
+    """Verified and unverified loads in turn, of files that lie in the page cache or none of which does; each pair in the other order
+    than the one before."""
     state = make_state(layers)
     size = sum(tensor.nbytes for tensor in state.values()) / 1e6
     root = tempfile.mkdtemp(dir=folder, prefix="bench-checkpoint-")
@@ -144,6 +145,8 @@ def measure_loads(layers: int, times: int, folder: str | None) -> None:
         pairs = [("unverified", load_unverified), ("verified", load_verified)]
         for number in range(times):
             for name, load in pairs if number % 2 else pairs[::-1]:
+                if cold:
+                    forget(Path(root))
                 with Clock() as clock:
                     load(state, storage, manifest)
                 took[name].append(clock)
@@ -154,10 +157,20 @@ def measure_loads(layers: int, times: int, folder: str | None) -> None:
         rates = {name: [size / seconds(each) for each in clocks] for name, clocks in took.items()}
         ratios = [verified / plain for verified, plain in zip(rates["verified"], rates["unverified"])]
         print(
-            f"load of {size:,.0f} MB, {times} times in turn, {unit}: unverified {statistics.median(rates['unverified']):,.0f}, "
+            f"{'cold ' if cold else ''}load of {size:,.0f} MB, {times} times in turn, {unit}: unverified {statistics.median(rates['unverified']):,.0f}, "
             f"verified {statistics.median(rates['verified']):,.0f}; ratio of pairs {min(ratios):.2f} to {max(ratios):.2f}, "
             f"median {statistics.median(ratios):.2f}"
         )
+
+
+def forget(root: Path) -> None:
+    """Out of the page cache with all files of a folder."""
+    for path in root.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)  # only what lies on the disk can go
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
 
 
 def load_verified(state: dict[str, Tensor], storage: Storage, manifest: CheckpointManifest) -> None:
@@ -254,11 +267,12 @@ def main() -> None:
     made.add_argument("--folder", help="where to write; default: the temporary folder")
     made.add_argument("--s3", type=int, default=0, metavar="MB")
     made.add_argument("--loads", type=int, default=0, metavar="TIMES", help="measure loads alone, so often")
+    made.add_argument("--cold", action="store_true", help="with --loads: nothing of it is in the page cache")
     given = made.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     if given.loads:
-        measure_loads(given.layers, given.loads, given.folder)
+        measure_loads(given.layers, given.loads, given.folder, given.cold)
         return
     measure_many(given.folder)
     if given.s3:
