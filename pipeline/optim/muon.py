@@ -54,6 +54,7 @@ from pipeline.optim.products import choose, dtype_of
 from pipeline.optim.replicas import plan_of
 from pipeline.optim.rules import Rule, match_rules
 from pipeline.optim.sent import bytes_sent
+from pipeline.parallel.exposed import Exposed
 
 
 def build_optimizer(
@@ -85,7 +86,9 @@ class MoonlightOptimizer:
         self.muon, self.adamw = muon, adamw
 
     @torch.no_grad()
-    def step(self, lr: float, ok: Tensor | None = None, *, measure: bool = False) -> None:
+    def step(
+        self, lr: float, ok: Tensor | None = None, *, measure: bool = False, exposed: Exposed | None = None
+    ) -> None:
         """Updates every parameter that has a gradient.
 
         Args:
@@ -93,8 +96,9 @@ class MoonlightOptimizer:
             ok: 0-dim tensor on the device. Where it is 0 the step changes nothing, bit for bit, whatever the gradients
                 contain; None means 1.
             measure: also accumulate the update RMS that `stats` reports (one more pass over the updates).
+            exposed: counts what is waited for.
         """
-        self.muon.step(lr, ok, measure)
+        self.muon.step(lr, ok, measure, exposed or Exposed())
         self.adamw.step(lr, ok)
 
     def zero_grad(self) -> None:
@@ -193,13 +197,13 @@ class Muon:
             "update_rms": {name: math.sqrt(total.item() / count) for name, (total, count) in self.squares.items()},
         }
 
-    def step(self, lr: float, ok: Tensor | None, measure: bool) -> None:
+    def step(self, lr: float, ok: Tensor | None, measure: bool, exposed: Exposed) -> None:
         """One update; see `MoonlightOptimizer.step`."""
         if measure:
             self.squares = {}
         ok = None if ok is None else ok != 0
         work = [(exchange, self._run(exchange, lr, ok, measure)) for exchange in self.exchanges]
-        overlap([run for e, run in work if e.group is not None], [run for e, run in work if e.group is None])
+        overlap([run for e, run in work if e.group is not None], [run for e, run in work if e.group is None], exposed)
 
     def _run(self, exchange: Exchange, lr: float, ok: Tensor | None, measure: bool) -> Iterator[Handle]:
         """The phases of one bucket; yields what has to be waited for before it is resumed."""
@@ -290,7 +294,7 @@ class Muon:
         return piece.of(local(tensor), self.stored[piece.block.parameter])
 
 
-def overlap(exchanges: Sequence[Iterator[Handle]], computations: Sequence[Iterator[Handle]]) -> None:
+def overlap(exchanges: Sequence[Iterator[Handle]], computations: Sequence[Iterator[Handle]], exposed: Exposed) -> None:
     """Runs all to their ends: at most two exchanges in flight, computations while they are.
 
     The order depends only on the numbers of both, which are equal on all ranks, so collectives match up.
@@ -311,7 +315,8 @@ def overlap(exchanges: Sequence[Iterator[Handle]], computations: Sequence[Iterat
             resume(computing.popleft())
         if flying:
             run, handle = flying.popleft()
-            handle.wait()
+            with exposed:
+                handle.wait()
             resume(run)
 
 

@@ -27,6 +27,7 @@ from pipeline.parallel.dispatch import (
     ranks_of,
     weights_by_rank,
 )
+from pipeline.parallel.exposed import Exposed
 from pipeline.parallel.flight import Flight, land, launch
 from pipeline.parallel.rows import copy_rows, place, sum_rows
 
@@ -34,10 +35,11 @@ from pipeline.parallel.rows import copy_rows, place, sum_rows
 class BoundedDispatch:
     """Experts split over the ranks of `group`, contiguous and in rank order; all ranks bring as many slots."""
 
-    def __init__(self, group: dist.ProcessGroup, capacity: float) -> None:
+    def __init__(self, group: dist.ProcessGroup, capacity: float, exposed: Exposed | None = None) -> None:
         self.group = group
         self.ranks = group.size()
         self.capacity = capacity
+        self.exposed = exposed or Exposed()
 
     def plan(self, choices: Choices, counts_E: Tensor) -> Plan:
         experts_NK, W = choices.experts_RC, self.ranks
@@ -54,15 +56,15 @@ class BoundedDispatch:
         assert plan is not None
         N, K = choices.experts_RC.shape
         pairs = min(math.ceil(self.capacity * N * K), self.ranks * N * min(K, plan.weights_LE.shape[1]))
-        return _Bounded(x_ND, plan, pairs, self.group)
+        return _Bounded(x_ND, plan, pairs, self.group, self.exposed)
 
 
 class _Bounded:
-    def __init__(self, x_ND: Tensor, plan: Plan, pairs: int, group: dist.ProcessGroup) -> None:
+    def __init__(self, x_ND: Tensor, plan: Plan, pairs: int, group: dist.ProcessGroup, exposed: Exposed) -> None:
         self.placing, self.pairs = plan.placing, pairs
         rows = [plan.weights_LE.shape[0] // group.size()] * group.size()
         self.too_many = (plan.placing.counts > rows[0]).any()
-        self.there, self.back = Flight(rows, rows, group), Flight(rows, rows, group)
+        self.there, self.back = Flight(rows, rows, group, exposed), Flight(rows, rows, group, exposed)
         self.under_way = launch(self.there, plan.weights_LE, copy_rows(x_ND, self.placing))
 
     def arrive(self) -> tuple[Tensor, Choices]:

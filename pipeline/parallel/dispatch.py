@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.parallel.exposed import Exposed
 from pipeline.parallel.flight import Flight, land, launch
 from pipeline.parallel.rows import Placing, copy_rows, place, sum_rows
 
@@ -100,9 +101,10 @@ class _Stay:
 class AllToAllDispatch:
     """Experts split over the ranks of `group`, contiguous and in rank order."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, exposed: Exposed | None = None) -> None:
         self.group = group
         self.ranks = group.size()
+        self.exposed = exposed or Exposed()
 
     def plan(self, choices: Choices, counts_E: Tensor) -> Plan:
         experts_NK, W = choices.experts_RC, self.ranks
@@ -114,18 +116,19 @@ class AllToAllDispatch:
 
     def send(self, x_ND: Tensor, choices: Choices, plan: Plan | None) -> Journey:
         assert plan is not None
-        return _AllToAll(x_ND, plan, self.group)
+        return _AllToAll(x_ND, plan, self.group, self.exposed)
 
 
 class _AllToAll:
-    def __init__(self, x_ND: Tensor, plan: Plan, group: dist.ProcessGroup) -> None:
+    def __init__(self, x_ND: Tensor, plan: Plan, group: dist.ProcessGroup, exposed: Exposed) -> None:
         arriving_W2 = torch.empty_like(plan.counts_W2)
-        dist.all_to_all_single(arriving_W2, plan.counts_W2, group=group)
+        with exposed:
+            dist.all_to_all_single(arriving_W2, plan.counts_W2, group=group)
         (sent_W, _), (received_W, pairs_W) = torch.stack([plan.counts_W2.T, arriving_W2.T]).tolist()
         self.group, self.pairs = group, sum(pairs_W)
         self.placing = plan.placing.first(sum(sent_W))
-        self.there = Flight(sent_W, received_W, group)
-        self.back = Flight(received_W, sent_W, group)
+        self.there = Flight(sent_W, received_W, group, exposed)
+        self.back = Flight(received_W, sent_W, group, exposed)
         x_SD = copy_rows(x_ND, self.placing)
         weights_Se = plan.weights_LE.index_select(0, self.placing.choice_M)
         self.under_way = launch(self.there, weights_Se, x_SD)

@@ -18,12 +18,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.parallel.exposed import Exposed
+
 
 class Flight:
     """Splits of an exchange (first dim, by rank) and what of it is under way."""
 
-    def __init__(self, sent_W: list[int], received_W: list[int], group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, sent_W: list[int], received_W: list[int], group: dist.ProcessGroup, exposed: Exposed | None = None
+    ) -> None:
         self.sent_W, self.received_W, self.group = sent_W, received_W, group
+        self.exposed = exposed or Exposed()
         self.works: list[Any] = []
         self.returning: list[Tensor | None] = []
 
@@ -36,8 +41,9 @@ class Flight:
         ]
 
     def finish(self) -> None:
-        for work in self.works:
-            work.wait()
+        with self.exposed:
+            for work in self.works:
+                work.wait()
         self.works = []
 
     def _start(self, x: Tensor, sent_W: list[int], received_W: list[int]) -> Tensor:

@@ -14,12 +14,13 @@ Without a process group there is one rank and no mesh: nothing is sharded.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from pipeline.config.schema import ParallelismConfig
+from pipeline.parallel.exposed import Exposed
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,15 @@ class Meshes:
 
     dense: DeviceMesh | None  # axes ("replicate", "shard")
     sparse: DeviceMesh | None  # axes ("replicate", "efsdp", "ep")
+    exposed: Exposed = field(default_factory=Exposed, compare=False)  # what this rank waits for the others
 
     @property
     def world_size(self) -> int:
         return 1 if self.dense is None else self.dense.size()
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.dense is None else self.dense.get_rank()
 
     @property
     def replicas(self) -> int:

@@ -51,6 +51,7 @@ from pipeline.model.experts import Experts, MoE
 from pipeline.model.moonlight import Moonlight
 from pipeline.parallel.bounded import BoundedDispatch
 from pipeline.parallel.dispatch import AllToAllDispatch
+from pipeline.parallel.exposed import Exposed
 from pipeline.parallel.mesh import Meshes
 
 Placement = Shard | ShardPlacementResult
@@ -77,7 +78,7 @@ def shard_model(model: Moonlight, meshes: Meshes, training: TrainingConfig, devi
     if meshes.ep is not None:
         for block in layers:
             if isinstance(block.mlp, MoE):
-                _spread_experts(block.mlp.experts, meshes.ep, training.expert_capacity)
+                _spread_experts(block.mlp.experts, meshes.ep, training.expert_capacity, meshes.exposed)
     for block in layers:
         block.activation_checkpointing = training.activation_checkpointing
         if training.compile:
@@ -117,6 +118,7 @@ def shard_model(model: Moonlight, meshes: Meshes, training: TrainingConfig, devi
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     _set_prefetch_order(model)
+    meshes.exposed.watch(model)
 
 
 def whole_groups(model: nn.Module) -> list[FSDPParamGroup]:
@@ -142,7 +144,7 @@ def _require_compiler() -> None:
         )
 
 
-def _spread_experts(experts: Experts, ep: DeviceMesh, capacity: float | None) -> None:
+def _spread_experts(experts: Experts, ep: DeviceMesh, capacity: float | None, exposed: Exposed) -> None:
     """Keep E / ep whole experts on each rank of the axis, as DTensor parameters, and route tokens between the ranks."""
     for name, parameter in list(experts.named_parameters(recurse=False)):
         size = parameter.shape[0]
@@ -151,7 +153,10 @@ def _spread_experts(experts: Experts, ep: DeviceMesh, capacity: float | None) ->
         spread = DTensor.from_local(local, ep, [Shard(0)], run_check=False)
         setattr(experts, name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
     group = ep.get_group()
-    experts.dispatcher = AllToAllDispatch(group) if capacity is None else BoundedDispatch(group, capacity)
+    if capacity is None:
+        experts.dispatcher = AllToAllDispatch(group, exposed)
+    else:
+        experts.dispatcher = BoundedDispatch(group, capacity, exposed)
 
 
 def _expert_dim(name: str, experts: nn.Module, meshes: Meshes) -> int:

@@ -38,6 +38,7 @@ from pipeline.rehearsal.recorder import Memory, Recorder
 from pipeline.rehearsal.tape import Begin, Entry, HostWait, Kernel
 from pipeline.training.batches import MicroBatch, StepBatch
 from pipeline.training.guard import Guard
+from pipeline.training.phases import Stopwatch
 from pipeline.training.step import Step
 
 
@@ -114,13 +115,20 @@ def rehearse(config: RunConfig, *, limit: int | None = None) -> Rehearsal:
         optimizer = build_optimizer(model.named_parameters(), config.optimizer, rules)
         step = Step(model, optimizer, Guard(device, training.spikes), meshes, config.optimizer, device)
         step.before_update = lambda: setattr(TAPE, "phase", "optimizer")
+        stopwatch = Stopwatch(device, meshes.exposed)
         state_bytes = memory.now
         _say_where(model)
+        stopwatch.begin()
         TAPE.phase, TAPE.running = "forward", True
+        stopwatch.enter("compute")
         labels = torch.full((), batch.labels, dtype=torch.int64, device=device)
         loss, aux_loss = step.forward_backward(_Batches(batch.micro_batches), labels, labels)
         step.before_update()
-        step.update(loss, aux_loss, labels, 1e-4, 1e-3, False)
+        stopwatch.enter("optimizer")
+        times, _ = stopwatch.take()
+        step.update(loss, aux_loss, labels, 1e-4, 1e-3, False, times)
+        stopwatch.lap(1)
+        stopwatch.read(1)
         with TAPE.during("checkpoint"), TAPE.on("checkpoint"):
             for tensor in {**model.state_dict(), **optimizer.state_dict()}.values():
                 _to_host(memory, tensor)

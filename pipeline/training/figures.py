@@ -1,7 +1,7 @@
 """The figures of a step on their way from the device to the host, where they become a `StepRecord` one step later.
 
 They travel as one float64 vector: loss, balance loss, gradient norm, labels trained on, skipped steps, these in a row, spikes,
-these in a row, stop requests, then the imbalance of each mixture layer.
+these in a row, stop requests, then the imbalance of each mixture layer, and the times that all ranks sent with the step (times.py).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.training.metrics import StepRecord
+from pipeline.training.times import VALUES
 
 
 class Fetch:
@@ -45,14 +46,17 @@ class PendingRecord:
     sequences: int
     values: Fetch
     clock: float  # time.monotonic() when the step had been handed to the device
+    timed: tuple[int, ...] = ()  # steps whose times travelled with this one
+    ranks: int = 0  # that sent times
 
     def fetch(self, tokens_before: int = 0) -> StepRecord:
         """Waits for the device to have finished the step. `tokens_before`: labels that the run had been trained on."""
-        loss, aux_loss, gradient_norm, labels, skipped, in_a_row, spikes, spikes_in_a_row, stop, *imbalance = (
+        loss, aux_loss, gradient_norm, labels, skipped, in_a_row, spikes, spikes_in_a_row, stop, *rest = (
             self.values.result()
         )
+        layers = len(rest) - self.ranks * VALUES
         return StepRecord(
             self.step, self.slots, tokens_before + round(labels), self.learning_rate, self.bias_rate, self.sequences,
             loss, aux_loss, gradient_norm, round(skipped), round(in_a_row),
-            round(spikes), round(spikes_in_a_row), stop > 0, tuple(imbalance),
+            round(spikes), round(spikes_in_a_row), stop > 0, tuple(rest[:layers]), self.timed, tuple(rest[layers:]),
         )  # fmt: skip

@@ -7,7 +7,8 @@ before the first checkpoint is; nothing hashes it and no stage reads it. Its fir
 
     {"attempt": 3, "from_step": 400, "ranks": 8, "time": 1764320000.1}
 
-and every other one is a logged step: the line of `metrics/`, the fields of its `TrainProgress`, and "time" (UNIX seconds).
+and every other one is a logged step: the line of `metrics/`, the fields of its `TrainProgress`, those of its times (times.py), of the
+steps from "first_step" to "last_step", and "time" (UNIX seconds).
 
 A thread writes, at most every `WRITE_S`: training waits for no storage. Of one that is away is told once, and what was not
 written then is written when it is back. `read_journal` puts the attempts in a row: what a later one did again replaces what an
@@ -22,7 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from botocore.exceptions import BotoCoreError
@@ -60,7 +61,7 @@ class Journal:
 
     def add(self, record: StepRecord, progress: TrainProgress) -> None:
         """Costs no wait: the thread writes."""
-        self._append({**asdict(progress), **json.loads(record.line())})
+        self._append({**progress.record(), **json.loads(record.line())})
 
     def close(self) -> None:
         """Write what is left; a storage that is away is not waited for longer than `PATIENCE_S`."""
@@ -117,6 +118,7 @@ class History:
     attempts: list[Attempt] = field(default_factory=list)
     steps: list[Line] = field(default_factory=list)  # each logged step once, ascending
     repeated: int = 0  # steps that were done again after a restart, as far as they were logged
+    lines: list[Line] = field(default_factory=list)  # of all attempts as they were written, their begins too
 
 
 class JournalReader:
@@ -161,7 +163,7 @@ def read_journal(storage: Storage, run_id: str) -> History:
 
 
 def _in_a_row(lines: list[Line]) -> History:
-    history = History()
+    history = History(lines=lines)
     kept: dict[int, Line] = {}
     for line in lines:
         if "from_step" in line:

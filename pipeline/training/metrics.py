@@ -4,7 +4,7 @@ Tokens are labels trained on: what padding, ends of rows and documents, and skip
 position of the run, by which schedules and the data order go, counts slots: sequences times their length.
 
 Lines hold only what the run's inputs decide (loss, rates, norms, loads); throughput and times go to `TrainProgress` and
-are never stored with them, so two runs of the same configuration write the same bytes. A file covers `STEPS_PER_FILE`
+to the journal (journal.py), so two runs of the same configuration write the same bytes. A file covers `STEPS_PER_FILE`
 steps, whatever the settings of the day, and is named after the last of them:
 
     <root>/runs/<run_id>/train/metrics/00002000.jsonl        steps 1001 ... 2000
@@ -21,11 +21,13 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from pipeline.integrity import damage
 from pipeline.manifest import FileEntry, canonical_json
 from pipeline.storage import Storage
+from pipeline.training.times import UNKNOWN, StepTimes
 
 STEPS_PER_FILE = 1000  # part of the format: what a run has logged is found by it
 
@@ -46,6 +48,13 @@ class TrainProgress:
     skipped_steps: int  # since the run began
     spikes: int  # since the run began
     checkpoint_step: int  # newest committed checkpoint, 0 before the first
+    flops_per_second: float = math.nan  # of the model, over all ranks: flops.py times tokens_per_second
+    mfu: float = math.nan  # the share of what the processors could do; NaN where that is not known
+    times: StepTimes = UNKNOWN  # of the steps that became known since the previous report
+
+    def record(self) -> dict[str, Any]:
+        """All of it in one level."""
+        return {**{each.name: getattr(self, each.name) for each in fields(self)[:-1]}, **self.times.record()}
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,8 @@ class StepRecord:
     spikes_in_a_row: int
     stop: bool  # some rank was asked to stop
     load_imbalance: tuple[float, ...]  # per mixture layer: tokens of the busiest expert / mean over experts
+    timed: tuple[int, ...] = ()  # earlier steps, of which
+    times: tuple[float, ...] = ()  # these are the ranks' times (times.py)
 
     def line(self) -> bytes:
         """Deterministic JSON; what is not finite becomes null."""
@@ -154,7 +165,17 @@ class Pace:
     The first step of a process warms up (memory, kernels, the first reads): it says nothing about the time left.
     """
 
-    def __init__(self, tokens: int, slots: int, steps: int, total_slots: int) -> None:
+    def __init__(
+        self,
+        tokens: int,
+        slots: int,
+        steps: int,
+        total_slots: int,
+        flops_per_token: float = math.nan,
+        peak_flops: float = math.nan,
+    ) -> None:
+        """flops_per_token: of the model; peak_flops: that all ranks' processors could do in a second."""
+        self._flops, self._peak = flops_per_token, peak_flops
         self._steps = steps
         self._total = total_slots
         self._tokens, self._slots = tokens, slots
@@ -166,7 +187,9 @@ class Pace:
         if not self._warm:
             self._tokens, self._slots, self._time, self._warm = record.tokens, record.slots, now, True
 
-    def progress(self, record: StepRecord, now: float, checkpoint_step: int) -> TrainProgress:
+    def progress(
+        self, record: StepRecord, now: float, checkpoint_step: int, times: StepTimes = UNKNOWN
+    ) -> TrainProgress:
         seconds = max(now - self._time, 1e-9)
         rate, slot_rate = (record.tokens - self._tokens) / seconds, (record.slots - self._slots) / seconds
         self._tokens, self._slots, self._time = record.tokens, record.slots, now
@@ -184,6 +207,9 @@ class Pace:
             skipped_steps=record.skipped_steps,
             spikes=record.spikes,
             checkpoint_step=checkpoint_step,
+            flops_per_second=rate * self._flops,
+            mfu=rate * self._flops / self._peak,
+            times=times,
         )
 
 

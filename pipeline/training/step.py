@@ -13,7 +13,7 @@ After the last backward one float64 vector is summed over all ranks, the only re
 
 (float64 holds token counts exactly). From it follow, on the device and identically on every rank: the norm, the verdict
 of the guard, the clipping, the update of the router biases (after the verdict), and the figures to log. The host reads
-them one step later and never waits here.
+them one step later and never waits here. Behind the sums each rank's times of an earlier step may travel (phases.py), in a place of its own.
 """
 
 from __future__ import annotations
@@ -75,14 +75,17 @@ class Step:
         bias_rate: float,
         stop: bool,
         recompute: Callable[[StepBatch, Compute, Callable[[], None]], tuple[Tensor, Tensor]] | None = None,
+        times: Sequence[float] = (),
     ) -> Tensor:
         """Train on one global batch; the figures of the step as a device vector (see figures.py).
 
-        `recompute`: computes the gradients in a way of its own, with the plain one at hand (recompute.py)."""
+        `recompute`: computes the gradients in a way of its own, with the plain one at hand (recompute.py). `times`: this rank's; the
+        result ends with those of all ranks."""
         sequences = sum(micro.sequences for micro in batch.micro_batches)
         counts = torch.stack([self._fill(batch.labels), self._fill(sequences)])
         if self.meshes.world_size > 1:
-            dist.all_reduce(counts)
+            with self.meshes.exposed:
+                dist.all_reduce(counts)
         labels, sequences_in_all = counts.unbind()
         at_least_one = labels.clamp(min=1), sequences_in_all.clamp(min=1)
 
@@ -91,7 +94,7 @@ class Step:
 
         loss, aux_loss = compute(batch) if recompute is None else recompute(batch, compute, self.optimizer.zero_grad)
         self.before_update()
-        return self.update(loss, aux_loss, labels, learning_rate, bias_rate, stop)
+        return self.update(loss, aux_loss, labels, learning_rate, bias_rate, stop, times)
 
     def _fill(self, number: int) -> Tensor:
         """A number on the device; unlike a copy from the host a fill waits for nothing."""
@@ -127,24 +130,34 @@ class Step:
 
     @torch.no_grad()
     def update(
-        self, loss: Tensor, aux_loss: Tensor, labels: Tensor, learning_rate: float, bias_rate: float, stop: bool
+        self,
+        loss: Tensor,
+        aux_loss: Tensor,
+        labels: Tensor,
+        learning_rate: float,
+        bias_rate: float,
+        stop: bool,
+        times: Sequence[float] = (),
     ) -> Tensor:
         """Apply the gradients unless the guard objects. Nothing here reads a device value on the host."""
         gradients = local_gradients(self.parameters)
         squares = local_squared_norm(gradients, self.meshes.replicas)
         counts = [router.tokens_per_expert.double() for router in self.routers.values()]
         stopping = torch.full((), float(stop), dtype=torch.float64, device=self.device)
-        packed = torch.cat([torch.stack([loss.double(), aux_loss.double(), stopping, squares]), *counts])
+        sums = [torch.stack([loss.double(), aux_loss.double(), stopping, squares]), *counts]
+        packed = torch.cat([*sums, *self._in_own_place(times)])
         if self.meshes.world_size > 1:
-            dist.all_reduce(packed)
+            with self.meshes.exposed:
+                dist.all_reduce(packed)
+        counted = packed.numel() - len(times) * self.meshes.world_size
         loss, aux_loss, stopping, squares = packed[:4].unbind()
         loss = torch.where(labels > 0, loss, torch.nan)  # the mean over nothing is no loss: the guard skips the step
-        counts_LE = packed[4:].view(-1, self.model.config.n_routed_experts)
+        counts_LE = packed[4:counted].view(-1, self.model.config.n_routed_experts)
 
         norm = squares.sqrt()
         ok = self.guard.judge(loss, norm)
         clip_(gradients, norm, self.gradient_clip)
-        self.optimizer.step(learning_rate, ok)
+        self.optimizer.step(learning_rate, ok, exposed=self.meshes.exposed)
         self.optimizer.zero_grad()
         update_router_bias(self.model, dict(zip(self.routers, counts_LE)), bias_rate * ok)
         for router in self.routers.values():
@@ -156,11 +169,28 @@ class Step:
         imbalance_L = counts_LE.amax(1) / counts_LE.mean(1)
         figures = torch.stack([loss, aux_loss, norm, labels * ok.double()])
         skipped = torch.stack([self.guard.skipped, self.guard.in_a_row, *self.guard.spikes.counters]).double()
-        return torch.cat([figures, skipped, stopping.unsqueeze(0), imbalance_L])
+        return torch.cat([figures, skipped, stopping.unsqueeze(0), imbalance_L, packed[counted:]])
+
+    def share(self, values: Sequence[float]) -> list[float]:
+        """What `times` of a step would bring, now: the host waits for it."""
+        shared = torch.cat(self._in_own_place(values))
+        if self.meshes.world_size > 1:
+            dist.all_reduce(shared)
+        found: list[float] = shared.tolist()
+        return found
+
+    def _in_own_place(self, values: Sequence[float]) -> list[Tensor]:
+        """To be summed over ranks: this rank's values where they belong, zeros where the others' do. Fills, as of `_fill`."""
+        if not values:
+            return []
+        rank, others = self.meshes.rank, torch.zeros(len(values), dtype=torch.float64, device=self.device)
+        mine = torch.stack([torch.full((), value, dtype=torch.float64, device=self.device) for value in values])
+        return [others] * rank + [mine] + [others] * (self.meshes.world_size - rank - 1)
 
     def clip_logits(self, threshold: float, ok: Tensor) -> None:
         """QK-clip by the largest logits of the whole global batch; a skipped step clips nothing. One more small all-reduce."""
         max_logits_LH = take_max_logits(self.model)
         if self.meshes.world_size > 1:
-            dist.all_reduce(max_logits_LH, dist.ReduceOp.MAX)
+            with self.meshes.exposed:
+                dist.all_reduce(max_logits_LH, dist.ReduceOp.MAX)
         qk_clip_(self.model, torch.where(ok.bool(), max_logits_LH, -torch.inf), threshold)

@@ -44,15 +44,18 @@ from pipeline.training.batches import read_step
 from pipeline.training.checkpoint import Checkpointer
 from pipeline.training.commits import RunFacts, committed, train_folder
 from pipeline.training.figures import Fetch, PendingRecord
+from pipeline.training.flops import flops_per_token, peak_flops
 from pipeline.training.going_back import WentBack, decide
 from pipeline.training.guard import Guard, check_skipped, check_spikes
 from pipeline.training.identity import identity_digest
 from pipeline.training.journal import Journal
 from pipeline.training.left_out import Detour, order_of
 from pipeline.training.metrics import MetricsFiles, Pace, StepRecord, TrainProgress, sound_files
+from pipeline.training.phases import Stopwatch
 from pipeline.training.recompute import Recomputation
 from pipeline.training.retention import check_named, named_steps
 from pipeline.training.step import Step
+from pipeline.training.times import TimesOfRanks
 from pipeline.training.watchdog import Watchdog
 from pipeline.training.writer import Writer, sole_writer
 
@@ -177,7 +180,8 @@ class Run:
             import_weights(self.model, config, storage)
         self.checkpoints.collect_leftovers(self.at.step)
         self.step = Step(self.model, self.optimizer, self.guard, self.meshes, config.optimizer, self.device)
-        self.step.before_update = self.checkpoints.wait_staged
+        self.stopwatch = Stopwatch(self.device, self.meshes.exposed)
+        self.step.before_update = self.before_update
         self.recomputation: Recomputation | None = None
         if config.training.recompute_every is not None:
             self.recomputation = Recomputation(
@@ -219,25 +223,32 @@ class Run:
         on_checkpoint: Callable[[CheckpointManifest], None],
         should_stop: Callable[[], bool],
     ) -> TrainManifest:
-        config, at = self.config, self.at
+        config, at, stopwatch = self.config, self.at, self.stopwatch
         logged = self.checkpoint.metrics if self.checkpoint is not None else ()
         files = MetricsFiles(self.storage, train_folder(config.run_id), at.step, logged) if self.rank == 0 else None
+        world = self.meshes.world_size
         if self.rank == 0:
-            number, ranks = self.writer.number, self.meshes.world_size
-            self.journal = Journal(self.storage, config.run_id, number, at.step, ranks)
+            self.journal = Journal(self.storage, config.run_id, self.writer.number, at.step, world)
         slots = at.next_sequence * config.training.sequence_length
-        pace = Pace(self.tokens_seen, slots, self.steps, config.schedule.total_tokens)
+        flops = flops_per_token(config.model, config.training.sequence_length)
+        pace = Pace(self.tokens_seen, slots, self.steps, config.schedule.total_tokens, flops, world * peak(self.device))
+        times = TimesOfRanks(world)
         pending: PendingRecord | None = None
 
-        def observe(record: PendingRecord) -> StepRecord:
+        def observe(record: PendingRecord, last: bool = False) -> StepRecord:
             seen = record.fetch(self.tokens_seen)
+            times.add(seen.timed, seen.times)
+            stopwatch.read(seen.step)
+            if last:  # no step follows that would bring them
+                values, steps = stopwatch.take()
+                times.add(steps, self.step.share(values))
             self.tokens_seen = seen.tokens
             self.loss = seen.loss if math.isfinite(seen.loss) else self.loss
             check_skipped(seen.skipped_in_a_row, config.training.max_skipped_steps, seen.step)
             check_spikes(seen.spikes_in_a_row, config.training.spikes.stop_after, seen.step)
             if files and (seen.step % config.training.log_every == 0 or seen.step in (1, self.steps)):
                 files.add(seen)
-                now = pace.progress(seen, record.clock, self.checkpoints.committed_step)
+                now = pace.progress(seen, record.clock, self.checkpoints.committed_step, times.take())
                 if self.journal is not None:
                     self.journal.add(seen, now)
                 report(now)
@@ -262,6 +273,7 @@ class Run:
             assert files is not None
             return files.write(at.step)
 
+        stopwatch.begin()
         stop = False
         while at.step < self.steps and not stop:
             watchdog.enter("step", at.step + 1)
@@ -270,9 +282,11 @@ class Run:
                 stop = observe(pending).stop
             pending = record
             if stop or self.is_due(at.step):
-                seen = observe(pending)  # waits for the device: a save copies the state anyway
+                last = stop or at.step == self.steps
+                seen = observe(pending, last)  # waits for the device: a save copies the state anyway
                 pending, stop = None, stop or seen.stop
                 watchdog.enter("save", at.step)
+                stopwatch.enter("save")
                 settle()
                 self.checkpoints.save(
                     self.state(),
@@ -286,6 +300,7 @@ class Run:
                     metrics=self.checkpoints.on_rank_0(write_metrics),
                     newton_schulz=self.optimizer.muon.multiplied,
                 )
+                stopwatch.enter("other")
         watchdog.enter("save", at.step)
         settle()
         assert self.checkpoint is not None
@@ -304,16 +319,27 @@ class Run:
         now = at_step(self.config.schedule, training.sequence_length, at.step)
         assert now.first_sequence == at.next_sequence, (now, at)
         shape = (now.first_sequence, now.sequences, training.micro_batch, training.document_mask)
+        self.stopwatch.enter("data")
         batch = read_step(self.loader, *shape, self.answers)
+        self.stopwatch.enter("compute")
         check = self.recomputation
         recompute = partial(check, at.step + 1) if check is not None and check.is_due(at.step + 1) else None
-        values = self.step(batch, now.learning_rate, now.bias_rate, stop, recompute)
+        times, timed = self.stopwatch.take()
+        values = self.step(batch, now.learning_rate, now.bias_rate, stop, recompute, times)
         at.step += 1
+        self.stopwatch.lap(at.step)
         at.next_sequence += now.sequences
         slots = at.next_sequence * training.sequence_length
         return PendingRecord(
-            at.step, slots, now.learning_rate, now.bias_rate, now.sequences, Fetch(values), time.monotonic()
-        )
+            at.step, slots, now.learning_rate, now.bias_rate, now.sequences, Fetch(values), time.monotonic(),
+            timed, self.meshes.world_size,
+        )  # fmt: skip
+
+    def before_update(self) -> None:
+        """The weights are about to change: a checkpoint that is being copied first."""
+        self.stopwatch.enter("save")
+        self.checkpoints.wait_staged()
+        self.stopwatch.enter("optimizer")
 
     def go_back(self, spike: StepRecord) -> None:
         """Leave the data between an earlier checkpoint and the spike out. Raises WentBack, on all ranks, or RunDiverged."""
@@ -367,6 +393,11 @@ def build(config: RunConfig, meshes: Meshes, device: torch.device) -> tuple[Moon
     model.train()
     rules = moonlight_rules(config.model, config.optimizer)
     return model, build_optimizer(model.named_parameters(), config.optimizer, rules)
+
+
+def peak(device: torch.device) -> float:
+    """FLOP/s of one processor by its data sheet, NaN where it is not known."""
+    return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else math.nan
 
 
 def import_weights(model: Moonlight, config: RunConfig, storage: Storage) -> None:

@@ -3,6 +3,7 @@
 import pytest
 
 from pipeline.optim.muon import overlap
+from pipeline.parallel.exposed import Exposed
 from tests.distributed import run_distributed
 from tests.optim import ranks
 
@@ -61,7 +62,7 @@ def test_exchanges_start_before_computations_and_two_at_a_time():
         yield None
         log.append(f"finish {name}")
 
-    overlap([exchange(n) for n in "abc"], [computation(n) for n in "xy"])
+    overlap([exchange(n) for n in "abc"], [computation(n) for n in "xy"], Exposed())
     assert log[:4] == ["launch a forth", "launch b forth", "compute x", "finish x"]
     assert log.index("compute y") < log.index("wait b forth")
     assert [entry for entry in log if entry.startswith("apply")] == ["apply a", "apply b", "apply c"]

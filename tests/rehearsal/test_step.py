@@ -16,10 +16,11 @@ from pipeline.optim.schedule import segments
 from pipeline.parallel.mesh import build_meshes
 from pipeline.planner.estimate import Hardware, estimate
 from pipeline.rehearsal.step import _batch
-from pipeline.rehearsal.tape import Collective, Kernel
+from pipeline.rehearsal.tape import Collective, Kernel, Mark
 from pipeline.training.flops import flops_per_token
 from pipeline.training.guard import Guard
 from pipeline.training.step import Step
+from pipeline.training.times import VALUES
 from pipeline.training.trainer import build
 from tests.distributed import run_distributed
 from tests.rehearsal.rehearsals import MESHES, Launched, launched, rehearsed, small
@@ -35,7 +36,7 @@ def _really(config: RunConfig) -> list[tuple[str, int, int]]:
     labels = torch.tensor(batch.labels)
     with Launched() as wire:
         loss, aux_loss = step.forward_backward(batch.micro_batches, labels, labels)
-        step.update(loss, aux_loss, labels, 1e-4, 1e-3, False)
+        step.update(loss, aux_loss, labels, 1e-4, 1e-3, False, [0.0] * VALUES)
     return wire.found
 
 
@@ -50,6 +51,19 @@ def test_collectives_are_those_of_real_ranks(mesh: str) -> None:
     real = run_distributed(_really, 4, config)[0]
     assert launched(rehearsed(config).whole) == real
     assert len(real) > 30
+
+
+def test_measuring_a_step_waits_for_nothing() -> None:
+    """Every mark of the phases and of exposed communication is on the tape; the host waits for token counts alone, or for nothing."""
+    counts = rehearsed(small("ep 2 x efsdp 2", training__compute_dtype="bf16"))
+    marks = [entry for entry in counts.run if isinstance(entry, Mark)]
+    assert len(marks) > 100
+    micro_batches, layers = 2, 1  # that route
+    assert counts.host_waits == micro_batches * layers
+    assert (
+        rehearsed(small("ep 2 x efsdp 2", training__compute_dtype="bf16", training__expert_capacity=2.0)).host_waits
+        == 0
+    )
 
 
 def test_a_rehearsal_counts_and_names_the_allocation_without_room() -> None:
