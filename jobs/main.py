@@ -22,6 +22,8 @@ COMMANDS = {
     "check": "what can be wrong, and a look into the data, before anything is started",
     "run": "all stages, each done once",
     "status": "where a run stands",
+    "runs": "the runs of a storage, a line each",
+    "report": "the page of a run, or several runs laid over each other",
     "plan": "memory, traffic, time, storage and cost, before a GPU is rented",
     "verify": "prove a dataset: every checksum, count and invariant",
     "inspect": "which documents formed a step, a row as text, the mixture",

@@ -15,7 +15,8 @@ from jobs.on_ray.failed import WorkersFailed
 from jobs.on_ray.progress import ProgressLines, Work
 from jobs.on_ray.signals import Interrupted, raise_on_signals
 from jobs.stages.leases import refuse_held
-from jobs.stages.records import hold_dataset
+from jobs.stages.records import hold_dataset, keep_settings
+from jobs.views.live import LivePage
 from pipeline.lease import Held, LeaseLost
 from pipeline.publishing.gate import GateError
 from pipeline.storage import said_by_storage
@@ -43,7 +44,12 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> int:
 
             check_cluster(config, [stage])
         refuse_held(stage, config, storage)
-        with connect(config, [stage]), ProgressLines(storage, config.run_id, show=False) as lines:
+        keep_settings(config, storage)
+        with (
+            connect(config, [stage]),
+            ProgressLines(storage, config.run_id, show=False) as lines,
+            LivePage(storage, config.run_id),
+        ):
             raise_on_signals()
             lines.work = Work(stage, since=time.time())
             stages.run(stage, config, storage, records)

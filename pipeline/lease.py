@@ -271,7 +271,7 @@ def _record(before: int, owner: str, beat_s: float) -> LeaseRecord:
         number=before + 1,
         holder=uuid.uuid4().hex,
         owner=owner,
-        who=f"{_user()} on {os.uname().nodename} (process {os.getpid()})",
+        who=f"{person()} (process {os.getpid()})",
         since=datetime.now(UTC).isoformat(timespec="seconds"),
         beat=0,
         beat_s=beat_s,
@@ -279,11 +279,13 @@ def _record(before: int, owner: str, beat_s: float) -> LeaseRecord:
     )
 
 
-def _user() -> str:
+def person() -> str:
+    """Who runs this process, for people: `ann on node-7`."""
     try:
-        return getpass.getuser()
+        name = getpass.getuser()
     except (KeyError, OSError):  # a container's user without a name
-        return f"user {os.getuid()}"
+        name = f"user {os.getuid()}"
+    return f"{name} on {os.uname().nodename}"
 
 
 def _process(pid: int) -> str | None:

@@ -11,19 +11,23 @@ from botocore.exceptions import BotoCoreError
 
 from jobs import stages
 from jobs.cli import looking, open_run, parser
+from jobs.commit import git_commit
 from jobs.drivers.failures import CLOSED, HELD, StageFailure
 from jobs.drivers.options import add_options
 from jobs.on_ray.cluster import in_a_ray_job
 from jobs.on_ray.demand import check_cluster
 from jobs.on_ray.signals import Interrupted
-from jobs.stages.records import Records, hold_dataset
+from jobs.stages.records import Records, hold_dataset, keep_settings
+from jobs.views.live import write_last_page
 from jobs.views.summary import print_summary
-from pipeline.config.load import ConfigError, dump_yaml, load_config
+from pipeline.config.load import ConfigError, load_config
 from pipeline.config.schema import RunConfig
-from pipeline.lease import Held
+from pipeline.lease import Held, person
 from pipeline.publishing.gate import GateError
+from pipeline.report.page import report_path
 from pipeline.storage import Storage, said_by_storage
 from pipeline.training import initial
+from pipeline.workflow.record import add_event
 
 
 def command(arguments: Sequence[str] | None) -> int:
@@ -39,6 +43,9 @@ def run(given: argparse.Namespace) -> int:
     try:
         with looking(given.config):
             config, storage, records = _open(given)
+        missing = [stage for stage in _wanted(given) if not records.done(stage)]
+        if missing:
+            add_event(storage, config.run_id, "asked", missing[0], by=person(), commit=git_commit())
         if given.backend == "kuberay":
             from jobs.drivers.kuberay import run_on_kuberay
 
@@ -48,7 +55,11 @@ def run(given: argparse.Namespace) -> int:
         if todo:
             from jobs.drivers.ray_jobs import run_on_ray
 
-            run_on_ray(todo, config, storage)
+            print(f"the run's page: {storage.uri(report_path(config.run_id))}", flush=True)
+            try:
+                run_on_ray(todo, config, storage)
+            finally:
+                write_last_page(storage, config.run_id)
             records = stages.find(config, storage)
         if not given.only:
             print_summary(config, storage, records, given.config)
@@ -93,7 +104,7 @@ def _open(given: argparse.Namespace) -> tuple[RunConfig, Storage, Records]:
     if answer is not None and answer.initial_weights == config.training.initial_weights:
         weights = answer.initial_weights or "drawn weights: nothing was promoted when it began"
         print(f"{config.run_id} starts from {weights}", flush=True)
-    storage.write(f"runs/{config.run_id}/config.yaml", dump_yaml(config).encode())
+    keep_settings(config, storage)
     return config, storage, records
 
 

@@ -7,6 +7,7 @@ from typing import cast
 
 from data_prep.identity import identity, list_corpus, settings_digest
 from data_prep.listing import Listing
+from pipeline.config.load import dump_yaml
 from pipeline.config.schema import RunConfig
 from pipeline.file_index import read_dataset
 from pipeline.integrity import read_record
@@ -90,6 +91,17 @@ def hold_dataset(config: RunConfig, storage: Storage, dataset: DatasetManifest |
         held = HeldDataset(dataset=dataset.identity, settings=settings_digest(config)).to_json()
         if storage.read_or_none(held_path(config.run_id)) != held:
             storage.write(held_path(config.run_id), held)
+
+
+def settings_path(run_id: str) -> str:
+    return f"runs/{run_id}/config.yaml"
+
+
+def keep_settings(config: RunConfig, storage: Storage) -> None:
+    """The run's own copy of its configuration: what its stages and its page go by."""
+    data, path = dump_yaml(config).encode(), settings_path(config.run_id)
+    if storage.read_or_none(path) != data:
+        storage.write(path, data)
 
 
 def open_dataset(config: RunConfig, storage: Storage, name: str | None = None) -> DatasetManifest:

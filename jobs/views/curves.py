@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pipeline.evaluation.curves import page_path, picture_path, read_all, render
 from pipeline.manifest import EvaluationManifest
+from pipeline.report.curves import page_path, picture_path, read_all, render
 from pipeline.storage import Storage
 
 

@@ -13,7 +13,7 @@ from jobs.cli import open_run, parser, refusing
 from jobs.stages.records import Records
 from jobs.views.summary import task_lines
 from pipeline.config.schema import RunConfig
-from pipeline.evaluation.curves import page_path, read_all
+from pipeline.report.curves import page_path, read_all
 from pipeline.storage import Storage
 from pipeline.workflow.duration import duration
 from pipeline.workflow.record import read_events, read_progress, stage_seconds

@@ -7,6 +7,7 @@ from jobs.views.curves import write_curves
 from pipeline.config.schema import RunConfig
 from pipeline.manifest import EvaluationManifest
 from pipeline.publishing import registry
+from pipeline.report.page import write_page
 from pipeline.storage import Storage
 from pipeline.workflow.duration import duration
 from pipeline.workflow.heartbeat import Heartbeat
@@ -15,19 +16,16 @@ from pipeline.workflow.record import read_events, stage_seconds
 
 def print_summary(config: RunConfig, storage: Storage, records: Records, config_name: str) -> None:
     """Write the run's report and print the summary. All stages must be done."""
-    dataset, train, evaluation, model = records.dataset, records.train, records.evaluation, records.model
+    dataset, evaluation, model = records.dataset, records.evaluation, records.model
     checkpoint = records.checkpoint
     assert dataset is not None
-    assert train is not None
     assert checkpoint is not None
     assert evaluation is not None
     assert model is not None
     seconds = stage_seconds(read_events(storage, config.run_id))
     with Heartbeat("writing the report"):
         write_curves(storage, config.run_id)
-        from pipeline.evaluation.report import write_report  # here: a run that is not whole needs none of it
-
-        report = write_report(config, dataset, train, checkpoint, evaluation, model, storage, stage_seconds=seconds)
+        report = write_page(storage, config.run_id)
     folder = storage.uri(registry.folder(model.name, model.version))
     below = evaluation.unigram_entropy - evaluation.overall.loss
     lines = [

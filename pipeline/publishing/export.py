@@ -32,7 +32,6 @@ import orjson
 import torch
 
 from pipeline.config.schema import RunConfig
-from pipeline.evaluation.report import read_metrics
 from pipeline.generation.sample import Sampling, generate
 from pipeline.manifest import (
     CheckpointManifest,
@@ -63,6 +62,7 @@ from pipeline.tokenizer import Encoder
 from pipeline.tokenizer.files import CONFIG_JSON, RANK_FILE, TOKENIZER_JSON, checked_files
 from pipeline.training.branch import origin_of
 from pipeline.training.files import CheckpointReader
+from pipeline.training.metrics import read_metrics
 from pipeline.training.retention import reading
 
 WriteFiles = Callable[[RunConfig, CheckpointManifest, str], Iterable[Written]]
@@ -174,7 +174,7 @@ def _write(
         files.append(_put_gguf(config, storage, folder))
 
     report(PublishProgress("samples and model card", total, total))
-    log = [record for record in read_metrics(train, storage) if record["step"] <= checkpoint.step]
+    log = [record for record in read_metrics(train.metrics, storage) if record["step"] <= checkpoint.step]
     put("training_log.jsonl", b"".join(canonical_json(record) + b"\n" for record in log))
     curve = [(record["tokens"], record["loss"]) for record in log if record["loss"] is not None]
     heldout = (checkpoint.tokens_seen, evaluation.overall.loss)

@@ -15,8 +15,6 @@ import yaml
 
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation.baselines import SHOWN
-from pipeline.evaluation.charts import compact
-from pipeline.evaluation.report import TASK_HEAD, scored_how, scored_sources, task_cells
 from pipeline.manifest import (
     CheckpointManifest,
     DatasetManifest,
@@ -26,6 +24,8 @@ from pipeline.manifest import (
     TrainManifest,
 )
 from pipeline.model.shapes import ParameterCount
+from pipeline.report.charts import compact
+from pipeline.report.scores import TASK_HEAD, scored_how, scored_sources, task_cells
 from pipeline.training.branch import Origin
 from pipeline.training.left_out import order_of
 

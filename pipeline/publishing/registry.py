@@ -11,16 +11,15 @@ any number of movers each finds the other's move or is found by it.
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Literal
 
 from pipeline.integrity import damage, read_record
+from pipeline.lease import person
 from pipeline.manifest import ModelManifest, Record
 from pipeline.storage import Storage
 
@@ -149,7 +148,7 @@ def _moved(
         version=manifest.version,
         before="" if current is None else current.version,
         at=datetime.now(UTC).isoformat(timespec="seconds"),
-        who=_who(),
+        who=person(),
         because=because,
     )
     return Latest(
@@ -177,13 +176,6 @@ def _swap(storage: Storage, name: str, successor: Callable[[Latest | None], Late
         if mine is None or storage.swap(path, mine.to_json(), etag):
             return mine
     raise RuntimeError(f"{storage.uri(path)}: lost {ATTEMPTS} races in a row; look for a publisher that never stops")
-
-
-def _who() -> str:
-    try:
-        return f"{getpass.getuser()} on {os.uname().nodename}"
-    except (KeyError, OSError):  # a container's user without a name
-        return f"user {os.getuid()} on {os.uname().nodename}"
 
 
 def versions(storage: Storage, name: str) -> list[ModelManifest]:

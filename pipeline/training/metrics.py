@@ -155,6 +155,16 @@ def sound_files(storage: Storage, recorded: tuple[FileEntry, ...]) -> tuple[File
     return tuple(found)
 
 
+def read_metrics(recorded: tuple[FileEntry, ...], storage: Storage) -> list[dict[str, Any]]:
+    """The logged steps in order. A file that was lost or damaged since is named on stderr and left out."""
+    found = {}
+    for file in sound_files(storage, recorded):
+        for line in storage.read(file.path).splitlines():
+            record = json.loads(line)
+            found[record["step"]] = record
+    return [found[step] for step in sorted(found)]
+
+
 def _say_left_out(what: str) -> None:
     print(f"metrics are left out: {what}", file=sys.stderr, flush=True)
 

@@ -18,13 +18,13 @@ from pipeline.config.schema import ParallelismConfig, RunConfig
 from pipeline.evaluation.forward import Forward
 from pipeline.evaluation.harness import SEEDS, HarnessModel, task_scores
 from pipeline.evaluation.heldout import evaluate
-from pipeline.evaluation.report import report_path, write_report
 from pipeline.evaluation.result import identity
 from pipeline.evaluation.tasks import loaded
 from pipeline.manifest import EvaluationManifest, digest_of
 from pipeline.publishing.export import publish
 from pipeline.publishing.registry import folder
 from pipeline.publishing.version import published_config
+from pipeline.report.page import render
 from pipeline.storage import Storage
 from pipeline.tokenizer import Encoder
 from tests.distributed import run_distributed
@@ -32,6 +32,7 @@ from tests.evaluation.make import SEQUENCE
 from tests.evaluation.make_tasks import NEW_TOKENS, TASKS, write_tasks
 from tests.evaluation.test_heldout import ranks_evaluate
 from tests.publishing.conftest import PublishedRun
+from tests.report.make import run_of
 
 SHOTS = 2
 LONG = "The field and the 17 houses behind it. " * 8
@@ -181,11 +182,7 @@ def test_results_are_in_the_card_and_the_report(run: PublishedRun, config: RunCo
     made = run.made
     model = publish(config, made.train, evaluation, made.dataset, made.storage, report=ignore)
     card = (Path(made.storage.uri(folder(model.name, model.version))) / "README.md").read_text()
-    path = write_report(
-        config, made.dataset, made.train, made.checkpoint, evaluation, model, made.storage, stage_seconds={}
-    )
-    assert path == report_path(config.run_id)
-    page = made.storage.read(path).decode()
+    page = render(run_of(run, config=config, evaluation=evaluation, model=model))
     group, part = evaluation.tasks["night_sums"].metrics[0], evaluation.tasks["sums"].metrics[0]
     assert f"| night_sums | 3.0 | {SHOTS} | 15 | acc | {group.value:.4f} ± {group.stderr:.4f} |" in card
     assert "| sums |" not in card  # counted in its group

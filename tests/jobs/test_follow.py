@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from pipeline.config.schema import StorageConfig
-from pipeline.evaluation.curves import page_path, picture_path, read_all
+from pipeline.report.curves import page_path, picture_path, read_all
 from pipeline.storage import open_storage
 from pipeline.training.commits import committed_steps
 from pipeline.workflow.record import read_events

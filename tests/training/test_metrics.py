@@ -1,5 +1,6 @@
 """Stored metrics: deterministic lines, whole files by interval, completed after an early stop."""
 
+import hashlib
 import json
 import math
 import time
@@ -13,7 +14,7 @@ from pipeline.manifest import FileEntry
 from pipeline.storage import Storage
 from pipeline.training import metrics
 from pipeline.training.figures import Fetch, PendingRecord
-from pipeline.training.metrics import MetricsFiles, Pace, StepRecord, sound_files
+from pipeline.training.metrics import MetricsFiles, Pace, StepRecord, read_metrics, sound_files
 
 
 def record(step: int, loss: float = 2.0) -> StepRecord:
@@ -104,3 +105,16 @@ def test_the_busiest_layer_is_found_beside_one_without_tokens(loads: tuple[float
     assert progress.expert_load == 2.0
     nowhere = Pace(0, 0, 50, 5000).progress(replace(record(10), load_imbalance=(math.nan,)), time.monotonic(), 8)
     assert math.isnan(nowhere.expert_load)
+
+
+def test_a_step_logged_twice_counts_once_and_a_damaged_file_is_named(tmp_path, capsys):
+    storage = Storage(StorageConfig(root=str(tmp_path)))
+    files = []
+    for name, lines in (("a", [(5, 3.0), (10, 2.0)]), ("b", [(10, 1.0)])):
+        data = b"".join(json.dumps({"step": step, "loss": loss}).encode() + b"\n" for step, loss in lines)
+        storage.write(name, data)
+        files.append(FileEntry(path=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest()))
+    assert read_metrics(tuple(files), storage) == [{"step": 5, "loss": 3.0}, {"step": 10, "loss": 1.0}]
+    storage.write("a", storage.read("a").replace(b"3.0", b"1.0"))
+    assert read_metrics(tuple(files), storage) == [{"step": 10, "loss": 1.0}]
+    assert f"metrics are left out: {storage.uri('a')}: sha256 is" in capsys.readouterr().err

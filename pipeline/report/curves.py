@@ -13,11 +13,11 @@ import re
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from pipeline.evaluation.charts import Mark, Series, compact
 from pipeline.evaluation.paper import Figure, beside, figure_of
-from pipeline.evaluation.parts import figure, page, section, table
 from pipeline.integrity import read_record
 from pipeline.manifest import EvaluationManifest, SourceScore, TaskMetric
+from pipeline.report.charts import Mark, Series, compact
+from pipeline.report.parts import figure, page, section, table
 from pipeline.storage import Storage
 
 RECORD = re.compile(r"step-\d{8,}\.json")

@@ -1,0 +1,70 @@
+"""The run's page while a stage works: written anew by a thread of the stage's driver, and once more when the stage ends, however it ends.
+
+A page is for people: a storage that is away is said once, and the stage goes on without.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from pipeline.report.page import write_page
+from pipeline.report.run import Run, RunReader
+from pipeline.storage import Storage
+
+LOOK_S = 5.0
+WRITE_S, SELDOM_S = 15.0, 120.0  # between two pages: of a young run, and of one of days
+PATIENCE_S = 20.0  # for the last page
+
+
+class LivePage:
+    """Looks at the run while its `with` block runs. `seen` is told of every look (gauges)."""
+
+    def __init__(self, storage: Storage, run_id: str, seen: Callable[[Run], None] | None = None) -> None:
+        self._storage, self._run_id, self._seen = storage, run_id, seen
+        self._reader = RunReader(storage, run_id)
+        self._ended = threading.Event()
+        self._away = False
+        self._began, self._written = time.monotonic(), float("-inf")
+        self._thread = threading.Thread(target=self._run, name="page", daemon=True)
+
+    def __enter__(self) -> LivePage:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join(PATIENCE_S)
+
+    def _run(self) -> None:
+        while not self._ended.wait(LOOK_S):
+            now = time.monotonic()
+            self._look(write=now - self._written >= min(max(WRITE_S, (now - self._began) / 100), SELDOM_S))
+        self._look(write=True)
+
+    def _look(self, *, write: bool) -> None:
+        try:
+            run = self._reader.read()
+            if self._seen is not None:
+                self._seen(run)
+            if write:
+                write_page(self._storage, self._run_id, run)
+                self._written = time.monotonic()
+            self._away = False
+        except Exception as error:  # of a storage client, or of a record that another version of the code wrote
+            if not self._away:
+                said = " ".join(f"{type(error).__name__}: {error}".split())
+                print(f"the run's page cannot be written ({said}); the stage goes on", file=sys.stderr, flush=True)
+            self._away = True
+
+
+def write_last_page(storage: Storage, run_id: str) -> None:
+    """After a stage that may have died without a word. Never raises: the page is not why the driver is here."""
+    page = LivePage(storage, run_id)
+    with page:
+        pass
