@@ -15,6 +15,7 @@ from jobs.views.summary import task_lines
 from pipeline.config.schema import RunConfig
 from pipeline.report.curves import page_path, read_all
 from pipeline.storage import Storage
+from pipeline.training.goodput import read_goodput
 from pipeline.workflow.duration import duration
 from pipeline.workflow.record import read_events, read_progress, stage_seconds
 
@@ -58,6 +59,9 @@ def show(config: RunConfig, storage: Storage, records: Records, *, kubernetes: b
             print(line)
     for line in _judged(config, storage):
         print(line)
+    goodput = read_goodput(storage, config.run_id)
+    if goodput is not None:
+        print(f"  goodput   {goodput.line()}")
     progress = read_progress(storage, config.run_id)
     if progress and not records.done(progress.stage):
         age = time.time() - progress.updated

@@ -10,7 +10,7 @@ before the first checkpoint is; nothing hashes it and no stage reads it. Its fir
 and every other one is a logged step: the line of `metrics/`, the fields of its `TrainProgress`, those of its times (times.py), of the
 steps from "first_step" to "last_step", and "time" (UNIX seconds).
 
-A thread writes, at most every `WRITE_S`: training waits for no storage. Of one that is away is told once, and what was not
+A thread writes, every `WRITE_S` and when a checkpoint is taken: training waits for no storage. Of one that is away is told once, and what was not
 written then is written when it is back. `read_journal` puts the attempts in a row: what a later one did again replaces what an
 earlier one had done.
 """
@@ -54,7 +54,9 @@ class Journal:
         self._written = 0  # of these lines
         self._away = False
         self._lock = threading.Lock()
-        self._ended = threading.Event()
+        self._ended = False
+        self._due = threading.Event()  # to be written now
+        self._due.set()  # the begin: an attempt that dies at once leaves a trace
         self._append({"attempt": attempt, "from_step": from_step, "ranks": ranks})
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
@@ -65,8 +67,13 @@ class Journal:
 
     def close(self) -> None:
         """Write what is left; a storage that is away is not waited for longer than `PATIENCE_S`."""
-        self._ended.set()
+        self._ended = True
+        self._due.set()
         self._thread.join(PATIENCE_S)
+
+    def flush(self) -> None:
+        """Write soon what is there: a checkpoint is about to make it last."""
+        self._due.set()
 
     def _append(self, values: Mapping[str, Any]) -> None:
         line = json.dumps(_finite({**values, "time": round(time.time(), 3)}), sort_keys=True).encode() + b"\n"
@@ -74,7 +81,9 @@ class Journal:
             self._lines.append(line)
 
     def _run(self) -> None:
-        while not self._ended.wait(WRITE_S):
+        while not self._ended:
+            self._due.wait(WRITE_S)
+            self._due.clear()
             self._write()
         self._write()
 

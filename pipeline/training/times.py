@@ -77,9 +77,14 @@ class TimesOfRanks:
         count = len(self._steps)
         by_rank = [[seconds / count for seconds in sums] for sums in self._seconds]
         means = [sum(column) / self._ranks for column in zip(*by_rank)]
-        found = StepTimes(tuple(self._steps), sum(means), *means, *slowest(by_rank), self._memory)
+        found = _filled(tuple(self._steps), means, slowest(by_rank), self._memory)
         self._begin()
         return found
+
+
+def _filled(steps: tuple[int, ...], means: Sequence[float], slow: tuple[int, str, float], memory: float) -> StepTimes:
+    data, compute, exchange, optimizer, save, other = means
+    return StepTimes(steps, sum(means), data, compute, exchange, optimizer, save, other, *slow, memory)
 
 
 def slowest(by_rank: Sequence[Sequence[float]]) -> tuple[int, str, float]:

@@ -287,6 +287,8 @@ class Run:
                 pending, stop = None, stop or seen.stop
                 watchdog.enter("save", at.step)
                 stopwatch.enter("save")
+                if self.journal is not None:
+                    self.journal.flush()
                 settle()
                 self.checkpoints.save(
                     self.state(),

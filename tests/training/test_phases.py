@@ -62,7 +62,7 @@ def _slow_on_rank_1(root: str, where: str) -> Told:
     return Told([progress.times for progress in watched.progress], [b - a for a, b in zip(ends, ends[1:])], slept)
 
 
-@pytest.mark.parametrize("phase", ["data", "optimizer"])
+@pytest.mark.parametrize("phase", ["data", pytest.param("optimizer", marks=pytest.mark.long)])
 def test_a_rank_that_sleeps_is_named_with_phase_and_amount(tmp_path: Path, phase: str) -> None:
     first, second = run_distributed(_slow_on_rank_1, 2, str(tmp_path), phase)
     by_step = {times.steps[0]: times for times in first.times if times.steps}
