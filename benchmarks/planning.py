@@ -3,9 +3,10 @@
     python -m benchmarks.planning [--files 1000000] [--only folder|S3]
 
 On a folder (real files of a few bytes, a thousand to a folder) and on an S3 server (a process that answers ListObjectsV2
-with keys made by arithmetic, for no real one keeps a million objects on one machine; only the client is measured). Each in a fresh
-process: listing, the corpus's digest, units of 2 GB (files count as 20 MB each on S3, so that 10,000 units come out),
-the plan written and read again, and, at the corpus's growth by one file, planned anew with all units known.
+with keys made by arithmetic, for no real one keeps a million objects on one machine; only the client is measured). As a run does it,
+in two fresh processes. The driver: listing, the corpus's digest, the list handed on. The job that prepares: the list taken, units of
+2 GB (files count as 20 MB each on S3, so that 10,000 units come out), the plan written and read again, and, at the corpus's
+growth by one file, planned anew with all units known.
 CPU-seconds are user and system time of that process, imports not counted; peak memory counts everything.
 """
 
@@ -23,6 +24,13 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlparse
 
 from benchmarks.memory import peak_bytes
+from data_prep.handed_listing import ENVIRONMENT, hand_over, handed
+from data_prep.identity import identity, list_corpus
+from data_prep.plan import plan_source, unit_settings
+from data_prep.units import Units
+from pipeline.config.load import load_config
+from pipeline.config.schema import RunConfig, StorageConfig
+from pipeline.storage import Storage
 
 TARGET_S, TARGET_MB = 30.0, 500.0
 
@@ -52,8 +60,13 @@ def main() -> None:
 def report(
     name: str, spawn: multiprocessing.context.SpawnContext, path: str, files: int, endpoint: str
 ) -> list[dict[str, object]]:
-    with spawn.Pool(1) as pool:
-        steps, peak = pool.apply(measure, (path, files, endpoint))
+    with tempfile.TemporaryDirectory(prefix="bench-planning-run-") as root:
+        with spawn.Pool(1) as pool:
+            told, steps, peak = pool.apply(drive, (path, files, endpoint, root))
+        os.environ[ENVIRONMENT] = told
+        with spawn.Pool(1) as pool:
+            more, another = pool.apply(plan, (path, files, endpoint, root))
+    steps, peak = {**steps, **more}, max(peak, another)
     cpu = sum(steps.values())
     print(f"\n{name}: {cpu:.1f} CPU-s, peak {peak:.0f} MB")
     for step, seconds in steps.items():
@@ -65,44 +78,63 @@ def report(
     ]  # fmt: skip
 
 
-def measure(path: str, files: int, endpoint: str) -> tuple[dict[str, float], float]:
-    """CPU-seconds of each step, peak megabytes."""
-    os.environ |= {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "us-east-1"}
-    from data_prep.listing import list_source
-    from data_prep.plan import plan_source, unit_settings
-    from data_prep.units import Units
-    from pipeline.config.load import load_config
+class Steps:
+    """CPU-seconds of each step of this process."""
 
-    config = load_config("moonlight-16b-a3b", [f"storage.endpoint_url={endpoint}"] if endpoint else [])
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._begin = time.process_time()
+
+    def done(self, step: str) -> None:
+        self.seconds[step] = time.process_time() - self._begin
+        self._begin = time.process_time()
+
+
+def configuration(path: str, endpoint: str, root: str) -> RunConfig:
+    os.environ |= {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "us-east-1"}
+    overrides = [f"storage.root={root}", "tokenizer.path=null", *([f"storage.endpoint_url={endpoint}"] if endpoint else [])]
+    config = load_config("moonlight-16b-a3b", overrides)
     changes = {"path": path, "include": ("**/*",), "exclude": (), "max_bytes": None, "format": "auto"}
     source = config.corpus.sources[0].model_copy(update=changes)
-    settings = unit_settings(source, config.corpus, "0" * 64)
-    steps = {}
-    begin = time.process_time()
+    return config.model_copy(update={"corpus": config.corpus.model_copy(update={"sources": (source,)})})
 
-    def done(step: str) -> None:
-        nonlocal begin
-        steps[step] = time.process_time() - begin
-        begin = time.process_time()
 
-    listing = list_source(source, 0, config.storage)
+def drive(path: str, files: int, endpoint: str, root: str) -> tuple[str, dict[str, float], float]:
+    """What the job must be told, CPU-seconds of each step, peak megabytes."""
+    config = configuration(path, endpoint, root)
+    steps = Steps()
+    listings = list_corpus(config)
+    assert [len(listing) for listing in listings.values()] == [files]
+    steps.done("listing")
+    identity(config, listings)
+    steps.done("identity")
+    told = hand_over(config, Storage(StorageConfig(root=root)), listings)
+    steps.done("handed on")
+    return told, steps.seconds, peak_bytes() / 1e6
+
+
+def plan(path: str, files: int, endpoint: str, root: str) -> tuple[dict[str, float], float]:
+    """CPU-seconds of each step, peak megabytes."""
+    config = configuration(path, endpoint, root)
+    source = config.corpus.sources[0]
+    steps = Steps()
+    listing = handed(config, Storage(StorageConfig(root=root)))[source.name]
     assert len(listing) == files
-    done("listing")
-    _ = listing.digest
-    done("identity")
+    steps.done("taken")
+    settings = unit_settings(source, config.corpus, "0" * 64)
     unit_bytes = config.corpus.unit_bytes if endpoint else listing.bytes // (files // 100)
     units = Units(plan_source(source, listing, unit_bytes, settings))
-    done("plan")
+    steps.done("plan")
     data = units.to_bytes()
     count = len(units)
     del units
     known = Units.from_bytes(data)
     assert len(known) == count
-    done("write, read")
+    steps.done("write, read")
     again = Units(plan_source(source, listing, unit_bytes, settings, known))
     assert again.ids == known.ids
-    done("plan again")
-    return steps, peak_bytes() / 1e6
+    steps.done("plan again")
+    return steps.seconds, peak_bytes() / 1e6
 
 
 def name_of(number: int) -> str:

@@ -57,6 +57,13 @@ class Listing(Sequence[InputFile]):
         self.root = root  # absolute folder or s3:// prefix that paths are relative to
         self.table = _table(files, SCHEMA)
 
+    @classmethod
+    def of(cls, root: str, table: pa.Table) -> Listing:
+        """From the table of another one."""
+        listing = cls(root, ())
+        listing.table = table
+        return listing
+
     def __len__(self) -> int:
         return int(self.table.num_rows)
 

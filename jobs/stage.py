@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from botocore.exceptions import BotoCoreError
 
+from data_prep.handed_listing import handed
 from jobs import stages
 from jobs.cli import looking, open_run, parser
 from jobs.drivers.failures import CLOSED, HELD
@@ -15,7 +16,7 @@ from jobs.on_ray.failed import WorkersFailed
 from jobs.on_ray.progress import ProgressLines, Work
 from jobs.on_ray.signals import Interrupted, raise_on_signals
 from jobs.stages.leases import refuse_held
-from jobs.stages.records import hold_dataset, keep_settings
+from jobs.stages.records import Records, hold_dataset, keep_settings
 from jobs.views.live import LivePage
 from pipeline.lease import Held, LeaseLost
 from pipeline.publishing.gate import GateError
@@ -32,7 +33,7 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> int:
             storage.check_writable()
             if stage == "train":
                 config = initial.pin(config, storage)
-            records = stages.find(config, storage, stage)
+            records = stages.find(config, storage, stage, Records(listings=handed(config, storage)))
             if records.done(stage):
                 hold_dataset(config, storage, records.dataset)
                 stages.confirm(stage, storage, records)

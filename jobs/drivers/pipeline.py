@@ -57,7 +57,7 @@ def run(given: argparse.Namespace) -> int:
 
             print(f"the run's page: {storage.uri(report_path(config.run_id))}", flush=True)
             try:
-                run_on_ray(todo, config, storage)
+                run_on_ray(todo, config, storage, records)
             finally:
                 write_last_page(storage, config.run_id)
             records = stages.find(config, storage)

@@ -8,9 +8,11 @@ import os
 import shlex
 import sys
 import time
+from dataclasses import replace
 
 from ray.job_submission import JobSubmissionClient
 
+from data_prep.handed_listing import ENVIRONMENT, forget, hand_over
 from jobs import stages
 from jobs.commit import git_commit
 from jobs.drivers.beside import followed
@@ -20,6 +22,7 @@ from jobs.on_ray.progress import ProgressLines, Work
 from jobs.on_ray.signals import Interrupted, raise_on_signals
 from jobs.stages import prepare
 from jobs.stages.leases import refuse_held
+from jobs.stages.records import Records
 from pipeline.config.schema import RunConfig
 from pipeline.manifest import digest_of
 from pipeline.storage import Storage
@@ -31,8 +34,8 @@ STOP_S = 300  # for a stage that was asked to stop: the rest of a step and a che
 OWN_PATIENCE_S = 20.0  # with a Ray of our own: its job server comes back never (on_ray/keeper.py)
 
 
-def run_on_ray(todo: list[str], config: RunConfig, storage: Storage) -> None:
-    """Raises StageFailure, and Interrupted on a signal."""
+def run_on_ray(todo: list[str], config: RunConfig, storage: Storage, records: Records) -> None:
+    """`records`: whose list of the corpus, if they have one, counts for prepare. Raises StageFailure, and Interrupted on a signal."""
     address = os.environ.get("RAY_ADDRESS", "")
     elsewhere = address.startswith("http")  # a job server is all we need
     own = connect(config, todo, dashboard=True, job_name=f"{config.run_id} pipeline")
@@ -54,15 +57,17 @@ def run_on_ray(todo: list[str], config: RunConfig, storage: Storage) -> None:
                 if beside
                 else contextlib.nullcontext()
             ):
-                _run_to_its_end(client, stage, config, storage)
+                _run_to_its_end(client, stage, config, storage, records)
 
 
-def _run_to_its_end(client: JobSubmissionClient, stage: str, config: RunConfig, storage: Storage) -> None:
+def _run_to_its_end(
+    client: JobSubmissionClient, stage: str, config: RunConfig, storage: Storage, records: Records
+) -> None:
     """A job that follows training and dies is started again, also when training is over; another stage's failure is the driver's."""
     follows = stage == "evaluate" and config.evaluation.follow
     for left in reversed(range(1 + max(config.cluster.max_failures, 0) if follows else 1)):
         try:
-            _run_stage_job(client, stage, config, storage)
+            _run_stage_job(client, stage, config, storage, records)
         except StageFailure as error:
             if error.exit_code != 1 or not left:
                 raise
@@ -71,9 +76,14 @@ def _run_to_its_end(client: JobSubmissionClient, stage: str, config: RunConfig, 
             return
 
 
-def _run_stage_job(client: JobSubmissionClient, stage: str, config: RunConfig, storage: Storage) -> None:
+def _run_stage_job(
+    client: JobSubmissionClient, stage: str, config: RunConfig, storage: Storage, records: Records
+) -> None:
     """Submit or follow the stage's job, show its progress, and check that its record is there at the end."""
     job = _job(stage, config, storage)
+    if stage == prepare.NAME and records.listings:
+        told = {ENVIRONMENT: hand_over(config, storage, records.listings)}
+        job = replace(job, runtime_env={**job.runtime_env, "env_vars": {**job.runtime_env["env_vars"], **told}})
     start = time.monotonic()
     submitting = f"{stage:<9} starting its Ray job"
     print(submitting, flush=True)
@@ -93,8 +103,10 @@ def _run_stage_job(client: JobSubmissionClient, stage: str, config: RunConfig, s
         raise
     if not stages.finished(stage, config, storage):
         raise StageFailure(f"{submission_id} SUCCEEDED, but the stage's record is not in {storage.uri()}", 1)
-    if stage == prepare.NAME and (dataset := stages.find(config, storage, "train").dataset) is not None:
-        print(prepare.outcome(dataset), flush=True)
+    if stage == prepare.NAME:
+        forget(config, storage)
+        if (dataset := stages.find(config, storage, "train").dataset) is not None:
+            print(prepare.outcome(dataset), flush=True)
     print(f"{stage:<9} done in {duration(time.monotonic() - start)}", flush=True)
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
+from data_prep.handed_listing import ENVIRONMENT, forget, hand_over, handed
 from data_prep.identity import identity, list_corpus
 from data_prep.listing import InputFile, Listing, list_source
 from data_prep.prepare import prepare
@@ -270,3 +271,28 @@ def test_duplicates_and_filters_are_told_by_reason(prepared: Prepared) -> None:
         "1,110 documents in: 1,000 kept, 10 held out, 57 (exact_duplicate 50, heldout_copy 7) duplicates, "
         "40 (min_words 40) filtered, 3 (empty 3) quarantined; "
     ) in said
+
+
+def test_a_job_takes_the_list_of_the_driver_that_told_it(living: Living, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, storage = living.config, living.storage
+    listed = list_corpus(config)
+    told = hand_over(config, storage, listed)
+    assert handed(config, storage) == {}  # who was not told lists for itself
+    monkeypatch.setenv(ENVIRONMENT, told)
+    found = handed(config, storage)
+    assert {name: (files.root, list(files)) for name, files in found.items()} == {
+        name: (files.root, list(files)) for name, files in listed.items()
+    }
+    monkeypatch.setattr("jobs.stages.records.list_corpus", lambda _: pytest.fail("listed once more"))
+    records = stages.find(config, storage, "prepare", Records(listings=found))
+    assert identity(config, records.corpus(config)) == living.dataset.identity
+    monkeypatch.setenv(ENVIRONMENT, "0" * 64)  # of another driver
+    assert handed(config, storage) == {}
+    monkeypatch.setenv(ENVIRONMENT, told)
+    written = storage.list(f"runs/{config.run_id}/listing")
+    assert len(written) == len(listed)
+    storage.write(written[0].path, storage.read(written[0].path)[:-100])  # torn
+    assert handed(config, storage) == {}
+    forget(config, storage)
+    assert handed(config, storage) == {}
+    assert not storage.list(f"runs/{config.run_id}/listing")
