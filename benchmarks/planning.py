@@ -92,7 +92,11 @@ class Steps:
 
 def configuration(path: str, endpoint: str, root: str) -> RunConfig:
     os.environ |= {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "us-east-1"}
-    overrides = [f"storage.root={root}", "tokenizer.path=null", *([f"storage.endpoint_url={endpoint}"] if endpoint else [])]
+    overrides = [
+        f"storage.root={root}",
+        "tokenizer.path=null",
+        *([f"storage.endpoint_url={endpoint}"] if endpoint else []),
+    ]
     config = load_config("moonlight-16b-a3b", overrides)
     changes = {"path": path, "include": ("**/*",), "exclude": (), "max_bytes": None, "format": "auto"}
     source = config.corpus.sources[0].model_copy(update=changes)
