@@ -84,7 +84,8 @@ class TimesOfRanks:
 
 def _filled(steps: tuple[int, ...], means: Sequence[float], slow: tuple[int, str, float], memory: float) -> StepTimes:
     data, compute, exchange, optimizer, save, other = means
-    return StepTimes(steps, sum(means), data, compute, exchange, optimizer, save, other, *slow, memory)
+    rank, phase, more = slow
+    return StepTimes(steps, sum(means), data, compute, exchange, optimizer, save, other, rank, phase, more, memory)
 
 
 def slowest(by_rank: Sequence[Sequence[float]]) -> tuple[int, str, float]:
