@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from data_prep.identity import versions
 from data_prep.records import PackManifest, Plan, TailManifest, UnitManifest
@@ -54,6 +54,8 @@ def dataset_manifest(
                 tokens=sum(file.tokens for file in files),
                 text_bytes=sum(pack.text_bytes for _, pack in mine),
                 dropped_rows=sum(tail.dropped_rows for tail in tails[source.name]),
+                changes=_summed(unit.changes for unit, _ in mine),
+                languages=_summed(unit.languages for unit, _ in mine),
             )
         )
     records = [pack.digest for pack in packed] + [tail.digest for found in tails.values() for tail in found]
@@ -67,6 +69,13 @@ def dataset_manifest(
         files=write_index(storage, index_path(plan.identity), indexed, records),
         versions=versions(),
     )
+
+
+def _summed(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part)
+    return dict(sorted(total.items()))
 
 
 def total_counts(parts: Sequence[DocumentCounts]) -> DocumentCounts:

@@ -23,6 +23,8 @@ from data_prep.listing import Listing
 from data_prep.plan import Slice
 from data_prep.readers import ReaderSettings, Record, read_slice
 from data_prep.readers.compression import decompressed
+from data_prep.rules.apply import apply
+from data_prep.rules.check import check_rules
 from data_prep.tokenize_unit import open_input
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig, SourceConfig
@@ -83,6 +85,11 @@ def look(source: SourceConfig, index: int, files: Listing, config: RunConfig) ->
                     found.filtered[rejection] += 1
                 else:
                     found.kept.append(record)
+    if source.rules.any:
+        check_rules(config.corpus)
+        outcomes = apply([record.text.decode() for record in found.kept], source.rules)
+        found.filtered.update(outcome.rejected for outcome in outcomes if outcome.rejected)
+        found.kept = [record for record, outcome in zip(found.kept, outcomes) if not outcome.rejected]
     if found.quarantined.total() == found.seen and found.seen:
         reasons = ", ".join(f"{reason} {count}" for reason, count in found.quarantined.most_common())
         raise ConfigError(

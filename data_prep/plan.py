@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from data_prep.formats import format_of, is_compressed
 from data_prep.listing import InputFile, Listing
+from data_prep.rules import RULES_VERSION
 from pipeline.config.schema import CorpusConfig, SourceConfig
 from pipeline.manifest import canonical_json
 
@@ -78,6 +79,9 @@ def unit_settings(source: SourceConfig, corpus: CorpusConfig, tokenizer_sha256: 
         "max_document_bytes": corpus.max_document_bytes,
     }
     settings |= {"conversations": True} if source.conversations else {}
+    if source.rules.any:
+        rules = source.rules.model_dump(mode="json", exclude_none=True)
+        settings["rules"] = {"version": RULES_VERSION, **rules}
     return settings | {"keep_rejected": True} if corpus.keep_rejected else settings
 
 

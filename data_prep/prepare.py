@@ -21,6 +21,7 @@ from typing import Any
 from data_prep.attempts import forget_attempts, tokenize_guarded
 from data_prep.dataset import dataset_manifest
 from data_prep.dataset_plan import plan_dataset, read_units
+from data_prep.dropped_share import DroppedShare
 from data_prep.identity import identity, list_corpus, versions
 from data_prep.listing import Listing
 from data_prep.mapping import MapUnits, map_in_process
@@ -38,6 +39,7 @@ from data_prep.records import (
     shard_path,
 )
 from data_prep.resolve import READ_THREADS, Heldout, Indexes, Partition, choose_heldout, find_duplicates, partitions_of
+from data_prep.rules.check import check_rules
 from data_prep.tail import TailTask, build_tail, tail_tasks
 from data_prep.tokenize_unit import TokenizeSettings
 from data_prep.units import Units, unpacked
@@ -70,6 +72,7 @@ def prepare(
     dataset_identity = identity(config, listings)
     if storage.exists(dataset_path(dataset_identity)):
         return _checked(config, read_dataset(storage, dataset_identity))
+    check_rules(config.corpus)
     path, what = lease_path(dataset_identity), f"dataset {dataset_identity[:8]}"
     with hold(storage, path, what=what, waiting=say_waiting) as lease:
         return _prepare(config, storage, listings, dataset_identity, map_units, report, lease.check)
@@ -179,13 +182,17 @@ def _tokenize(
 
     quarantined = QuarantineShare(config.corpus.sources, config.corpus.max_quarantined_fraction)
 
+    dropped = DroppedShare(config.corpus.sources, config.corpus.max_dropped_fraction)
+
     def measure(value: dict[str, Any]) -> tuple[int, int, int, bool]:
         quarantined.add(value)
+        dropped.add(value)
         return value["counts"]["docs_in"], value["text_bytes"], value["tokens"], bool(value["failed"])
 
     done = _committed(storage, units)
     found = _mapped("tokenize", partial(_tokenize_unit, settings), units.packed, map_units, report, measure, done)
     quarantined.end()
+    dropped.end()
     return [UnitManifest.model_validate(value) for value in found]
 
 

@@ -27,9 +27,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from pipeline.manifest import DocumentCounts, FileEntry, PackedFile, Record, TokenizerManifest
+from pipeline.manifest import UNIT_OPTIONAL, DocumentCounts, FileEntry, PackedFile, Record, TokenizerManifest
 
 
 def shard_path(kind: str, name: str, suffix: str) -> str:
@@ -69,7 +69,12 @@ class UnitManifest(Record):
         str, ...
     ] = ()  # that encoded it: the tokenizer's, or the reference where one of these gave other ids
     failed: str = ""  # not empty: why the whole unit is in quarantine
+    changes: dict[str, int] = {}  # made to documents that were kept, by name: c4.lines, personal_data.email
+    languages: dict[str, int] = {}  # documents that were kept, by language, where it was asked for
+    examples: dict[str, tuple[str, ...]] = {}  # locations of the first documents that each rule dropped
     versions: dict[str, str]
+
+    OPTIONAL: ClassVar[frozenset[str]] = UNIT_OPTIONAL
 
     @property
     def path(self) -> str:

@@ -1,4 +1,4 @@
-"""One unit: records -> filters -> token ids -> document shard, index, held-out candidates, quarantine -> unit manifest.
+"""One unit: records -> filters -> rules -> token ids -> document shard, index, held-out candidates, quarantine -> unit manifest.
 
 A pure function of the unit, the settings and the tokenizer; whoever runs it, and however often, writes the same bytes, and
 the manifest is created last. Memory: one batch of text (8 MB, or one document), its ids, one row group.
@@ -27,6 +27,7 @@ from data_prep.plan import Unit
 from data_prep.readers import ReaderSettings, Record, read_slice
 from data_prep.records import UnitManifest, shard_path
 from data_prep.rejected import RejectedDocuments
+from data_prep.rules.apply import apply
 from data_prep.worker import working
 from data_prep.writer import DOCUMENT_SCHEMA, document_table, parquet_writer, put
 from pipeline.arrow import column
@@ -45,6 +46,7 @@ GROUP_TOKENS = 4 * 1024 * 1024  # of a row group of documents
 CROSS_CHECK_ONE_IN = 4000  # documents, and the first of every unit: 1 % of a unit's CPU
 CROSS_CHECK_BYTES = 256 * 1024  # larger documents are not cross-checked
 INDEX_DTYPE = np.dtype([("high", "<u8"), ("low", "<u8"), ("ordinal", "<u4")])  # 20 bytes, sorted
+EXAMPLES = 3  # documents of a unit that are named for every rule that drops some
 S3_READ_BYTES = 16 * 1024 * 1024
 
 
@@ -71,6 +73,9 @@ class _Unit:
     docs_in: int = 0
     filtered: Counter[str] = field(default_factory=Counter)
     quarantined: Counter[str] = field(default_factory=Counter)
+    changes: Counter[str] = field(default_factory=Counter)
+    languages: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
     hashes: list[bytes] = field(default_factory=list)
     tokens: int = 0
     text_bytes: int = 0
@@ -134,7 +139,10 @@ def _tokenize(storage: Storage, unit: Unit, settings: TokenizeSettings, engines:
         with (Path(folder) / "quarantine.jsonl").open("wb") as quarantine:
             records = _that_fit(_records(settings, unit), encoder, settings.source.conversations)
             for batch in _batches(_usable(records, state, settings, quarantine, rejected)):
-                _encode(batch, encoder, documents, state, settings)
+                if settings.source.rules.any:
+                    batch = _kept(batch, state, settings, rejected)
+                if batch:
+                    _encode(batch, encoder, documents, state, settings)
         documents.close()
         if rejected is not None:
             rejected.close()
@@ -215,6 +223,27 @@ def _usable(
                 rejected.add(record.location, record.doc_id, rejection, record.text)
         else:
             yield record
+
+
+def _kept(
+    batch: list[Record], state: _Unit, settings: TokenizeSettings, rejected: RejectedDocuments | None
+) -> list[Record]:
+    """What the source's rules leave of a batch, with the texts that they leave."""
+    kept = []
+    for record, outcome in zip(batch, apply([record.text.decode() for record in batch], settings.source.rules)):
+        if outcome.rejected:
+            state.filtered[outcome.rejected] += 1
+            shown = state.examples.setdefault(outcome.rejected, [])
+            if len(shown) < EXAMPLES:
+                shown.append(record.location)
+            if rejected is not None:
+                rejected.add(record.location, record.doc_id, outcome.rejected, record.text)
+            continue
+        state.changes += outcome.changes
+        if outcome.language:
+            state.languages[outcome.language] += 1
+        kept.append(replace(record, text=outcome.text.encode()))
+    return kept
 
 
 def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
@@ -357,6 +386,9 @@ def _commit(
         text_bytes=state.text_bytes,
         cross_checked=state.cross_checked,
         engines=engines,
+        changes=dict(sorted(state.changes.items())),
+        languages=dict(sorted(state.languages.items())),
+        examples={name: tuple(shown) for name, shown in sorted(state.examples.items())},
         versions=settings.versions,
         **entries,
     )

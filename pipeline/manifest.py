@@ -143,6 +143,10 @@ class HeldoutFile(FileEntry):
     text_bytes: int  # UTF-8 bytes of the text behind the tokens
 
 
+# Of a unit's record (data_prep/records.py), which verify reads as plain fields: left out of its digest while they are empty
+UNIT_OPTIONAL = frozenset({"changes", "languages", "examples"})
+
+
 class DocumentCounts(Record):
     """docs_in = docs_out + heldout + filtered + quarantined, checked per unit and in total."""
 
@@ -167,8 +171,11 @@ class SourceManifest(Record):
     tokens: int  # in packed rows, without padding
     text_bytes: int
     dropped_rows: int  # rows short of a whole row group
+    changes: dict[str, int] = {}  # that rules made to documents which were kept, by name: c4.lines, personal_data.email
+    languages: dict[str, int] = {}  # documents that rules kept, by language, where it was asked for
 
     VOLATILE: ClassVar[frozenset[str]] = frozenset()
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"changes", "languages"})
 
 
 class DatasetManifest(Record):

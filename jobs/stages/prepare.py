@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from data_prep.dataset import total_counts
@@ -77,8 +78,21 @@ def outcome(dataset: DatasetManifest) -> str:
     return (
         f"{NAME:<9} {counts.docs_in:,} documents in: {counts.docs_out:,} kept, {counts.heldout:,} held out, "
         f"{_by_reason(copies)} duplicates, {_by_reason(filtered)} filtered, {_by_reason(counts.quarantined)} quarantined; "
-        f"{dataset.tokens:,} tokens, {dataset.padding:.2%} padding"
+        f"{dataset.tokens:,} tokens, {dataset.padding:.2%} padding" + _changed(dataset)
     )
+
+
+def _changed(dataset: DatasetManifest) -> str:
+    """What rules changed in documents that stayed, and their languages, where there is something to say."""
+    changes, languages = Counter[str](), Counter[str]()
+    for source in dataset.sources:
+        changes.update(source.changes)
+        languages.update(source.languages)
+    told = f"; changed: {', '.join(f'{name} {count:,}' for name, count in sorted(changes.items()))}" if changes else ""
+    if languages:
+        total = languages.total()
+        told += f"; languages: {', '.join(f'{name} {count / total:.1%}' for name, count in languages.most_common(5))}"
+    return told
 
 
 def _by_reason(counts: Mapping[str, int]) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config import conditions
+from pipeline.config.rules import Rules
 from pipeline.config.section import Section
 from pipeline.config.values import Bytes, Count, Fraction, Location, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -78,6 +79,15 @@ class SourceConfig(Section):
     weight: PositiveFloat = 1.0  # share of training sequences, normalised over sources
     max_epochs: PositiveFloat = 1.0  # how often a sequence of this source may be seen
     filters: FilterConfig = FilterConfig()
+    rules: Rules = Rules()  # what is not given here is as corpus.rules has it; `false` switches a rule off
+
+    @model_validator(mode="after")
+    def _rules_are_for_prose(self) -> SourceConfig:
+        if self.conversations and self.rules.any:
+            raise ValueError(
+                "rules are for documents, and conversations are true: score the conversations before, and use filters.where"
+            )
+        return self
 
     @model_validator(mode="after")
     def _conversations_are_json(self) -> SourceConfig:
@@ -112,6 +122,8 @@ class CorpusConfig(Section):
     max_document_bytes: Bytes = 32 * 1024 * 1024  # a larger record goes to quarantine
     drop_duplicates_across_sources: bool = False  # of equal documents that of the source named first stays
     keep_rejected: bool = False  # write what filters rejected, with the reason, to datasets/rejected/
+    rules: Rules = Rules()  # of every source but conversations; sources[].rules comes first, rule by rule
+    max_dropped_fraction: Fraction = 0.9  # of a source's documents, by one rule: more stop prepare, with examples
 
     @model_validator(mode="after")
     def _names_agree(self) -> CorpusConfig:

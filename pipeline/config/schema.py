@@ -27,6 +27,7 @@ from pipeline.config.network import ModelConfig
 from pipeline.config.optimizer import AdamWConfig, MuonConfig, OptimizerConfig
 from pipeline.config.outcome import TASK_SETTINGS, CardConfig, EvaluationConfig, HubConfig, PublishingConfig
 from pipeline.config.places import places
+from pipeline.config.rules import Rules
 from pipeline.config.schedule import BatchStage, BiasRateStage, LearningRateStage, ScheduleConfig
 from pipeline.config.section import Section
 from pipeline.config.sizes import refused_sizes, valid_sizes
@@ -57,6 +58,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelismConfig",
     "PublishingConfig",
+    "Rules",
     "RunConfig",
     "ScheduleConfig",
     "Section",

@@ -28,7 +28,16 @@ import pyarrow.parquet as pq
 from pipeline.dataset.leakage import HeldoutIndex
 from pipeline.dataset.packed_file import Block, CorruptBlock, Layout, fetch_range, read_footer, read_group
 from pipeline.file_index import FileIndex, Files
-from pipeline.manifest import DatasetManifest, DocumentCounts, FileEntry, HeldoutFile, PackedFile, digest_of, fields_of
+from pipeline.manifest import (
+    UNIT_OPTIONAL,
+    DatasetManifest,
+    DocumentCounts,
+    FileEntry,
+    HeldoutFile,
+    PackedFile,
+    digest_of,
+    fields_of,
+)
 from pipeline.storage import Storage
 
 PACKS, TAILS = "datasets/packs", "datasets/tails"  # where data_prep commits them: <first two digits>/<id>.json
@@ -265,8 +274,9 @@ def _check_pack(storage: Storage, pack: dict[str, Any]) -> Iterator[str]:
         yield f"{path}: {error}"
         return
     yield from _check_rejected(storage, pack, unit)
-    if digest_of(unit) != pack["unit_digest"]:
-        yield f"{path} has digest {digest_of(unit)}, expected {pack['unit_digest']}"
+    digest = digest_of({name: value for name, value in unit.items() if value or name not in UNIT_OPTIONAL})
+    if digest != pack["unit_digest"]:
+        yield f"{path} has digest {digest}, expected {pack['unit_digest']}"
     elif unit["quarantine"] and not unit["failed"]:
         lines = (storage.read_or_none(unit["quarantine"]["path"]) or b"").count(b"\n")
         records = sum(unit["counts"]["quarantined"].values())

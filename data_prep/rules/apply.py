@@ -1,0 +1,71 @@
+"""All rules of a source over a batch of documents, in this order: language, Gopher's repetition and quality, C4 (which removes lines),
+FineWeb's (on what C4 left), personal data (which is replaced). A document is dropped, and counted, by the first rule that it fails.
+
+A pure function of texts and settings, so a unit that is done again has the same bytes. Changes come before the document's hash:
+two documents that are equal after them are exact duplicates.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from data_prep.rules import c4, fineweb, gopher_quality, gopher_repetition, language, personal_data
+from data_prep.rules.group import Group
+from data_prep.rules.words import groups
+from pipeline.config.rules import Rules
+
+
+@dataclass
+class Outcome:
+    """What became of one document."""
+
+    text: str
+    rejected: str = ""  # rule.threshold: the name it is counted under
+    changes: Counter[str] = field(default_factory=Counter)  # to a document that is kept, by name
+    language: str = ""  # if it was asked for
+
+
+def apply(texts: Sequence[str], rules: Rules) -> list[Outcome]:
+    """Of each text, in order."""
+    outcomes = [Outcome(text) for text in texts]
+    if rules.languages:
+        for outcome in outcomes:
+            outcome.language, score = language.identify(outcome.text)
+            _reject([outcome], "languages", [language.verdict(outcome.language, score, rules.languages)])
+    left = [outcome for outcome in outcomes if not outcome.rejected]
+    for numbers in groups([outcome.text for outcome in left]):
+        _apply([left[number] for number in numbers], rules)
+    if rules.personal_data:
+        for outcome in left:
+            if not outcome.rejected:
+                outcome.text, found = personal_data.replaced(outcome.text, rules.personal_data)
+                outcome.changes.update({f"personal_data.{kind}": count for kind, count in found.items()})
+    return outcomes
+
+
+def _apply(outcomes: list[Outcome], rules: Rules) -> None:
+    group = Group([outcome.text for outcome in outcomes])
+    if rules.gopher_repetition:
+        _reject(outcomes, "gopher_repetition", gopher_repetition.verdicts(group, rules.gopher_repetition))
+    if rules.gopher_quality:
+        _reject(outcomes, "gopher_quality", gopher_quality.verdicts(group, rules.gopher_quality))
+    left = [outcome for outcome in outcomes if not outcome.rejected]
+    changed = False
+    if rules.c4:
+        for outcome in left:
+            verdict, outcome.text, removed = c4.cleaned(outcome.text, rules.c4)
+            _reject([outcome], "c4", [verdict])
+            if removed and not verdict:
+                outcome.changes["c4.lines"] += removed
+        left, changed = [outcome for outcome in left if not outcome.rejected], True
+    if rules.fineweb and left:
+        group = Group([outcome.text for outcome in left]) if changed or len(left) < len(outcomes) else group
+        _reject(left, "fineweb", fineweb.verdicts(group, rules.fineweb))
+
+
+def _reject(outcomes: list[Outcome], rule: str, verdicts: list[str]) -> None:
+    for outcome, verdict in zip(outcomes, verdicts):
+        if verdict and not outcome.rejected:
+            outcome.rejected = f"{rule}.{verdict}"

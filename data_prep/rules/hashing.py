@@ -1,0 +1,60 @@
+"""64-bit hashes of many short byte strings at once, and of runs of them (n-grams), in numpy.
+
+A word is read in pieces of 8 bytes that are mixed in one after the other (multiply, shift, exclusive or), as wyhash and its
+kin do; most words are one piece. An n-gram's hash is a polynomial in its words' hashes, modulo 2^64. Not meant against an
+adversary.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+Hashes = NDArray[np.uint64]
+PIECE = 8
+LONG = 64  # bytes: longer words are hashed one by one
+RADIX = np.uint64(0x9E3779B97F4A7C15)
+_MULTIPLIER = np.uint64(0xD6E8FEB86659FD93)
+_LENGTH = np.uint64(0xA0761D6478BD642F)
+_MASKS = np.array([(1 << 8 * size) - 1 for size in range(PIECE + 1)], np.uint64)
+_SHIFT = np.uint64(32)
+
+
+def hash_spans(data: bytes, start: NDArray[np.int64], stop: NDArray[np.int64]) -> Hashes:
+    """Of data[start:stop] for each pair, which is not empty."""
+    padded = np.frombuffer(data + bytes(PIECE), np.uint8)
+    pieces = np.ndarray((len(data) + 1,), "<u8", padded, strides=(1,))
+    length = stop - start
+    hashes = mix((pieces[start] & _MASKS[np.minimum(length, PIECE)]) ^ (length.astype(np.uint64) * _LENGTH))
+    more = np.flatnonzero(length > PIECE)
+    done = PIECE
+    while len(more) and done < LONG:
+        left = np.minimum(length[more] - done, PIECE)
+        hashes[more] = mix((hashes[more] * RADIX) ^ (pieces[start[more] + done] & _MASKS[left]))
+        done += PIECE
+        more = more[length[more] > done]
+    view = memoryview(data)
+    for word in more.tolist():
+        hashes[word] = xxhash.xxh3_64_intdigest(view[start[word] : stop[word]])
+    return hashes
+
+
+def mix(values: Hashes) -> Hashes:
+    """A bijection after which every bit depends on every other. Works in place."""
+    for _ in range(2):
+        values ^= values >> _SHIFT
+        values *= _MULTIPLIER
+    values ^= values >> _SHIFT
+    return values
+
+
+def ngrams(words: Hashes, n: int) -> Hashes:
+    """Of each run of n words: [len(words) - n + 1], or none."""
+    if len(words) < n:
+        return words[:0]
+    found = words[: len(words) - n + 1].copy()
+    for place in range(1, n):
+        found *= RADIX
+        found += words[place : len(words) - n + 1 + place]
+    return found
