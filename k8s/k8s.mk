@@ -26,7 +26,7 @@ $(PROMTOOL):
 k8s-check: $(STAMP) $(CHECKOV) $(PROMTOOL) ## Everything about k8s/ and infra/ that can be checked without a cluster
 	PATH="$(abspath $(VENV))/bin:$(abspath $(VENV))/checkov/bin:$(abspath $(VENV))/promtool/usr/bin:$$PATH" \
 	  $(VENV)/bin/python -m pytest -m "long or not long" --override-ini addopts= -q -rs \
-	  tests/k8s tests/infra tests/workflow/test_rayjobs_template.py
+	  -n auto --maxprocesses 4 --dist worksteal tests/k8s tests/infra tests/workflow/test_rayjobs_template.py
 
 operators: $(STAMP) ## Install the operators of k8s/gitops with helm, on the cluster of KUBECONFIG
 	$(VENV)/bin/python k8s/gitops/helm.py $(OPERATORS)

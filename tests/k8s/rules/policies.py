@@ -7,6 +7,7 @@ conditions are looked at. `authorizer` asks the rights of `tests/k8s/rbac.py`. S
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ import celpy
 from celpy import celtypes
 
 from tests.k8s import rbac
-from tests.k8s.manifests import Manifest, label, pod_templates, select
+from tests.k8s.manifests import Manifest, canonical, label, pod_templates, select
 from tests.k8s.rbac import Request, User
 from tests.k8s.rules.kueue import _selects
 
@@ -88,9 +89,8 @@ def denials(
     selected = [each["metadata"].get("labels", {}) for each in (now, old) if each is not None]  # either may be selected
     said = {"username": who.name, "groups": list(who.groups)}
     request = {"operation": operation, "namespace": space or "", "userInfo": said}
-    values = {"object": now, "oldObject": old, "request": request}
-    context = {name: celpy.json_to_cel(value) for name, value in values.items()}
-    context["authorizer"] = _Asked({}, functools.partial(rbac.allowed, objects, who))
+    asked = {"object": now, "oldObject": old, "request": request}
+    rights = [each for each in objects if each["apiVersion"].startswith("rbac.authorization.k8s.io/")]
     found = []
     for binding in select(objects, "ValidatingAdmissionPolicyBinding"):
         policy = next(select(objects, "ValidatingAdmissionPolicy", binding["spec"]["policyName"]), None)
@@ -106,8 +106,8 @@ def denials(
             if params is None:
                 found.append(f"{name}: failed to configure binding: no {binding['spec']['paramRef']['name']} found")
                 continue
-            context["params"] = celpy.json_to_cel(params)
-            found += [f"{name}: {message}" for message in _denials(policy, context)]
+            question = canonical([policy["spec"], {**asked, "params": params}, rights, who])
+            found += [f"{name}: {message}" for message in _denials(question)]
     return found
 
 
@@ -168,12 +168,16 @@ FUNCTIONS = {
 }
 
 
-def _denials(policy: Manifest, context: dict[str, Any]) -> list[str]:
+@functools.cache
+def _denials(question: str) -> tuple[str, ...]:
+    """One policy's messages about one request; nothing else is looked at, so tests that change other objects share the answer."""
+    spec, values, rights, who = json.loads(question)
     variables = celtypes.MapType()
-    context = {**context, "variables": variables}
-    spec = policy["spec"]
+    context = {name: celpy.json_to_cel(value) for name, value in values.items()}
+    context["authorizer"] = _Asked({}, functools.partial(rbac.allowed, rights, User(*who)))
+    context["variables"] = variables
     if not all(bool(_program(condition["expression"]).evaluate(context)) for condition in spec.get("matchConditions", [])):  # fmt: skip
-        return []
+        return ()
     found = []
     for variable in spec.get("variables", []):  # the API server evaluates them where they are used
         name = celtypes.StringType(variable["name"])
@@ -190,7 +194,7 @@ def _denials(policy: Manifest, context: dict[str, Any]) -> list[str]:
         if not value or isinstance(value, celpy.CELEvalError):
             expression = validation.get("messageExpression")
             found.append(str(_program(expression).evaluate(context)) if expression else validation["message"])
-    return found
+    return tuple(found)
 
 
 @functools.cache
