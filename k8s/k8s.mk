@@ -36,8 +36,8 @@ k8s-apply-check: ## Would the cluster of KUBECONFIG, with its CRDs, webhooks and
 	kubectl apply --server-side --filename k8s/base/namespaces.yaml
 	kubectl kustomize k8s/overlays/$(OVERLAY) | kubectl apply --server-side --force-conflicts --dry-run=server --filename -
 
-conformance: $(STAMP) ## Versions, objects, policies by impersonation, alerts and queueing of the cluster of KUBECONFIG, in one table
-	PYTHONPATH=. $(VENV)/bin/python k8s/conformance.py --overlay $(OVERLAY) $(CONFORMANCE_ARGS)
+conformance: $(STAMP) ## Versions, objects, alerts, policies by impersonation and runs in throw-away namespaces of the cluster of KUBECONFIG, in one table
+	PYTHONPATH=. $(VENV)/bin/python -m k8s.conformance --overlay $(OVERLAY) $(CONFORMANCE_ARGS)
 
 e2e: ## The debug pipeline on the cluster of KUBECONFIG (IMAGE must be pullable there)
 	IMAGE=$(IMAGE) k8s/e2e/e2e.sh

@@ -1,4 +1,4 @@
-"""Who may do what: acts by impersonation against RBAC and admission of the prod overlay, with what must come of each.
+"""Who may do what: acts by impersonation against RBAC and admission of an overlay, with what must come of each.
 
 A verdict is ALLOWED, NO_RIGHT (RBAC refuses) or words of the admission policy that refuses.
 """
@@ -18,6 +18,7 @@ from tests.k8s.people import (
     KUBERAY,
     KUEUE,
     OPS,
+    OVERLAY,
     PREPARE,
     STRANGER,
     SUBMIT,
@@ -34,7 +35,6 @@ ALLOWED, NO_RIGHT = "allowed", "no right"
 RAY, KUEUE_GROUP, ARGO_GROUP = "ray.io", "kueue.x-k8s.io", "argoproj.io"
 JOBS, SUBMIT_SPACE = "moonlight", "moonlight-submit"
 EVIL = "docker.io/evil/miner@sha256:" + "a" * 64
-OURS = "111122223333.dkr.ecr.us-east-1.amazonaws.com/moonlight-pipeline@sha256:" + "b" * 64
 
 
 class Act(NamedTuple):
@@ -64,7 +64,13 @@ def asks(
 
 
 def template(stage: str) -> Manifest:
-    return find(render("k8s/overlays/prod"), "RayJob", f"template-{stage}")
+    return find(render(f"k8s/overlays/{OVERLAY.get()}"), "RayJob", f"template-{stage}")
+
+
+def other_build() -> str:
+    """An image of the registry that the overlay allows, by another digest."""
+    container = template("publish")["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    return str(container["image"]).partition("@")[0] + "@sha256:" + "b" * 64
 
 
 def changed(item: Manifest, *path: str | int, to: object) -> Manifest:
@@ -125,7 +131,7 @@ def _the_named_acts() -> list[Act]:
     first = "containers", 0
     return [
         tries("another image by digest with a command of its own", command, "ConfigMap moonlight-admission"),
-        tries("our image at another digest", changed(free("train"), "spec", "rayClusterSpec", "workerGroupSpecs", 0, "template", "spec", *first, "image", to=OURS), "worker groups with their pods"),
+        tries("our image at another digest", changed(free("train"), "spec", "rayClusterSpec", "workerGroupSpecs", 0, "template", "spec", *first, "image", to=other_build()), "worker groups with their pods"),
         tries("publish under the label of prepare", swapped, "service account of their stage"),
         tries("a mounted Secret", mounted, "no Secret is mounted"),
         tries("a system priority", changed(free("train"), "spec", "rayClusterSpec", "headGroupSpec", "template", "spec", "priorityClassName", to="system-node-critical"), "the head's pod"),
@@ -171,7 +177,7 @@ def _stopping_runs() -> list[Act]:
 
 
 def _templates_and_switches() -> list[Act]:
-    objects = render("k8s/overlays/prod")
+    objects = render(f"k8s/overlays/{OVERLAY.get()}")
     queue, schedule = find(objects, "ClusterQueue", "moonlight-gpu"), find(objects, "CronWorkflow", "moonlight-weekly")
     held = {**queue, "spec": {**queue["spec"], "stopPolicy": "Hold"}}
     larger = {**queue, "spec": {**queue["spec"], "resourceGroups": []}}
@@ -209,12 +215,12 @@ def _controllers() -> list[Act]:
         sends(KUEUE, "update", "a job: admitted, with its flavor's labels", admitted, ALLOWED, queued),
         sends(KUEUE, "update", "a job: another program", turned, "containers do not change", queued),
         sends(KUBERAY, "create", "a job's cluster", cluster, ALLOWED),
-        sends(KUBERAY, "create", "a node's pod with its cluster's token", pod(OURS, labels=labels, container=own), ALLOWED),
-        sends(KUBERAY, "create", "a pod with another cluster's token", pod(OURS, labels={"ray.io/cluster": "other"}, container=own), "environment variables come from no Secret"),
+        sends(KUBERAY, "create", "a node's pod with its cluster's token", pod(other_build(), labels=labels, container=own), ALLOWED),
+        sends(KUBERAY, "create", "a pod with another cluster's token", pod(other_build(), labels={"ray.io/cluster": "other"}, container=own), "environment variables come from no Secret"),
         sends(KUBERAY, "create", "a pod of a foreign image", pod(EVIL, labels=labels), "registries"),
         sends(KUBERAY, "create", "a foreign pod on the submit cluster", pod(EVIL, SUBMIT_SPACE), "registries"),
-        sends(ARGO, "create", "a step's pod", pod(OURS, initContainers=[{"name": "init", "image": "quay.io/argoproj/argoexec:v4.0.6"}]), ALLOWED),
-        sends(ARGO, "create", "a step with a Secret that is not listed", pod(OURS, volumes=[{"name": "x", "secret": {"secretName": "moonlight-tls"}}]), "no Secret is mounted"),
+        sends(ARGO, "create", "a step's pod", pod(other_build(), initContainers=[{"name": "init", "image": "quay.io/argoproj/argoexec:v4.0.6"}]), ALLOWED),
+        sends(ARGO, "create", "a step with a Secret that is not listed", pod(other_build(), volumes=[{"name": "x", "secret": {"secretName": "moonlight-tls"}}]), "no Secret is mounted"),
     ]  # fmt: skip
 
 
@@ -250,12 +256,17 @@ def _looking_and_reaching() -> list[Act]:
     ]  # fmt: skip
 
 
-def acts() -> list[Act]:
-    return [
-        *_starting_runs(),
-        *_the_named_acts(),
-        *_stopping_runs(),
-        *_templates_and_switches(),
-        *_controllers(),
-        *_looking_and_reaching(),
-    ]
+def acts(overlay: str = "prod") -> list[Act]:
+    """All of them, on the templates of this overlay."""
+    token = OVERLAY.set(overlay)
+    try:
+        return [
+            *_starting_runs(),
+            *_the_named_acts(),
+            *_stopping_runs(),
+            *_templates_and_switches(),
+            *_controllers(),
+            *_looking_and_reaching(),
+        ]
+    finally:
+        OVERLAY.reset(token)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 from pipeline.config.load import load_config
@@ -50,19 +51,20 @@ WORKFLOW = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "f
 _DEBUG = load_config("debug")
 _CLUSTER = _DEBUG.cluster.model_copy(update={"use_gpu": True})
 CONFIG = _DEBUG.model_copy(update={"run_id": "first", "cluster": _CLUSTER, "parallelism": ParallelismConfig(shard=8)})
+OVERLAY: ContextVar[str] = ContextVar("overlay", default="prod")  # whose templates are meant where none is named
 Change = Callable[[Manifest], Any]
 
 
 def job(
     stage: str,
-    overlay: str = "prod",
+    overlay: str | None = None,
     *,
     owner: dict[str, Any] | None = WORKFLOW,
     priority: str = "moonlight-interactive",
     change: Change | None = None,
 ) -> Manifest:
     """The RayJob that a driver makes of the overlay's template."""
-    return job_of(render(f"k8s/overlays/{overlay}"), stage, owner=owner, priority=priority, change=change)
+    return job_of(render(f"k8s/overlays/{overlay or OVERLAY.get()}"), stage, owner=owner, priority=priority, change=change)
 
 
 def job_of(

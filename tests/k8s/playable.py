@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-from typing import Any
+import copy
 
+from k8s.conformance.look import Try
 from tests.k8s.acts import ALLOWED, NO_RIGHT, acts
-from tests.k8s.manifests import REPOSITORY
 
 PEOPLE = ("moonlight-researchers", "moonlight-ci", "moonlight-operators")
 
 
-def module() -> Any:
-    """k8s/conformance.py, which is a script."""
-    spec = importlib.util.spec_from_file_location("conformance", REPOSITORY / "k8s/conformance.py")
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-def tries(overlay: str) -> list[Any]:
+def tries(overlay: str) -> list[Try]:
     """People and drivers; controllers act by their charts' rights, and a dry run of a change or deletion needs the object."""
-    kit, found = module(), []
-    assert overlay
-    for act in acts():
+    found = []
+    for act in acts(overlay):
         driver = act.user.name.startswith("system:serviceaccount:moonlight")
         if not driver and not set(act.user.groups) & set(PEOPLE):
             continue
@@ -43,6 +31,36 @@ def tries(overlay: str) -> list[Any]:
         question += [f"--subresource={subresource}"] if subresource else []
         question += [f"--namespace={request.namespace}"] if request.namespace else []
         found.append(
-            kit.Try(act.what, act.user.name, act.user.groups, act.verdict == ALLOWED, tuple(question), created, words)
+            Try(act.what, act.user.name, act.user.groups, act.verdict == ALLOWED, tuple(question), created, words)
         )
     return found
+
+
+def aimed(what: list[Try], ident: str) -> list[Try]:
+    """The same acts in the throw-away copy of this id: its namespaces, groups and service accounts."""
+    return [
+        each._replace(
+            user=_account(each.user, ident),
+            groups=tuple(_group(name, ident) for name in each.groups),
+            can_i=tuple(f"{word}-{ident}" if word.startswith("--namespace=") else word for word in each.can_i),
+            created=_moved(each.created, ident),
+        )
+        for each in what
+    ]
+
+
+def _account(name: str, ident: str) -> str:
+    head, _, account = name.rpartition(":")
+    return f"{head}-{ident}:{account}" if name.startswith("system:serviceaccount:moonlight") else name
+
+
+def _group(name: str, ident: str) -> str:
+    return f"{name}-{ident}" if name.startswith(("moonlight-", "system:serviceaccounts:moonlight")) else name
+
+
+def _moved(item: dict[str, object] | None, ident: str) -> dict[str, object] | None:
+    if item is None:
+        return None
+    made = copy.deepcopy(item)
+    made["metadata"]["namespace"] += f"-{ident}"  # type: ignore[index]
+    return made
