@@ -64,7 +64,9 @@ def job(
     change: Change | None = None,
 ) -> Manifest:
     """The RayJob that a driver makes of the overlay's template."""
-    return job_of(render(f"k8s/overlays/{overlay or OVERLAY.get()}"), stage, owner=owner, priority=priority, change=change)
+    return job_of(
+        render(f"k8s/overlays/{overlay or OVERLAY.get()}"), stage, owner=owner, priority=priority, change=change
+    )
 
 
 def job_of(
