@@ -57,7 +57,7 @@ def main() -> None:
     bounds = [step for step, _ in groups] + [len(changed)]
     for (begin, workers), end in zip(groups, bounds[1:]):
         below.fill_between([begin, end], workers, step="post", color=ELASTIC, alpha=0.35)
-    below.set_ylim(bottom=0)
+    below.set_yticks(sorted({0, *(workers for _, workers in groups)}))
     below.set_ylabel("workers", color=INK)
     below.set_xlabel("step", color=INK)
     for axes in (above, below):
