@@ -24,6 +24,7 @@ COMMANDS = {
     "status": "where a run stands",
     "runs": "the runs of a storage, a line each",
     "report": "the page of a run, or several runs laid over each other",
+    "track": "send a run's records to its trackers",
     "plan": "memory, traffic, time, storage and cost, before a GPU is rented",
     "verify": "prove a dataset: every checksum, count and invariant",
     "inspect": "which documents formed a step, a row as text, the mixture",

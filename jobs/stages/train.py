@@ -16,6 +16,7 @@ from pipeline.manifest import CheckpointManifest, TrainManifest
 from pipeline.optim.schedule import total_steps
 from pipeline.planner.preparing import checkpoint_bytes, model_bytes
 from pipeline.storage import Storage, filesystem
+from pipeline.tracking import tracker
 from pipeline.training import branch, initial
 from pipeline.training.commits import committed, committed_steps, read_average, read_manifest, train_folder
 from pipeline.training.identity import run_identity
@@ -42,6 +43,7 @@ def check(config: RunConfig, storage: Storage, records: Records, *, here: bool) 
     """The checkpoint that will be asked for must be one that the run makes. Training starts from the weights that the run
     has pinned; later the weights are in the checkpoints."""
     check_named(config, storage)
+    tracker.check(config, storage, here=here)
     if total_steps(config.schedule, config.training.sequence_length) < 1:
         raise ConfigError(
             f"schedule.total_tokens {config.schedule.total_tokens:,} is less than one step of global_batch; raise it"

@@ -31,6 +31,7 @@ from pipeline.config.rules import Rules
 from pipeline.config.schedule import BatchStage, BiasRateStage, LearningRateStage, ScheduleConfig
 from pipeline.config.section import Section
 from pipeline.config.sizes import refused_sizes, valid_sizes
+from pipeline.config.tracking import TrackingConfig
 from pipeline.config.training import CheckpointConfig, ElasticConfig, ParallelismConfig, SpikeConfig, TrainingConfig
 from pipeline.config.values import Bytes, Endpoint, Location
 
@@ -66,6 +67,7 @@ __all__ = [
     "SpikeConfig",
     "StorageConfig",
     "TokenizerConfig",
+    "TrackingConfig",
     "TrainingConfig",
 ]
 
@@ -114,6 +116,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     publishing: PublishingConfig = PublishingConfig()
     cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ The process group, if any, is initialised by the caller; this module reads no en
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -39,6 +40,7 @@ from pipeline.parallel.mesh import Meshes, build_meshes
 from pipeline.parallel.shard import shard_model
 from pipeline.storage import Storage
 from pipeline.tokenizer import Encoder
+from pipeline.tracking.follow import Trackers
 from pipeline.training import branch, initial
 from pipeline.training.batches import read_step
 from pipeline.training.checkpoint import Checkpointer
@@ -107,6 +109,7 @@ def train(
             config.training.step_timeout_s, storage, hangs, *ranks
         ) as watchdog,  # over closing, too: a save may wait for a dead rank
         sole_writer(storage, config.run_id, owner) as writer,
+        contextlib.nullcontext() if ranks[0] else Trackers(config, storage),
     ):
         while True:
             watchdog.enter("start", 0)
