@@ -25,6 +25,7 @@ COMMANDS = {
     "runs": "the runs of a storage, a line each",
     "report": "the page of a run, or several runs laid over each other",
     "track": "send a run's records to its trackers",
+    "dashboards": "Prometheus and Grafana with our boards, beside the Ray of this machine",
     "plan": "memory, traffic, time, storage and cost, before a GPU is rented",
     "verify": "prove a dataset: every checksum, count and invariant",
     "inspect": "which documents formed a step, a row as text, the mixture",

@@ -16,6 +16,7 @@ import yaml
 
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
+from pipeline.evaluation.written import Written, read_texts
 from pipeline.file_index import read_dataset
 from pipeline.integrity import read_record
 from pipeline.manifest import (
@@ -56,6 +57,7 @@ class Run:
     evaluation: EvaluationManifest | None = None  # the published version's, else the newest
     checkpoint: CheckpointManifest | None = None  # that it scored, else the newest
     evaluation_path: str = ""
+    texts: tuple[Written, ...] = ()  # that its checkpoints wrote, oldest first
     model: ModelManifest | None = None
     who: str = ""  # asked for it, else trains it
     problems: tuple[str, ...] = ()  # each names a record and what is wrong with it
@@ -122,6 +124,7 @@ class RunReader:
         dataset, data = self._data()
         run = replace(run, dataset=dataset, data=data, model=self._model(run))
         run = self._judged(run)
+        run = replace(run, texts=tuple(self._tried(lambda: read_texts(storage, run_id)) or ()))
         if not run.history.steps and run.checkpoint is not None:  # of before there were journals
             metrics = run.train.metrics if run.train else run.checkpoint.metrics
             run = replace(run, history=History(steps=read_metrics(metrics, storage)))
@@ -143,6 +146,8 @@ class RunReader:
         values: Any = None
         try:
             values = yaml.safe_load(data)
+            if not isinstance(values, dict):
+                raise ValueError("no settings")
             return values, validate(values)
         except (ValueError, yaml.YAMLError) as error:
             why = " ".join(str(error).split())

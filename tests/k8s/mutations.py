@@ -215,7 +215,7 @@ MUTATIONS: dict[str, Mutation] = {
     "PromQL that does not parse": Mutation(put("PrometheusRule/moonlight", "spec.groups.0.rules.0.expr", "max by (a (x)"), "MoonlightTrainingStalled"),
     "panel on a metric that nobody exports": Mutation(
         lambda objects: find(objects, "ConfigMap", "grafana-moonlight")["data"].update(
-            {"moonlight.json": find(objects, "ConfigMap", "grafana-moonlight")["data"]["moonlight.json"].replace("moonlight_loss", "moonlight_los")}
+            {"training.json": find(objects, "ConfigMap", "grafana-moonlight")["data"]["training.json"].replace("moonlight_loss", "moonlight_los")}
         ),
         "Loss: no exporter has a metric ray_moonlight_los",
     ),
