@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import pytest
 import yaml
 
-from tests.k8s import crds
 from tests.k8s.manifests import (
     OVERLAYS,
     REPOSITORY,
@@ -98,7 +97,6 @@ def test_opt_in_components_build_and_hold(component: str) -> None:
     assert [problem for problem in problems(objects, digests=True) if "part-of" not in problem] == []
 
 
-@crds.needs_crds
 def test_cel_rules_of_the_crds_are_really_evaluated() -> None:
     """A check that checks nothing must not look like one."""
     counts: Counter[str] = Counter()
