@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -15,6 +18,8 @@ import pytest
 from data_prep.identity import identity, list_corpus
 from data_prep.records import lease_path
 from jobs import release
+from jobs.on_ray import keeper
+from jobs.on_ray.local import PREFIX
 from jobs.stages.leases import LEASED, refuse_held
 from pipeline.config.load import load_config
 from pipeline.file_index import read_dataset
@@ -24,6 +29,7 @@ from pipeline.storage import Storage, open_storage
 from tests.jobs.conftest import TEXT, override
 
 ROOT = Path(__file__).parents[2]
+LIMIT_S = 400.0
 
 
 @pytest.fixture
@@ -38,39 +44,59 @@ def arguments(tmp_path: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def drive(arguments: list[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """Where both drivers' clusters lie: a short path, for Ray's sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+    yield folder
+    for each in folder.glob(f"{PREFIX}*"):
+        keeper.end(str(each))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def drive(arguments: list[str], temporary: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
     environment.pop("RAY_ADDRESS", None)
     return subprocess.Popen(
         [sys.executable, "-m", "jobs.prepare", *arguments], env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )  # fmt: skip
 
 
-def tasks_of(driver: subprocess.Popen[str]) -> list[psutil.Process]:
-    found = psutil.Process(driver.pid).children(recursive=True)
-    return [process for process in found if any("ray::" in word for word in process.cmdline())]
+def workers_of(temporary: Path) -> list[psutil.Process]:
+    """Of its cluster, idle ones too. Ray's processes are nobody's children."""
+    found = [process for folder in temporary.glob(f"{PREFIX}*") for process in keeper.members(str(folder))]
+    return [process for process in found if _is_worker(process)]
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    try:
+        title = " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+    return title.startswith("ray::") and "Agent" not in title
 
 
 @pytest.mark.long
-def test_one_driver_prepares_and_one_leaves(arguments: list[str]) -> None:
+@pytest.mark.timeout(1200)
+def test_one_driver_prepares_and_one_leaves(arguments: list[str], temporary: Path) -> None:
     """The first one's tasks stand still while the second comes, as if they were long; its own process lives."""
     config = load_config("debug", arguments[2:])
     storage = open_storage(config.storage)
     lease = lease_path(identity(config, list_corpus(config)))
-    first = drive(arguments)
+    first = drive(arguments, temporary)
     stopped: list[psutil.Process] = []
     try:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + LIMIT_S
         while not stopped:
             assert time.monotonic() < deadline
             assert first.poll() is None
             if storage.exists(lease):
-                stopped = tasks_of(first)
+                stopped = workers_of(temporary)
                 for process in stopped:
                     process.send_signal(signal.SIGSTOP)
             time.sleep(0.05)
-        second = drive(arguments)
-        _, error = second.communicate(timeout=200)
+        second = drive(arguments, temporary)
+        _, error = second.communicate(timeout=LIMIT_S)
         assert second.returncode == 3, error
         assert "is being written by " in error
         assert f"(process {first.pid})" in error
@@ -78,7 +104,9 @@ def test_one_driver_prepares_and_one_leaves(arguments: list[str]) -> None:
     finally:
         for process in stopped:
             process.send_signal(signal.SIGCONT)
-    _, error = first.communicate(timeout=200)
+        if sys.exc_info()[0] is not None:
+            first.kill()
+    _, error = first.communicate(timeout=LIMIT_S)
     assert first.returncode == 0, error
     assert read_dataset(storage, identity(config, list_corpus(config))).tokens > 0
 
