@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -145,6 +146,18 @@ def test_argo_cd_knows_every_team_and_may_touch_its_namespace() -> None:
     assert spec["source"]["repoURL"] in project["sourceRepos"]
     assert "moonlight-team-*" in {each["namespace"] for each in project["destinations"]}
     assert {path.parent.name for path in FOLDER.glob("*/cluster-queues.yaml")} == set(TEAMS)
+
+
+def test_logs_of_every_workspace_are_kept_and_of_no_other() -> None:
+    """A container's log is called <pod>_<namespace>_<container>-<id>.log."""
+    values = find(render("k8s/gitops"), "Application", "fluent-bit")["spec"]["source"]["helm"]["valuesObject"]
+    paths = next(line for line in values["config"]["inputs"].splitlines() if " Path /var/log/containers" in line)
+    kept = paths.split()[1].split(",")
+    spaces = [item["metadata"]["name"] for item in select(cluster(), "Namespace")]
+    assert len(spaces) == 2 + len(TEAMS)
+    for space in (*spaces, "kube-system", "moonlight-history"):
+        file = f"/var/log/containers/first-train-1-x2k9q-worker_{space}_ray-worker-0a1b.log"
+        assert any(fnmatch.fnmatchcase(file, path) for path in kept) == (space in spaces), space
 
 
 def test_infra_calls_namespaces_and_groups_as_the_teams_do() -> None:
