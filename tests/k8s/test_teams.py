@@ -110,6 +110,8 @@ def test_people_start_runs_in_their_own_team_only(team: str) -> None:
         for verb, group, resource in (("list", "ray.io", "rayjobs"), ("get", "", "pods/log")):
             assert rbac.allowed(objects, user, Request(verb, group, resource, space)) == own
         assert not rbac.allowed(objects, user, Request("get", "", "secrets", space, "x"))
+    pages = (Request("get", "", "services/proxy", "monitoring", "http:kube-prometheus-stack-grafana:80"), Request("create", "", "pods/portforward", "argo"))  # fmt: skip
+    assert all(rbac.allowed(objects, user, page) for page in pages)
     shared = User("x", ("moonlight-researchers", EVERYBODY))
     assert _said(objects, shared, _in(f"moonlight-team-{team}", workflow(shared))) == NO_RIGHT
 
