@@ -101,11 +101,12 @@ def test_one_driver_prepares_and_one_leaves(arguments: list[str], temporary: Pat
         assert "is being written by " in error
         assert f"(process {first.pid})" in error
         assert "take over with `moonlight release`" in error
+    except BaseException:
+        first.kill()
+        raise
     finally:
         for process in stopped:
             process.send_signal(signal.SIGCONT)
-        if sys.exc_info()[0] is not None:
-            first.kill()
     _, error = first.communicate(timeout=LIMIT_S)
     assert first.returncode == 0, error
     assert read_dataset(storage, identity(config, list_corpus(config))).tokens > 0
