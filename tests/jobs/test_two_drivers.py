@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,18 +64,31 @@ def drive(arguments: list[str], temporary: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def workers_of(temporary: Path) -> list[psutil.Process]:
-    """Of its cluster, idle ones too. Ray's processes are nobody's children."""
-    found = [process for folder in temporary.glob(f"{PREFIX}*") for process in keeper.members(str(folder))]
-    return [process for process in found if _is_worker(process)]
+@contextlib.contextmanager
+def standing_still(cluster: str) -> Iterator[None]:
+    """No worker of a cluster goes on while the block runs, one that Ray starts meanwhile neither."""
+    ended = threading.Event()
+    stopped: list[psutil.Process] = []
 
+    def stop() -> None:
+        while not ended.wait(0.05):
+            for process in set(keeper.members(cluster)) - set(stopped):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    title = " ".join(process.cmdline())
+                    if title.startswith("ray::") and "Agent" not in title:
+                        process.send_signal(signal.SIGSTOP)
+                        stopped.append(process)
 
-def _is_worker(process: psutil.Process) -> bool:
+    thread = threading.Thread(target=stop, daemon=True)
+    thread.start()
     try:
-        title = " ".join(process.cmdline())
-    except psutil.NoSuchProcess:
-        return False
-    return title.startswith("ray::") and "Agent" not in title
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        for process in stopped:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGCONT)
 
 
 @pytest.mark.long
@@ -84,31 +99,25 @@ def test_one_driver_prepares_and_one_leaves(arguments: list[str], temporary: Pat
     storage = open_storage(config.storage)
     lease = lease_path(identity(config, list_corpus(config)))
     first = drive(arguments, temporary)
-    stopped: list[psutil.Process] = []
     try:
         deadline = time.monotonic() + LIMIT_S
-        while not stopped:
+        while not storage.exists(lease):
             assert time.monotonic() < deadline
             assert first.poll() is None
-            if storage.exists(lease):
-                stopped = workers_of(temporary)
-                for process in stopped:
-                    process.send_signal(signal.SIGSTOP)
             time.sleep(0.05)
-        second = drive(arguments, temporary)
-        _, error = second.communicate(timeout=LIMIT_S)
+        (cluster,) = temporary.glob(f"{PREFIX}*")
+        with standing_still(str(cluster)):
+            second = drive(arguments, temporary)
+            _, error = second.communicate(timeout=LIMIT_S)
+            assert first.poll() is None
         assert second.returncode == 3, error
         assert "is being written by " in error
         assert f"(process {first.pid})" in error
         assert "take over with `moonlight release`" in error
-    except BaseException:
-        first.kill()
-        raise
+        _, error = first.communicate(timeout=LIMIT_S)
+        assert first.returncode == 0, error
     finally:
-        for process in stopped:
-            process.send_signal(signal.SIGCONT)
-    _, error = first.communicate(timeout=LIMIT_S)
-    assert first.returncode == 0, error
+        first.kill()
     assert read_dataset(storage, identity(config, list_corpus(config))).tokens > 0
 
 
