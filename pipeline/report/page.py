@@ -118,7 +118,9 @@ def _tiles(run: Run) -> str:
     attempts = run.attempts
     if attempts:
         seconds = sum(attempt.seconds(run.now) for attempt in attempts)
-        found.append(("time", duration(seconds), f"in {len(attempts)} starts of stages"))
+        found.append(
+            ("time", duration(seconds), f"in {len(attempts)} start{'s' if len(attempts) > 1 else ''} of stages")
+        )
     return tiles(found)
 
 

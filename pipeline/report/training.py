@@ -47,8 +47,8 @@ def training(run: Run) -> str:
     charts = [
         chart("Loss", "nats per token", *_losses(run, places)),
         of("gradient_norm", "Gradient norm", "before clipping"),
-        of("learning_rate", "Learning rate", "per step", y=Axis("per step", lambda value: f"{value:.2g}")),
-        of("bias_rate", "Bias rate of the router", "per step", y=Axis("per step", lambda value: f"{value:.2g}")),
+        of("learning_rate", "Learning rate", "per step"),
+        of("bias_rate", "Bias rate of the router", "per step"),
         of("global_batch", "Batch", "sequences"),
         of("tokens_per_second", "Throughput", "tokens per second, all ranks"),
         of("mfu", "MFU", "share of the peak FLOP/s", y=Axis("share of the peak FLOP/s", lambda value: f"{value:.1%}")),

@@ -22,7 +22,7 @@ from jobs.dashboards import main
 from tests.k8s.manifests import REPOSITORY
 
 ON_KUBERNETES = "cluster"  # the board of series that only KubeRay, Kueue and GPUs have
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 
 WORK = """
 import sys, time
