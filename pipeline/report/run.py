@@ -45,7 +45,6 @@ class Run:
 
     run_id: str
     now: float  # UNIX
-    settings: dict[str, Any] = field(default_factory=dict)  # config.yaml as it stands
     config: RunConfig | None = None
     events: list[dict[str, Any]] = field(default_factory=list)
     progress: StageProgress | None = None
@@ -110,12 +109,10 @@ class RunReader:
         """What there is now."""
         storage, run_id = self._storage, self._run_id
         self._problems = []
-        settings, config = self._settings()
         run = Run(
             run_id,
             time.time(),
-            settings=settings,
-            config=config,
+            config=self._config(),
             events=read_events(storage, run_id),
             progress=self._tried(lambda: read_progress(storage, run_id)),
             history=self._journal.read(),
@@ -138,21 +135,20 @@ class RunReader:
             self._problems.append(" ".join(str(error).split()))
             return None
 
-    def _settings(self) -> tuple[dict[str, Any], RunConfig | None]:
+    def _config(self) -> RunConfig | None:
         path = f"runs/{self._run_id}/config.yaml"
         data = self._storage.read_or_none(path)
         if data is None:
-            return {}, None
-        values: Any = None
+            return None
         try:
             values = yaml.safe_load(data)
             if not isinstance(values, dict):
                 raise ValueError("no settings")
-            return values, validate(values)
+            return validate(values)
         except (ValueError, yaml.YAMLError) as error:
             why = " ".join(str(error).split())
             self._problems.append(f"{self._storage.uri(path)}: {why}; the pipeline writes it anew when it is started")
-            return (values if isinstance(values, dict) else {}), None
+            return None
 
     def _data(self) -> tuple[DatasetManifest | None, tuple[SourceData, ...]]:
         path = f"runs/{self._run_id}/dataset.json"
