@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from jobs.on_ray.gauges import SCORES
 from jobs.stages.records import Records
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig
@@ -17,7 +16,7 @@ from pipeline.workflow.record import StageProgress
 
 NAME = "evaluate"
 SUMMARY = "Score a checkpoint on the held-out documents of each source, and on tasks of lm-eval."
-GAUGES = SCORES
+GAUGES: dict[str, str] = {}
 
 
 def find(config: RunConfig, storage: Storage, records: Records) -> EvaluationManifest | None:

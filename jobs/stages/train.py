@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from jobs.on_ray.gauges import SCORES, TRAINING
+from jobs.on_ray.gauges import TRAINING
 from jobs.stages.disk import check_room
 from jobs.stages.records import HeldDataset, Records, held_path
 from pipeline.config.load import ConfigError
@@ -17,7 +17,7 @@ from pipeline.optim.schedule import total_steps
 from pipeline.planner.preparing import checkpoint_bytes, model_bytes
 from pipeline.storage import Storage, filesystem
 from pipeline.tracking import tracker
-from pipeline.training import branch, initial
+from pipeline.training import branch, initial, profiles
 from pipeline.training.commits import committed, committed_steps, read_average, read_manifest, train_folder
 from pipeline.training.identity import run_identity
 from pipeline.training.metrics import TrainProgress
@@ -26,7 +26,7 @@ from pipeline.workflow.record import StageProgress
 
 NAME = "train"
 SUMMARY = "Train the model on the prepared dataset, from the newest checkpoint if there is one."
-GAUGES = TRAINING | SCORES
+GAUGES = TRAINING
 
 
 def find(config: RunConfig, storage: Storage, records: Records) -> TrainManifest | None:
@@ -44,6 +44,7 @@ def check(config: RunConfig, storage: Storage, records: Records, *, here: bool) 
     has pinned; later the weights are in the checkpoints."""
     check_named(config, storage)
     tracker.check(config, storage, here=here)
+    profiles.check(config, storage)
     if total_steps(config.schedule, config.training.sequence_length) < 1:
         raise ConfigError(
             f"schedule.total_tokens {config.schedule.total_tokens:,} is less than one step of global_batch; raise it"

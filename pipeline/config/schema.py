@@ -23,7 +23,6 @@ from pipeline.config.corpus import (
     TokenizerConfig,
 )
 from pipeline.config.gates import GateConfig
-from pipeline.config.near import NearDuplicates
 from pipeline.config.network import ModelConfig
 from pipeline.config.optimizer import AdamWConfig, MuonConfig, OptimizerConfig
 from pipeline.config.outcome import TASK_SETTINGS, CardConfig, EvaluationConfig, HubConfig, PublishingConfig
@@ -33,7 +32,14 @@ from pipeline.config.schedule import BatchStage, BiasRateStage, LearningRateStag
 from pipeline.config.section import Section
 from pipeline.config.sizes import refused_sizes, valid_sizes
 from pipeline.config.tracking import TrackingConfig
-from pipeline.config.training import CheckpointConfig, ElasticConfig, ParallelismConfig, SpikeConfig, TrainingConfig
+from pipeline.config.training import (
+    CheckpointConfig,
+    ElasticConfig,
+    ParallelismConfig,
+    ProfileConfig,
+    SpikeConfig,
+    TrainingConfig,
+)
 from pipeline.config.values import Bytes, Endpoint, Location
 
 __all__ = [
@@ -57,9 +63,9 @@ __all__ = [
     "MixtureStage",
     "ModelConfig",
     "MuonConfig",
-    "NearDuplicates",
     "OptimizerConfig",
     "ParallelismConfig",
+    "ProfileConfig",
     "PublishingConfig",
     "Rules",
     "RunConfig",
@@ -207,6 +213,10 @@ def _disagreements(run: RunConfig) -> list[str]:
     if training.start_from is not None and training.start_from.rpartition("@")[0] == run.run_id:
         found.append(
             f"training.start_from {training.start_from}: a run cannot start from itself; choose another run_id"
+        )
+    if training.profile is not None and max(training.profile.ranks, default=0) >= parallelism.world_size:
+        found.append(
+            f"training.profile.ranks {list(training.profile.ranks)}: the run has ranks 0 to {parallelism.world_size - 1}"
         )
     per_step = parallelism.world_size * training.micro_batch
     for index, stage in enumerate(run.schedule.global_batch):

@@ -10,6 +10,8 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.config.section import Section
 from pipeline.config.values import Count, NonNegativeFloat, OwnLocation, PositiveFloat, PositiveInt
 
+MOST_PROFILED = 20  # steps of a profile
+
 
 class ElasticConfig(Section):
     """A run under Ray that goes on smaller when nodes leave, and larger when they come (jobs/on_ray/elastic.py)."""
@@ -67,6 +69,23 @@ class SpikeConfig(Section):
     go_back_limit: PositiveInt = 3  # times in a run; the next spike ends it
 
 
+class ProfileConfig(Section):
+    """Steps that are looked at closely (training/profile.py)."""
+
+    steps: tuple[PositiveInt, PositiveInt]  # the first and the last
+    ranks: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+
+    @field_validator("steps")
+    @classmethod
+    def _few_and_in_order(cls, steps: tuple[int, int]) -> tuple[int, int]:
+        first, last = steps
+        if not first <= last < first + MOST_PROFILED:
+            raise ValueError(
+                f"[{first}, {last}] must be the first and the last step, at most {MOST_PROFILED} in all: a step's trace has tens of MB"
+            )
+        return steps
+
+
 class TrainingConfig(Section):
     sequence_length: PositiveInt = 8192  # tokens; divides data.sequence_length
     micro_batch: Count = 1  # sequences per rank and forward pass
@@ -74,9 +93,6 @@ class TrainingConfig(Section):
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False  # torch.compile per block
     reshard_after_forward: bool = True
-    gather_once: bool = (
-        False  # weights stay whole, and gradients add up here, from a step's first micro-batch to its last
-    )
     # With ep > 1: rows that ranks and their experts have room for, over those of even routing, so that the host never
     # waits for counts; a step that needs more is skipped and counted. None: as many as there are, one wait a layer.
     expert_capacity: Annotated[float, Field(ge=1.0, le=64.0)] | None = None
@@ -97,10 +113,8 @@ class TrainingConfig(Section):
         None  # steps: one in so many is computed twice, by other ranks
     )
     step_timeout_s: PositiveFloat = 1800.0  # heartbeat watchdog
-    collect_every: PositiveInt | None = (
-        50  # steps: Python's garbage collector, on all ranks at once; None: as Python does
-    )
     log_every: Count = 10  # steps
+    profile: ProfileConfig | None = None
 
     @field_validator("start_from")
     @classmethod

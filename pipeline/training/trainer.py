@@ -36,6 +36,7 @@ from pipeline.model.moonlight import Moonlight
 from pipeline.optim.muon import MoonlightOptimizer, build_optimizer
 from pipeline.optim.rules import moonlight_rules
 from pipeline.optim.schedule import at_step, total_steps
+from pipeline.parallel.flight_recorder import recorded
 from pipeline.parallel.mesh import Meshes, build_meshes
 from pipeline.parallel.shard import shard_model
 from pipeline.storage import Storage
@@ -44,7 +45,6 @@ from pipeline.tracking.follow import Trackers
 from pipeline.training import branch, initial
 from pipeline.training.batches import read_step
 from pipeline.training.checkpoint import Checkpointer
-from pipeline.training.collection import collecting
 from pipeline.training.commits import RunFacts, committed, train_folder
 from pipeline.training.figures import Fetch, PendingRecord
 from pipeline.training.flops import flops_per_token, peak_flops
@@ -55,6 +55,7 @@ from pipeline.training.journal import Journal
 from pipeline.training.left_out import Detour, order_of
 from pipeline.training.metrics import MetricsFiles, Pace, StepRecord, TrainProgress, sound_files
 from pipeline.training.phases import Stopwatch
+from pipeline.training.profile import Profiler
 from pipeline.training.recompute import Recomputation
 from pipeline.training.retention import check_named, named_steps
 from pipeline.training.step import Step
@@ -107,7 +108,7 @@ def train(
     hangs = f"{train_folder(config.run_id)}/hangs"
     with (
         Watchdog(
-            config.training.step_timeout_s, storage, hangs, *ranks
+            config.training.step_timeout_s, storage, hangs, *ranks, collectives=recorded
         ) as watchdog,  # over closing, too: a save may wait for a dead rank
         sole_writer(storage, config.run_id, owner) as writer,
         contextlib.nullcontext() if ranks[0] else Trackers(config, storage),
@@ -116,7 +117,7 @@ def train(
             watchdog.enter("start", 0)
             run = Run(config, dataset, storage, writer)
             try:
-                with collecting(config.training.collect_every) as run.collect:
+                with run.profiler:
                     return run.train(watchdog, report, on_checkpoint or _ignore, should_stop or _never)
             except WentBack:
                 continue  # the record says where to, so it is a start like any other
@@ -184,13 +185,10 @@ class Run:
         elif config.training.initial_weights:
             import_weights(self.model, config, storage)
         self.checkpoints.collect_leftovers(self.at.step)
-        self.step = Step(
-            self.model, self.optimizer, self.guard, self.meshes, config.optimizer, self.device,
-            gather_once=config.training.gather_once,
-        )  # fmt: skip
+        self.step = Step(self.model, self.optimizer, self.guard, self.meshes, config.optimizer, self.device)
         self.stopwatch = Stopwatch(self.device, self.meshes.exposed)
+        self.profiler = Profiler(config, storage, self.rank, self.device)
         self.step.before_update = self.before_update
-        self.collect: Callable[[int], None] = lambda step: None  # garbage, after each step
         self.recomputation: Recomputation | None = None
         if config.training.recompute_every is not None:
             self.recomputation = Recomputation(
@@ -290,7 +288,6 @@ class Run:
             if pending is not None:
                 stop = observe(pending).stop
             pending = record
-            self.collect(at.step)
             if stop or self.is_due(at.step):
                 last = stop or at.step == self.steps
                 seen = observe(pending, last)  # waits for the device: a save copies the state anyway
@@ -331,6 +328,7 @@ class Run:
         now = at_step(self.config.schedule, training.sequence_length, at.step)
         assert now.first_sequence == at.next_sequence, (now, at)
         shape = (now.first_sequence, now.sequences, training.micro_batch, training.document_mask)
+        self.profiler.before(at.step + 1)
         self.stopwatch.enter("data")
         batch = read_step(self.loader, *shape, self.answers)
         self.stopwatch.enter("compute")
@@ -340,6 +338,7 @@ class Run:
         values = self.step(batch, now.learning_rate, now.bias_rate, stop, recompute, times)
         at.step += 1
         self.stopwatch.lap(at.step)
+        self.profiler.after(at.step)
         at.next_sequence += now.sequences
         slots = at.next_sequence * training.sequence_length
         return PendingRecord(

@@ -12,6 +12,10 @@ Before it ends, a rank writes the stacks of its threads, with the phase and the 
 
     <root>/runs/<run_id>/train/hangs/step-<step>/rank-<rank>.txt
 
+with, where there is a process group, its last collectives in
+
+    <root>/runs/<run_id>/train/hangs/flight-<step>/rank_<rank>
+
 and waits for its peers to do the same (they hang in the same collective and notice within a moment), then prints who got least
 far. That takes an interpreter that answers. A call that hangs holding the interpreter's lock is ended GRACE_S later by
 `faulthandler.dump_traceback_later`, a C thread, with the stacks on stderr alone.
@@ -54,12 +58,14 @@ class Watchdog:
         *,
         shortest: float = SHORTEST_S,
         leave: Callable[[int], object] = os._exit,
+        collectives: Callable[[], bytes | None] = lambda: None,
     ) -> None:
-        """timeout: seconds, of a phase that has no history. folder: for stacks, below the storage's root."""
+        """timeout: seconds, of a phase that has no history. folder: for stacks, below the storage's root. collectives: the process's
+        last ones, to be stored beside the stacks."""
         self.timeout = timeout
         self._storage, self._folder, self._rank, self._world = storage, folder, rank, world
         self._shortest = min(shortest, timeout)
-        self._leave = leave
+        self._leave, self._collectives = leave, collectives
         self._steps: deque[float] = deque(maxlen=REMEMBERED)
         self._phase, self._step, self._entered = "start", 0, time.monotonic()
         self._changed = threading.Condition()
@@ -113,6 +119,9 @@ class Watchdog:
         try:
             if self._storage is not None:
                 self._storage.write(f"{folder}/rank-{self._rank:05d}.txt", f"{where}\n{stacks}".encode())
+                collectives = self._collectives()
+                if collectives is not None:
+                    self._storage.write(f"{self._folder}/flight-{self._step:08d}/rank_{self._rank}", collectives)
                 print(self._least_far(folder), file=sys.stderr, flush=True)
         finally:
             self._leave(1)

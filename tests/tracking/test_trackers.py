@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -256,6 +256,7 @@ def test_records_know_lost_lines_from_the_metrics(tmp_path: Path) -> None:
     assert ["time" in each for each in found] == [True] * 3 + [False] * 3 + [True] * 3
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.dictionaries(st.sampled_from(sorted(NAMES)), st.one_of(st.none(), st.floats(-1e9, 1e9)), max_size=9))
 def test_names(values: dict[str, float | None]) -> None:
     known = {key: value for key, value in values.items() if value is not None}

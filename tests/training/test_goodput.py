@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.schema import StorageConfig
@@ -90,6 +90,7 @@ def test_steps_whose_lines_were_lost_count() -> None:
     assert (found.useful, found.restarting, found.steps_repeated) == (3 + 5 + 2, 12, 0)
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data())
 def test_parts_are_the_whole(data: st.DataObject) -> None:
     """Whatever the attempts, seconds and events: nothing is counted twice, nothing is lost and nothing is less than zero."""

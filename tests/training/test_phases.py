@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.schema import StorageConfig
@@ -106,6 +106,7 @@ def test_every_steps_times_are_written_once(tmp_path: Path) -> None:
 seconds = st.floats(0, 100, allow_nan=False)
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     st.integers(1, 5).flatmap(
         lambda ranks: st.lists(
@@ -129,6 +130,7 @@ def test_means_and_sums(sent: list[list[float]]) -> None:
     assert times.take() == StepTimes()  # told once
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(2, 6), st.data())
 def test_the_slowest_is_who_has_more_of_one_phase_than_the_others(ranks: int, data: st.DataObject) -> None:
     base = data.draw(st.lists(seconds, min_size=len(PHASES), max_size=len(PHASES)))

@@ -1,0 +1,156 @@
+"""Scaling laws from a ladder of runs: L(C) = (C / a)^-b with intervals, the compute that one optimizer saves, and the best settings.
+
+Loss over training FLOPs is taken to be a power law, as Moonlight's paper fits it (arXiv 2502.16982, section 3.2: 2.506 C^-0.052 for
+Muon and 2.608 C^-0.054 for AdamW, C in PFLOP/s-days): a straight line of log L over log C. Points of one size and optimizer with
+several seeds are all used, so their spread is in the residuals.
+
+Intervals come from a bootstrap of seeds inside each size: sizes are what was chosen, seeds are what chance did. With one seed the
+residuals of the line are resampled instead.
+
+The share of FLOPs that optimizer A needs for the loss that B reaches with C is C_A / C, where L_A(C_A) = L_B(C):
+
+    share(C) = a_A (C / a_B)^(b_B / b_A) / C
+
+at the geometric mean of the compute that was measured, where both lines are known best. The paper's is 0.52.
+
+The best learning rate of a size is the vertex of a parabola in log rate through the best swept one and its neighbours, and over sizes a
+power law in C, as in section 3.1 of the paper's appendix and DeepSeek LLM (arXiv 2401.02954, section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+DRAWS = 1000
+LEVEL = 0.9  # of intervals
+PAPER_SHARE = 0.52
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run."""
+
+    flops: float  # of training, by pipeline/training/flops.py
+    loss: float  # held out, nats per token
+    seed: int
+
+
+@dataclass(frozen=True)
+class Interval:
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g})"
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """L = coefficient * C^-exponent."""
+
+    coefficient: float
+    exponent: float
+
+    def loss(self, flops: float) -> float:
+        return float(self.coefficient * flops**-self.exponent)
+
+    def flops(self, loss: float) -> float:
+        """That reach the loss."""
+        return float((self.coefficient / loss) ** (1 / self.exponent))
+
+
+@dataclass(frozen=True)
+class Fit:
+    law: PowerLaw
+    exponent: Interval
+    laws: tuple[PowerLaw, ...]  # of the bootstrap
+
+    def band(self, flops: float) -> Interval:
+        """The loss at a compute."""
+        return _interval(self.law.loss(flops), [law.loss(flops) for law in self.laws])
+
+
+def fit(points: Sequence[Point], seed: int = 0) -> Fit:
+    """Raises ValueError for points of fewer than two sizes, or a loss that does not fall."""
+    by_compute: dict[float, list[float]] = {}
+    for point in points:
+        by_compute.setdefault(point.flops, []).append(point.loss)
+    if len(by_compute) < 2:
+        raise ValueError(f"a power law needs runs of two amounts of compute, there is {len(by_compute)}; add sizes")
+    x = np.log(np.array([flops for flops in sorted(by_compute) for _ in by_compute[flops]]))
+    y = np.log(np.array([loss for flops in sorted(by_compute) for loss in by_compute[flops]]))
+    (law,) = _lines(x, y[None])
+    if law.exponent <= 0:
+        raise ValueError("loss does not fall with compute: train the larger sizes longer, or tune their rate")
+    laws = tuple(_lines(x, _draws(x, y, [len(by_compute[f]) for f in sorted(by_compute)], law, seed)))
+    return Fit(law, _interval(law.exponent, [each.exponent for each in laws]), laws)
+
+
+def share(ours: Fit, peer: Fit, flops: float) -> Interval:
+    """Of the peer's `flops` that we need for the peer's loss there."""
+
+    def of(a: PowerLaw, b: PowerLaw) -> float:
+        return a.flops(b.loss(flops)) / flops
+
+    drawn = [of(a, b) for a, b in zip(ours.laws, peer.laws) if a.exponent > 0]
+    return _interval(of(ours.law, peer.law), drawn)
+
+
+def best(settings: Sequence[float], losses: Sequence[float]) -> float:
+    """The setting (a rate, a batch) of least loss: the vertex of the parabola in its logarithm through the best and its neighbours.
+
+    The best itself where it is at an end, or there is no vertex between the neighbours.
+    """
+    order = np.argsort(settings)
+    x, y = np.log(np.array(settings, float)[order]), np.array(losses, float)[order]
+    at = int(np.argmin(y))
+    if at in (0, len(x) - 1):
+        return float(np.exp(x[at]))
+    bend, slope, _ = np.polyfit(x[at - 1 : at + 2] - x[at], y[at - 1 : at + 2], 2)
+    if bend <= 0:
+        return float(np.exp(x[at]))
+    vertex = float(np.clip(x[at] - slope / (2 * bend), x[at - 1], x[at + 1]))
+    return float(np.exp(vertex))
+
+
+def extrapolate(flops: Sequence[float], settings: Sequence[float], wanted: float) -> float:
+    """The best setting at another compute, by a power law through the best ones of measured sizes; of one size its own."""
+    if len(set(flops)) < 2:
+        return float(settings[0])
+    slope, offset = np.polyfit(np.log(flops), np.log(settings), 1)
+    return float(np.exp(offset + slope * np.log(wanted)))
+
+
+def middle(points: Sequence[Point]) -> float:
+    """The geometric mean of their compute."""
+    return float(np.exp(np.mean(np.log([point.flops for point in points]))))
+
+
+def _lines(x: Array, y: Array) -> list[PowerLaw]:
+    """Least squares of each row of `y` over `x`."""
+    around = x - x.mean()
+    slopes = (y - y.mean(axis=1, keepdims=True)) @ around / (around @ around)
+    offsets = y.mean(axis=1) - slopes * x.mean()
+    return [PowerLaw(float(np.exp(offset)), float(-slope)) for slope, offset in zip(slopes, offsets)]
+
+
+def _draws(x: Array, y: Array, seeds: Sequence[int], law: PowerLaw, seed: int) -> Array:
+    """[draws, points]"""
+    random = np.random.default_rng(seed)
+    expected = np.log(law.coefficient) - law.exponent * x
+    if min(seeds) < 2:
+        return np.asarray(expected + random.choice(y - expected, (DRAWS, len(y))))
+    ends = np.cumsum(seeds)
+    parts = [random.choice(y[end - count : end], (DRAWS, count)) for end, count in zip(ends, seeds)]
+    return np.concatenate(parts, axis=1)
+
+
+def _interval(value: float, drawn: Sequence[float]) -> Interval:
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(value, float(low), float(high))

@@ -1,0 +1,102 @@
+"""The rungs of a ladder: a run's recipe at other sizes, tokens, rates and batches, all else equal.
+
+A size is a hidden size. Heads keep their width, so their number goes with it, and so do the widths of feed-forward layers and of
+the latent; depth, experts and the tokenizer stay. Tokens are a multiple of the parameters that a token passes through (with embedding
+and head). Schedules keep their shape: each boundary and rate is scaled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.config.load import ConfigError, validate
+from pipeline.config.schema import ModelConfig, RunConfig
+from pipeline.manifest import digest_of
+from pipeline.training.flops import active_parameters, flops_per_token
+
+OPTIMIZERS = ("muon", "adamw")
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One run."""
+
+    optimizer: str
+    hidden: int
+    rate: float  # times the recipe's
+    batch: float = 1.0  # times the recipe's
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.optimizer} d={self.hidden} rate={self.rate:g} batch={self.batch:g} seed={self.seed}"
+
+
+def at_size(model: ModelConfig, hidden: int) -> dict[str, int]:
+    """The settings of the network that change. Raises ConfigError for a size that is no number of heads."""
+    head = model.hidden_size // model.num_attention_heads
+    if hidden % head:
+        raise ConfigError(f"--sizes {hidden}: must be a multiple of {head}, the hidden size a head has in the recipe")
+
+    def part(width: int) -> int:
+        return max(8, round(width * hidden / model.hidden_size / 8) * 8)
+
+    return {
+        "hidden_size": hidden,
+        "num_attention_heads": hidden // head,
+        "kv_lora_rank": part(model.kv_lora_rank),
+        "intermediate_size": part(model.intermediate_size),
+        "moe_intermediate_size": part(model.moe_intermediate_size),
+    }
+
+
+def configure(recipe: RunConfig, rung: Rung, tokens_per_parameter: float, dataset_digest: str) -> RunConfig:
+    """The run of a rung, in one process. Its name holds a digest of all that decides its loss, so what is done is found again."""
+    values: dict[str, Any] = recipe.model_dump(mode="json")
+    values["model"] |= at_size(recipe.model, rung.hidden)
+    model = ModelConfig.model_validate(values["model"])
+    length = recipe.training.sequence_length
+    base = max(stage.sequences for stage in recipe.schedule.global_batch)
+    sequences = max(1, round(base * rung.batch))
+    steps = max(1, round(tokens_per_parameter * parameters(model) / (sequences * length)))
+    total = steps * sequences * length
+    factor = total / recipe.schedule.total_tokens
+
+    def until(stage: dict[str, Any]) -> dict[str, Any]:
+        return {**stage, "until_tokens": max(1, round(stage["until_tokens"] * factor))}
+
+    schedule = values["schedule"]
+    schedule["total_tokens"] = total
+    schedule["learning_rate"] = [
+        {**until(stage), "start": stage["start"] * rung.rate, "end": stage["end"] * rung.rate}
+        for stage in schedule["learning_rate"]
+    ]
+    schedule["bias_rate"] = [until(stage) for stage in schedule["bias_rate"]]
+    schedule["global_batch"] = [{"until_tokens": total, "sequences": sequences}]
+    for kind in ("learning_rate", "bias_rate"):
+        schedule[kind][-1]["until_tokens"] = total
+    values["optimizer"]["name"] = rung.optimizer
+    values["seed"] = recipe.seed + rung.seed
+    values["parallelism"] = {}
+    micro = max(size for size in range(1, recipe.training.micro_batch + 1) if sequences % size == 0)
+    values["training"] |= {"micro_batch": micro, "log_every": max(1, steps // 20), "profile": None}
+    values["checkpoint"] |= {"every_steps": max(1, steps), "keep": 1, "async_save": False, "keep_every": None}
+    values["evaluation"] |= {"follow": False, "tasks": [], "checkpoint": "last"}
+    values["publishing"] |= {"gates": [], "average_last": None}
+    values["tracking"] = {}
+    decisive = {
+        key: values[key] for key in ("seed", "model", "optimizer", "schedule", "training", "data", "evaluation")
+    }
+    digest = digest_of({"rung": asdict(rung), "dataset": dataset_digest, "settings": decisive})
+    return validate({**values, "run_id": f"ladder-{digest[:16]}"})
+
+
+def parameters(model: ModelConfig) -> int:
+    """That a token passes through, embedding and head included."""
+    return active_parameters(model) + 2 * model.vocab_size * model.hidden_size
+
+
+def flops(config: RunConfig) -> float:
+    """Of the whole run."""
+    return float(config.schedule.total_tokens * flops_per_token(config.model, config.training.sequence_length))

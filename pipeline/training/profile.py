@@ -1,0 +1,112 @@
+"""A close look at some steps of a rank: torch's profiler, and a snapshot of its memory.
+
+    rank-00000.trace.json.gz      every operator, kernel and collective, with shapes, stacks and memory: Perfetto, chrome://tracing
+    rank-00000.memory.pickle      every allocation: torch's memory_viz, on the web or as a script
+
+What is to be profiled is said by `training.profile`, or asked of a run that is at work (profiles.py). The profiled steps are slower, by
+the profiler and by the waits at their begin and end; others cost nothing. What cannot be stored is said, and training goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from botocore.exceptions import BotoCoreError
+from torch.cuda._memory_viz import _profile_to_snapshot
+from torch.profiler import ProfilerActivity
+
+from pipeline.config.schema import RunConfig
+from pipeline.manifest import DamagedRecord
+from pipeline.storage import Storage, said_by_storage
+from pipeline.training import profiles
+from pipeline.training.profiles import Request, profile_folder, read_request
+
+EVENTS = 200_000  # of the CUDA allocator that are remembered
+
+
+class Profiler:
+    """Of one rank: `with Profiler(...) as profiler`, then `before` and `after` every step."""
+
+    def __init__(self, config: RunConfig, storage: Storage, rank: int, device: torch.device) -> None:
+        self._run_id, self._storage, self._rank, self._device = config.run_id, storage, rank, device
+        wanted = config.training.profile
+        self._wanted = None if wanted is None else Request(steps=wanted.steps, ranks=wanted.ranks)
+        self._asked: Request | None = None
+        self._running: Any = None
+        self._first = self._last = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="profile-requests", daemon=True)
+
+    def __enter__(self) -> Profiler:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join(profiles.LOOK_S)
+        if self._running is not None:
+            self._stop()
+
+    def before(self, step: int) -> None:
+        """The step begins."""
+        for request in (self._wanted, self._asked):
+            if self._running is None and request is not None and self._rank in request.ranks:
+                first, last = request.steps
+                if first <= step <= last:
+                    self._first, self._last = step, last
+                    self._start()
+
+    def after(self, step: int) -> None:
+        """The step has been handed to the device."""
+        if self._running is not None and step >= self._last:
+            self._stop()
+
+    def _look(self) -> None:
+        while not self._ended.is_set():
+            with contextlib.suppress(
+                OSError, BotoCoreError, DamagedRecord
+            ):  # storage is away: a later look may find one
+                self._asked = read_request(self._storage, self._run_id)
+            self._ended.wait(profiles.LOOK_S)
+
+    def _start(self) -> None:
+        cuda = self._device.type == "cuda"
+        if cuda:
+            torch.cuda.memory._record_memory_history(max_entries=EVENTS)
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+        # names and sizes of what is allocated need stacks and shapes
+        self._running = torch.profiler.profile(
+            activities=activities, record_shapes=True, profile_memory=True, with_stack=True
+        )
+        self._running.start()
+
+    def _stop(self) -> None:
+        profile, self._running = self._running, None
+        profile.stop()
+        with tempfile.TemporaryDirectory(prefix="profile-") as folder:
+            trace = Path(folder, "trace.json.gz")
+            profile.export_chrome_trace(str(trace))
+            if self._device.type == "cuda":
+                snapshot = torch.cuda.memory._snapshot()
+                torch.cuda.memory._record_memory_history(enabled=None)
+            else:
+                snapshot = _profile_to_snapshot(profile)
+            where = f"{profile_folder(self._run_id, self._first)}/rank-{self._rank:05d}"
+            try:
+                self._storage.write(f"{where}.trace.json.gz", trace.read_bytes())
+                self._storage.write(f"{where}.memory.pickle", pickle.dumps(snapshot))
+            except (OSError, BotoCoreError) as error:
+                print(f"profile not stored: {said_by_storage(error)}; training goes on", file=sys.stderr, flush=True)
+                return
+        steps = f"steps {self._first} to {self._last}"
+        print(f"profile of {steps} on rank {self._rank}: {self._storage.uri(where)}.*", flush=True)

@@ -1,0 +1,87 @@
+"""A ladder whose runs are a formula finds the formula's laws, rates and share; its rungs differ in what they are meant to."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from jobs import ladder as command
+from pipeline.config.load import ConfigError, load_config
+from pipeline.ladder.climb import Ladder, climb
+from pipeline.ladder.rungs import Rung, configure, flops
+from pipeline.ladder.show import lines, plot
+from pipeline.model.shapes import count_parameters
+
+RATES = {"muon": 1.3, "adamw": 0.7}  # the best ones at hidden size 64; they fall with the square root of size
+SHARE, EXPONENT = 0.6, 0.1
+
+
+def formula(rungs: Sequence[Rung]) -> dict[Rung, tuple[float, float]]:
+    found = {}
+    for rung in rungs:
+        compute = 1e9 * rung.hidden**3
+        useful = compute / (SHARE if rung.optimizer == "muon" else 1.0)
+        off = math.log(rung.rate / (RATES[rung.optimizer] * (64 / rung.hidden) ** 0.5))
+        worse = 0.05 * (rung.batch != 2.0)
+        noise = 1e-4 * (rung.seed - 1)
+        found[rung] = compute, 50 * useful**-EXPONENT * (1 + 0.02 * off**2 + worse + noise)
+    return found
+
+
+def test_what_a_ladder_finds(tmp_path: Path) -> None:
+    asked: list[Rung] = []
+
+    def measure(rungs: Sequence[Rung]) -> dict[Rung, tuple[float, float]]:
+        asked.extend(rungs)
+        return formula(rungs)
+
+    found = climb(Ladder((64, 128, 256, 512), (0.25, 0.5, 1.0, 2.0, 4.0), (1.0, 2.0), 3), measure)
+    assert found.share.value == pytest.approx(SHARE, rel=0.01)
+    assert found.share.low <= found.share.value <= found.share.high
+    assert {name: fit.law.exponent for name, fit in found.fits.items()} == pytest.approx(
+        dict.fromkeys(RATES, EXPONENT), rel=1e-3
+    )
+    for name, rate in RATES.items():
+        assert found.rates[name] == pytest.approx(
+            {size: rate * (64 / size) ** 0.5 for size in (64, 128, 256, 512)}, rel=0.01
+        )
+    assert found.batch == {"muon": 2.0, "adamw": 2.0}
+    assert len(asked) == len(set(asked)) == 2 * (2 * 5 + 2 + 4 * 3 - 1)  # the best batch at the smallest size was known
+    assert [line.split()[0] for line in lines(found)] == ["Muon", "AdamW", "share"]
+    assert plot(found).startswith(b"\x89PNG")
+    assert json.loads(found.to_json())["share"]["value"] == found.share.value
+
+
+def test_rungs_are_the_recipe_at_another_size() -> None:
+    recipe = load_config("debug")
+    small, large = (configure(recipe, Rung("muon", hidden, 0.5), 1.0, "d") for hidden in (64, 512))
+    again, other = (
+        configure(recipe, Rung("muon", 64, 0.5), 1.0, "d"),
+        configure(recipe, Rung("muon", 64, 0.5, seed=1), 1.0, "d"),
+    )
+    assert (small.run_id, other.seed) == (again.run_id, small.seed + 1)
+    assert len({small.run_id, large.run_id, other.run_id}) == 3
+    peer = configure(recipe, Rung("adamw", 64, 0.5), 1.0, "d")
+    differ = {key for key, value in small.model_dump().items() if value != peer.model_dump()[key]}
+    assert differ == {"run_id", "optimizer"}
+    assert peer.optimizer.model_copy(update={"name": "muon"}) == small.optimizer
+    for config in (small, large):
+        assert config.model.hidden_size // config.model.num_attention_heads == 64
+        assert config.schedule.total_tokens == pytest.approx(count_parameters(config.model).active, rel=0.05)
+        peak = max(stage.end for stage in config.schedule.learning_rate)
+        assert peak == pytest.approx(0.5 * max(stage.end for stage in recipe.schedule.learning_rate))
+    assert 100 < flops(large) / flops(small) < 1000  # the square of the parameters
+
+
+def test_bad_input(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--sizes 100: must be a multiple of 64"):
+        configure(load_config("debug"), Rung("muon", 100, 1.0), 1.0, "d")
+    assert command.main(["--config", "debug", "--sizes", "64"]) == 2
+    assert "--sizes 64: a power law needs at least two sizes" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["--config", "debug", "--sizes", "64,x"])
+    assert "must be numbers, separated by commas" in capsys.readouterr().err
