@@ -20,6 +20,7 @@ from jobs.commit import git_commit
 COMMANDS = {
     "init": "look at a folder of data and write a configuration for it",
     "check": "what can be wrong, and a look into the data, before anything is started",
+    "data": "what filters and rules would do to a thousand documents of each source",
     "run": "all stages, each done once",
     "status": "where a run stands",
     "runs": "the runs of a storage, a line each",

@@ -1,0 +1,186 @@
+"""Near-duplicates and quality rules against datatrove: recall by overlap, verdicts, and MB of text per CPU-second, in one run.
+
+Distinct real text of this machine, and pairs of documents planted among it that share a stated part of their 5-grams. Both sides read
+the same JSON lines on one core: signatures, bands and clusters; then Gopher's, C4's and FineWeb's rules and personal data. What is
+compared is the clusters (recall of planted pairs by overlap, and how much of the real text is dropped) and the verdicts.
+
+    python -m benchmarks.corpus --megabytes 30 --peer-python /path/to/venv/bin/python
+
+`--peer-python` is an interpreter with datatrove, its `processing` extra and spaCy installed; without it that side is skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import numpy as np
+
+from benchmarks.prepare import real_texts
+from data_prep.near.bands import EDGE, Corpus, band_partitions, find_edges
+from data_prep.near.components import Components, find_components
+from data_prep.near.file import Signatures
+from data_prep.records import UnitManifest
+from data_prep.rules.apply import apply
+from data_prep.tokenize_unit import BATCH_BYTES, document_hash
+from pipeline.config.rules import C4, FineWeb, GopherQuality, GopherRepetition, PersonalData, Rules
+from pipeline.config.schema import NearDuplicates, StorageConfig
+from pipeline.manifest import DocumentCounts, FileEntry
+from pipeline.storage import open_storage
+
+OVERLAPS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+WORDS = 250  # of a planted document
+POINTS = 0.02
+RULES = Rules(
+    gopher_repetition=GopherRepetition(),
+    gopher_quality=GopherQuality(),
+    c4=C4(),
+    fineweb=FineWeb(),
+    personal_data=PersonalData(),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--megabytes", type=int, default=30, help="real text")
+    parser.add_argument("--pairs", type=int, default=1000, help="planted pairs of each overlap")
+    parser.add_argument("--peer-python", help="an interpreter that has datatrove")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bench-corpus-") as temporary:
+        run(arguments, Path(temporary))
+
+
+def run(arguments: argparse.Namespace, folder: Path) -> None:
+    texts = [text for _, text in real_texts(arguments.megabytes * 1_000_000)]
+    planted = [text for overlap in OVERLAPS for number in range(arguments.pairs) for text in _pair(number, overlap)]
+    texts = planted + texts
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    path = folder / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "id": str(number)}) + "\n" for number, text in enumerate(texts)))
+    sides = {"ours": _ours(texts, folder)}
+    if arguments.peer_python:
+        script = str(Path(__file__).with_name("corpus_datatrove.py"))
+        done = subprocess.run([arguments.peer_python, script, str(path)], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"datatrove failed:\n{done.stderr[-3000:]}")
+        sides["datatrove"] = json.loads(done.stdout.splitlines()[-1])
+    print(f"{megabytes:.0f} MB of text, {len(planted):,} planted documents among {len(texts):,}\n")
+    print(f"{'planted overlap':18}" + "".join(f"{overlap:7.1f}" for overlap in OVERLAPS) + "   real text dropped")
+    recalls = {}
+    for name, side in sides.items():
+        cluster = dict(map(tuple, side["clusters"]))
+        hit = [
+            cluster.get(number, number) == cluster.get(number + 1, number + 1) for number in range(0, len(planted), 2)
+        ]
+        recalls[name] = np.array(hit).reshape(len(OVERLAPS), -1).mean(axis=1)
+        dropped = sum(1 for number, kept in cluster.items() if number >= len(planted) and kept != number)
+        print(f"{name:18}" + "".join(f"{100 * found:7.1f}" for found in recalls[name]) + f"   {dropped:,}")
+    theory = [1 - (1 - overlap**8) ** 14 for overlap in OVERLAPS]
+    print(f"{'1-(1-s^8)^14':18}" + "".join(f"{100 * found:7.1f}" for found in theory) + "\n")
+    results = []
+    for step, least in (("near-duplicates", 5.0), ("rules", 10.0)):
+        rates = {name: megabytes / side["cpu_s"][step] for name, side in sides.items()}
+        print(f"{step:18}" + ", ".join(f"{name} {rate:.1f} MB/cpu-s" for name, rate in rates.items()))
+        results.append(_result(f"{step} MB/cpu-s", rates["ours"], rates.get("datatrove"), least))
+    if "datatrove" in sides:
+        worst = float(np.abs(recalls["ours"] - recalls["datatrove"]).max())
+        results.append(
+            {
+                "benchmark": "recall, largest difference",
+                "ours": round(worst, 4),
+                "target": POINTS,
+                "met": worst <= POINTS,
+            }
+        )
+        pairs = list(zip(sides["ours"]["verdicts"], sides["datatrove"]["verdicts"]))
+        same = sum((ours == "") == (theirs == "") for ours, theirs in pairs)
+        print(f"verdicts          {same:,} of {len(pairs):,} documents are kept or dropped by both")
+        print(
+            f"                  {Counter(pair for pair in pairs if (pair[0] == '') != (pair[1] == '')).most_common(6)}"
+        )
+    print(json.dumps(results))
+
+
+def _result(name: str, ours: float, peer: float | None, least: float) -> dict[str, object]:
+    ratio = None if peer is None else ours / peer
+    return {
+        "benchmark": name,
+        "ours": round(ours, 2),
+        "peer": peer and round(peer, 2),
+        "ratio": ratio and round(ratio, 2),
+        "target": least,
+        "met": ratio is not None and ratio >= least,
+    }
+
+
+def _pair(number: int, overlap: float) -> tuple[str, str]:
+    """Two documents that begin alike and go on differently, so that of all their 5-grams `overlap` are in both."""
+    rng = Random(number * 100 + round(overlap * 10))
+    first, other = (
+        [f"{rng.choice(_SYLLABLES)}{rng.choice(_SYLLABLES)}{rng.choice(_SYLLABLES)}" for _ in range(WORDS)]
+        for _ in "ab"
+    )
+    common = round(2 * (WORDS - 4) * overlap / (1 + overlap)) + 4
+    return " ".join(first), " ".join(first[:common] + other[common:])
+
+
+_SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
+
+
+def _ours(texts: list[str], folder: Path) -> dict[str, object]:
+    storage = open_storage(StorageConfig(root=str(folder / "ours")))
+    batches, size = [list[str]()], 0
+    for text in texts:
+        if size > BATCH_BYTES:
+            batches.append([])
+            size = 0
+        batches[-1].append(text)
+        size += len(text)
+    start = time.process_time()
+    verdicts = [outcome.rejected for batch in batches for outcome in apply(batch, RULES)]
+    rules_s = time.process_time() - start
+    start = time.process_time()
+    signatures = Signatures(NearDuplicates())
+    for batch in batches:
+        data = [text.encode() for text in batch]
+        signatures.add(data, [document_hash(text) for text in data])
+    storage.write("a.bands", signatures.to_bytes())
+    corpus = Corpus(("a.bands",), (len(texts),), (0,))
+    edges = [
+        find_edges(storage.config, corpus, part)
+        for part in band_partitions([_unit(len(texts))], NearDuplicates(), "near")
+    ]
+    found = find_components(storage.config, corpus, Components(tuple(edges), (), "near/all"))
+    near_s = time.process_time() - start
+    pairs = np.frombuffer(storage.read(found.clusters.path), EDGE)
+    clusters = [(int(pair["other"]), int(pair["first"])) for pair in pairs]
+    return {"clusters": clusters, "verdicts": verdicts, "cpu_s": {"near-duplicates": near_s, "rules": rules_s}}
+
+
+def _unit(documents: int) -> UnitManifest:
+    counts = DocumentCounts(docs_in=documents, docs_out=documents, heldout=0, filtered={}, quarantined={})
+    none = dict.fromkeys(("documents", "index", "candidates", "quarantine"))
+    entry = FileEntry(path="a.bands", bytes=0, sha256="")
+    return UnitManifest(
+        id="a",
+        source="a",
+        slices=(),
+        settings={},
+        counts=counts,
+        tokens=0,
+        text_bytes=0,
+        cross_checked=0,
+        versions={},
+        bands=entry,
+        **none,
+    )
+
+
+if __name__ == "__main__":
+    main()
