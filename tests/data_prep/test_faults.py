@@ -44,15 +44,43 @@ def loads(data):
 """
 
 
-def test_bad_requests_and_cut_connections(jsonl: Path, bucket: tuple[str, str], run_config: Make) -> None:
+# Every rule and near-duplicates; thresholds that leave some of the code that the tests read.
+EVERYTHING = {
+    "corpus__rules": json.dumps(
+        {
+            "languages": True,
+            "gopher_repetition": {"max_duplicate_line_fraction": 0.5},
+            "gopher_quality": {"min_alphabetic_word_fraction": 0.5},
+            "c4": {"require_terminal_punctuation": False, "drop_curly_bracket": False},
+            "fineweb": {
+                "max_newline_word_ratio": 1.0,
+                "min_punctuated_line_fraction": 0.0,
+                "max_duplicate_line_character_fraction": 0.5,
+            },
+            "personal_data": True,
+        }
+    ),
+    "corpus__near_duplicates": "{}",
+    "corpus__keep_rejected": "true",
+}
+
+
+@pytest.mark.parametrize("more", [{}, EVERYTHING], ids=["plain", "everything"])
+def test_bad_requests_and_cut_connections(
+    jsonl: Path, bucket: tuple[str, str], run_config: Make, more: dict[str, str]
+) -> None:
     """Far more faults than S3 has: 10 % errors, 5 % cut connections."""
     endpoint, name = bucket
     (jsonl / "part-3.jsonl").unlink()
-    clean = run_config(jsonl, storage__root=str(jsonl.parent / "clean"), corpus__unit_bytes=1_000_000)
+    clean = run_config(jsonl, storage__root=str(jsonl.parent / "clean"), corpus__unit_bytes=1_000_000, **more)
     dataset = prepare(clean, open_storage(clean.storage))
     with FaultyS3(endpoint, 0.10, 0.05) as proxy:
         config = run_config(
-            jsonl, storage__root=f"s3://{name}/faulty", storage__endpoint_url=proxy.url, corpus__unit_bytes=1_000_000
+            jsonl,
+            storage__root=f"s3://{name}/faulty",
+            storage__endpoint_url=proxy.url,
+            corpus__unit_bytes=1_000_000,
+            **more,
         )
         assert prepare(config, open_storage(config.storage)).digest == dataset.digest
         assert proxy.faults > 10
@@ -255,10 +283,11 @@ def large(tmp_path: Path, texts: list[str]) -> Path:
 
 @pytest.mark.long
 @pytest.mark.timeout(7200)
-def test_twenty_kills_on_a_folder(large: Path, tmp_path: Path, run_config: Make) -> None:
-    clean = run_config(large, storage__root=str(tmp_path / "clean"))
+@pytest.mark.parametrize("more", [{}, EVERYTHING], ids=["plain", "everything"])
+def test_twenty_kills_on_a_folder(large: Path, tmp_path: Path, run_config: Make, more: dict[str, str]) -> None:
+    clean = run_config(large, storage__root=str(tmp_path / "clean"), **more)
     dataset = prepare(clean, open_storage(clean.storage))
-    config = run_config(large)
+    config = run_config(large, **more)
     assert f"digest {dataset.digest}" in run_through_kills(config, 20, 15, seed=1, log=tmp_path / "starts")
     assert objects(open_storage(config.storage)) == objects(open_storage(clean.storage))
     assert not list(Path(config.storage.root).rglob("*.tmp-*"))
