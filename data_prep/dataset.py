@@ -12,7 +12,7 @@ from data_prep.tokenize_unit import token_dtype
 from data_prep.units import Units
 from pipeline.config.schema import RunConfig
 from pipeline.file_index import index_path, write_index
-from pipeline.manifest import DatasetManifest, DocumentCounts, FileEntry, SourceManifest
+from pipeline.manifest import DatasetManifest, DocumentCounts, FileEntry, NearDuplicatesFound, SourceManifest
 from pipeline.storage import Storage
 
 
@@ -23,6 +23,7 @@ def dataset_manifest(
     units: Units,
     tokenized: list[UnitManifest],
     heldout: dict[str, Heldout],
+    near: NearDuplicatesFound | None,
     packed: list[PackManifest],
     tails: dict[str, list[TailManifest]],
 ) -> DatasetManifest:
@@ -68,6 +69,7 @@ def dataset_manifest(
         sources=tuple(sources),
         files=write_index(storage, index_path(plan.identity), indexed, records),
         versions=versions(),
+        near_duplicates=near,
     )
 
 

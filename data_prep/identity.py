@@ -40,7 +40,9 @@ def identity(config: RunConfig, listings: Mapping[str, Listing]) -> str:
         "layout": layout(config.data),
         "versions": versions(),
     }
-    if config.corpus.drop_duplicates_across_sources:  # then their order decides which of two copies stays
+    if (
+        config.corpus.drop_duplicates_across_sources or config.corpus.near_duplicates is not None
+    ):  # then their order decides which of two copies stays
         parts["order_of_sources"] = [source.name for source in config.corpus.sources]
     return digest_of(parts)[:32]
 

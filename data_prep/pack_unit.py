@@ -45,6 +45,7 @@ class PackSettings:
         default_factory=dict
     )  # by source, of its partitions; none: they stay
     across: tuple[str, ...] = ()  # paths of the partitions over all sources; none: copies in other sources stay
+    near: str | None = None  # path of the near-duplicates of all units; None: they stay
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ def pack_unit(settings: PackSettings, task: PackTask) -> PackManifest:
     }
     if len(across := excluded.copies["exact_duplicate_across_sources"]):
         identity["across_sources"] = hashlib.sha256(across.astype("<i8").tobytes()).hexdigest()
+    if len(near := excluded.copies["near_duplicate"]):
+        identity["near_duplicates"] = hashlib.sha256(near.astype("<i8").tobytes()).hexdigest()
     if settings.keep_rejected:
         identity["keep_rejected"] = True
     pack_id = digest_of(identity)[:32]
@@ -150,7 +153,8 @@ def packed_writer(folder: Path, name: str, settings: PackSettings) -> PackedWrit
 
 
 def _excluded(storage: Storage, settings: PackSettings, task: PackTask, unit: UnitManifest) -> _Excluded:
-    """Held-out documents, then copies of held-out documents (of any source), then of other sources', then within the source."""
+    """Held-out documents, then copies of held-out documents (of any source), then of other sources', then within the source,
+    then near-duplicates."""
     chosen = np.array(sorted(task.heldout), np.int64)
     copies = np.zeros(0, np.int64)
     if unit.index is not None:
@@ -168,8 +172,17 @@ def _excluded(storage: Storage, settings: PackSettings, task: PackTask, unit: Un
     across = np.concatenate([np.zeros(0, np.int64), *parts])
     across = np.setdiff1d(across, np.concatenate([chosen, copies]))
     duplicates = np.setdiff1d(duplicates, np.concatenate([chosen, copies, across]))
-    ordinals = np.sort(np.concatenate([chosen, copies, across, duplicates]))
-    reasons = {"heldout_copy": copies, "exact_duplicate_across_sources": across, "exact_duplicate": duplicates}
+    near = np.zeros(0, np.int64)
+    if settings.near is not None:
+        near = read_duplicates(storage, settings.near, task.place_in_all, task.units_in_all)
+        near = np.setdiff1d(near, np.concatenate([chosen, copies, across, duplicates]))
+    ordinals = np.sort(np.concatenate([chosen, copies, across, duplicates, near]))
+    reasons = {
+        "heldout_copy": copies,
+        "exact_duplicate_across_sources": across,
+        "exact_duplicate": duplicates,
+        "near_duplicate": near,
+    }
     return _Excluded(ordinals, len(chosen), reasons)
 
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from data_prep.formats import format_of, is_compressed
 from data_prep.listing import InputFile, Listing
+from data_prep.near import SIGNATURES_VERSION
 from data_prep.rules import RULES_VERSION
 from pipeline.config.schema import CorpusConfig, SourceConfig
 from pipeline.manifest import canonical_json
@@ -82,6 +83,9 @@ def unit_settings(source: SourceConfig, corpus: CorpusConfig, tokenizer_sha256: 
     if source.rules.any:
         rules = source.rules.model_dump(mode="json", exclude_none=True)
         settings["rules"] = {"version": RULES_VERSION, **rules}
+    if corpus.near_duplicates is not None and not source.conversations:
+        near = corpus.near_duplicates.model_dump(mode="json")
+        settings["near_duplicates"] = {"version": SIGNATURES_VERSION, **near}
     return settings | {"keep_rejected": True} if corpus.keep_rejected else settings
 
 

@@ -25,6 +25,7 @@ from data_prep.dropped_share import DroppedShare
 from data_prep.identity import identity, list_corpus, versions
 from data_prep.listing import Listing
 from data_prep.mapping import MapUnits, map_in_process
+from data_prep.near.find import find_near_duplicates
 from data_prep.pack_unit import PackSettings, PackTask, pack_unit
 from data_prep.plan import unit_settings
 from data_prep.quarantine_share import QuarantineShare
@@ -47,7 +48,7 @@ from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.file_index import dataset_path, read_dataset
 from pipeline.lease import hold, say_waiting
-from pipeline.manifest import DatasetManifest, FileEntry
+from pipeline.manifest import DatasetManifest, FileEntry, NearDuplicatesFound
 from pipeline.storage import Storage
 from pipeline.tokenizer import Encoder
 
@@ -97,9 +98,9 @@ def _prepare(
     units = read_units(storage, plan)
     roots = {name: listing.root for name, listing in listings.items()}
     tokenized = _tokenize(config, storage, roots, plan, units, map_units, report)
-    heldout, packed = _resolve_and_pack(config, storage, plan, units, tokenized, map_units, report)
+    heldout, near, packed = _resolve_and_pack(config, storage, plan, units, tokenized, map_units, report)
     tails = _tails(config, plan, units, packed, map_units, report)
-    dataset = dataset_manifest(config, storage, plan, units, tokenized, heldout, packed, tails)
+    dataset = dataset_manifest(config, storage, plan, units, tokenized, heldout, near, packed, tails)
     failed = sum(len(source.failed_units) for source in dataset.sources)
     documents, text_bytes = sum(pack.counts.docs_out for pack in packed), sum(pack.text_bytes for pack in packed)
     facts = (len(units), len(units), failed, documents, text_bytes, dataset.tokens, 0.0, len(units))
@@ -177,6 +178,7 @@ def _tokenize(
             max_document_bytes=config.corpus.max_document_bytes,
             keep_rejected=config.corpus.keep_rejected,
             unit_settings=unit_settings(source, config.corpus, plan.tokenizer.sha256),
+            near_duplicates=config.corpus.near_duplicates,
             versions=versions(),
         )
 
@@ -226,7 +228,7 @@ def _resolve_and_pack(
     tokenized: list[UnitManifest],
     map_units: MapUnits,
     report: Report,
-) -> tuple[dict[str, Heldout], list[PackManifest]]:
+) -> tuple[dict[str, Heldout], NearDuplicatesFound | None, list[PackManifest]]:
     folder = _resolved(plan)
     heldout: dict[str, Heldout] = {}
     indexes: dict[str, Indexes] = {}
@@ -252,9 +254,17 @@ def _resolve_and_pack(
     storage.write(entry.path, hashes)
     every = [partition for found in partitions.values() for partition in found] + across
     find = partial(find_duplicates, config.storage, indexes)
-    _mapped("resolve", find, every, map_units, report, lambda _: (0, 0, 0, False))
+    _mapped("resolve", find, every, map_units, report, _uncounted)
+    near = None
+    if config.corpus.near_duplicates is not None:
+
+        def mapped(phase: str, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+            return _mapped(phase, function, items, map_units, report, _uncounted)
+
+        near = find_near_duplicates(config, units, tokenized, heldout, folder, mapped)
     settings = replace(
         _pack_settings(config, plan, entry),
+        near=None if near is None else near.duplicates.path,
         duplicates={name: tuple(partition.output for partition in found) for name, found in partitions.items()},
         across=tuple(partition.output for partition in across),
     )
@@ -278,7 +288,12 @@ def _resolve_and_pack(
         return value["counts"]["docs_out"], value["text_bytes"], _tokens(value["packed"]), False
 
     found = _mapped("pack", partial(_pack_unit, settings), tasks, map_units, report, measure)
-    return heldout, [PackManifest.model_validate(value) for value in found]
+    return heldout, near, [PackManifest.model_validate(value) for value in found]
+
+
+def _uncounted(_result: Any) -> tuple[int, int, int, bool]:
+    """`measure` of a step whose documents were counted before."""
+    return 0, 0, 0, False
 
 
 def _pack_unit(settings: PackSettings, task: PackTask) -> dict[str, Any]:

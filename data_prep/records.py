@@ -5,6 +5,7 @@ datasets/plans/<identity>-<digest>.units  units of a dataset version
 datasets/plans/<identity>.json            commit of the former, and the version's tokenizer
 datasets/documents/ab/<unit>.parquet      a unit's tokenized documents: tokens, doc_hash, n_bytes, doc_id
 datasets/documents/ab/<unit>.index        (hash, ordinal) of each, sorted: what finding duplicates reads
+datasets/documents/ab/<unit>.bands        MinHash signatures, where near-duplicates are looked for
 datasets/documents/ab/<unit>.heldout.parquet   the unit's candidates for the held-out split
 datasets/quarantine/ab/<unit>.jsonl       records that could not be used: location, reason, excerpt
 datasets/rejected/ab/<unit>.parquet       on request: documents that filters rejected, with the reason and the text
@@ -69,6 +70,7 @@ class UnitManifest(Record):
         str, ...
     ] = ()  # that encoded it: the tokenizer's, or the reference where one of these gave other ids
     failed: str = ""  # not empty: why the whole unit is in quarantine
+    bands: FileEntry | None = None  # signatures, where near-duplicates are looked for (near/file.py)
     changes: dict[str, int] = {}  # made to documents that were kept, by name: c4.lines, personal_data.email
     languages: dict[str, int] = {}  # documents that were kept, by language, where it was asked for
     examples: dict[str, tuple[str, ...]] = {}  # locations of the first documents that each rule dropped
@@ -126,7 +128,7 @@ class Plan(Record):
 class PrepareProgress:
     """Where prepare stands. Documents, bytes, tokens and their rates are those of this run; units also of earlier ones."""
 
-    phase: str  # tokenizer, tokenize, resolve, pack, tail, packed
+    phase: str  # tokenizer, tokenize, resolve, bands, clusters, pack, tail, packed
     units_done: int
     units_total: int
     units_failed: int

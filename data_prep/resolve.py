@@ -120,12 +120,18 @@ def find_duplicates(storage_config: StorageConfig, indexes: Mapping[str, Indexes
     copies = order[copy]
     units, ordinals = unit_of[copies], records["ordinal"][copies]
     arranged = np.lexsort((ordinals, units))
-    offsets = np.searchsorted(units[arranged], np.arange(len(parts) + 1)).astype("<u8")
-    values = ordinals[arranged].astype("<u4")
-    spans = pairwise(offsets.tolist())
-    digests = [_digest_of(unit, span, values[slice(*span)].tobytes()) for unit, span in enumerate(spans)]
-    storage.write(partition.output, offsets.tobytes() + np.array(digests, "<u8").tobytes() + values.tobytes())
+    edges = np.searchsorted(units[arranged], np.arange(len(parts) + 1))
+    storage.write(partition.output, duplicates_bytes(np.split(ordinals[arranged], edges[1:-1])))
     return partition.output
+
+
+def duplicates_bytes(ordinals: Sequence[np.ndarray]) -> bytes:
+    """Of each unit the sorted ordinals of its documents that are left out, as `read_duplicates` reads them."""
+    offsets = np.concatenate([[0], np.cumsum([len(found) for found in ordinals])]).astype("<u8")
+    parts = [found.astype("<u4").tobytes() for found in ordinals]
+    spans = pairwise(offsets.tolist())
+    digests = [_digest_of(unit, span, part) for unit, (span, part) in enumerate(zip(spans, parts))]
+    return b"".join([offsets.tobytes(), np.array(digests, "<u8").tobytes(), *parts])
 
 
 def read_index(storage: Storage, path: str, low: int = 0, high: int = 256) -> np.ndarray:

@@ -23,6 +23,7 @@ import pyarrow as pa
 import xxhash
 
 from data_prep.filters import rejected_by
+from data_prep.near.file import Signatures
 from data_prep.plan import Unit
 from data_prep.readers import ReaderSettings, Record, read_slice
 from data_prep.records import UnitManifest, shard_path
@@ -31,7 +32,7 @@ from data_prep.rules.apply import apply
 from data_prep.worker import working
 from data_prep.writer import DOCUMENT_SCHEMA, document_table, parquet_writer, put
 from pipeline.arrow import column
-from pipeline.config.schema import SourceConfig, StorageConfig
+from pipeline.config.schema import NearDuplicates, SourceConfig, StorageConfig
 from pipeline.integrity import read_record
 from pipeline.manifest import DocumentCounts, TokenizerManifest
 from pipeline.storage import Storage, filesystem, open_storage
@@ -63,6 +64,7 @@ class TokenizeSettings:
     max_document_bytes: int  # effective: see `document_limit`
     keep_rejected: bool
     unit_settings: dict[str, Any]
+    near_duplicates: NearDuplicates | None
     versions: dict[str, str]
 
 
@@ -76,6 +78,7 @@ class _Unit:
     changes: Counter[str] = field(default_factory=Counter)
     languages: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    signatures: Signatures | None = None
     hashes: list[bytes] = field(default_factory=list)
     tokens: int = 0
     text_bytes: int = 0
@@ -132,7 +135,8 @@ def tokenize_unit(settings: TokenizeSettings, unit: Unit) -> UnitManifest:
 
 def _tokenize(storage: Storage, unit: Unit, settings: TokenizeSettings, engines: tuple[str, ...]) -> UnitManifest:
     encoder = load_encoder(settings.storage, settings.tokenizer.folder, settings.tokenizer.sha256, engines)
-    state = _Unit()
+    near = settings.near_duplicates
+    state = _Unit(signatures=None if near is None or settings.source.conversations else Signatures(near))
     with tempfile.TemporaryDirectory(prefix="unit-") as folder:
         documents = _Documents(Path(folder) / "documents.parquet", settings.tokenizer.vocab_size)
         rejected = RejectedDocuments(Path(folder) / "rejected.parquet") if settings.keep_rejected else None
@@ -280,6 +284,8 @@ def _encode(
     if len(state.candidates) > 2 * settings.heldout_max_documents:
         state.candidates = _smallest(state.candidates, settings.heldout_max_documents)
     documents.add(ids, offsets, hashes, sizes, [record.doc_id for record in batch])
+    if state.signatures is not None:
+        state.signatures.add(texts, hashes)
     state.hashes += hashes
     state.tokens += len(ids)
     state.text_bytes += sum(sizes)
@@ -362,6 +368,9 @@ def _commit(
         (folder / "index").write_bytes(index_bytes(state.hashes))
         entries["documents"] = put(storage, documents.path, shard_path("documents", unit.id, ".parquet"))
         entries["index"] = put(storage, folder / "index", shard_path("documents", unit.id, ".index"))
+        if state.signatures is not None:
+            (folder / "bands").write_bytes(state.signatures.to_bytes())
+            entries["bands"] = put(storage, folder / "bands", shard_path("documents", unit.id, ".bands"))
     if state.candidates:
         path = folder / "candidates.parquet"
         _write_candidates(path, _smallest(state.candidates, settings.heldout_max_documents))

@@ -5,6 +5,7 @@
     python -m jobs.inspect --config <preset or path> position 5000   the same of one that the run may have left out (skip_sequences)
     python -m jobs.inspect --config <preset or path> mixture         what the run would draw from each source
     python -m jobs.inspect --config <preset or path> row web-en 17   row 17 of a source, as text
+    python -m jobs.inspect --config <preset or path> duplicates      the largest clusters of near-duplicates, and who of them stays
 
 Each takes `--dataset <identity>` (default: the dataset of this configuration) and `section.key=value ...`. Other weights can
 be tried with `mixture`: they decide neither the tokenizer nor the dataset. Exit code 2: wrong configuration, or no such dataset,

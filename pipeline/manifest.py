@@ -144,7 +144,7 @@ class HeldoutFile(FileEntry):
 
 
 # Of a unit's record (data_prep/records.py), which verify reads as plain fields: left out of its digest while they are empty
-UNIT_OPTIONAL = frozenset({"changes", "languages", "examples"})
+UNIT_OPTIONAL = frozenset({"changes", "languages", "examples", "bands"})
 
 
 class DocumentCounts(Record):
@@ -178,6 +178,15 @@ class SourceManifest(Record):
     OPTIONAL: ClassVar[frozenset[str]] = frozenset({"changes", "languages"})
 
 
+class NearDuplicatesFound(Record):
+    """The near-duplicates of a dataset version (data_prep/near). Documents are numbered over all units, in the order of the plan."""
+
+    duplicates: FileEntry  # of each unit the documents that are left out
+    clusters: FileEntry  # uint64 pairs, little-endian: the document that is kept, and one that is left out for it
+    count: int  # of clusters
+    dropped: int  # documents, copies among them
+
+
 class DatasetManifest(Record):
     """`<root>/datasets/<identity>/dataset.json`: written last, and so the commit of the dataset."""
 
@@ -190,6 +199,9 @@ class DatasetManifest(Record):
     sources: tuple[SourceManifest, ...]
     files: FileEntry  # the index of packed files, document shards, quarantine and records (pipeline/file_index.py)
     versions: dict[str, str]  # format version and the libraries that decide bytes
+    near_duplicates: NearDuplicatesFound | None = None  # where they were looked for
+
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"near_duplicates"})
 
     @property
     def rows(self) -> int:

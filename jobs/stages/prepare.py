@@ -30,7 +30,12 @@ from pipeline.workflow.record import StageProgress
 NAME = "prepare"
 SUMMARY = "Tokenize and shard the corpus into a packed, checksummed dataset."
 GAUGES = PREPARING
-COPIES = ("exact_duplicate", "exact_duplicate_across_sources", "heldout_copy")  # reasons to drop a document for another
+COPIES = (
+    "exact_duplicate",
+    "exact_duplicate_across_sources",
+    "heldout_copy",
+    "near_duplicate",
+)  # reasons to drop a document for another
 SHORTEST_LINE = 12  # bytes of {"text":"x"}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from data_prep.near.look import cluster_lines
 from jobs.cli import locate, parser, refusing
 from jobs.stages.records import open_dataset
 from pipeline.config.schema import RunConfig
@@ -16,8 +17,8 @@ from pipeline.storage import Storage
 from pipeline.tokenizer.encoder import Encoder
 from pipeline.training.left_out import order_of, read_left_out
 
-WHAT = "step N | sequence N | position N | row SOURCE N | mixture"
-SHAPES = {"step": 2, "sequence": 2, "position": 2, "row": 3, "mixture": 1}  # words of each
+WHAT = "step N | sequence N | position N | row SOURCE N | mixture | duplicates"
+SHAPES = {"step": 2, "sequence": 2, "position": 2, "row": 3, "mixture": 1, "duplicates": 1}  # words of each
 
 
 @refusing
@@ -44,6 +45,9 @@ def understood(what: Sequence[str]) -> bool:
 
 def lines(what: Sequence[str], config: RunConfig, dataset: DatasetManifest, storage: Storage) -> Iterator[str]:
     """A step, a sequence, a row or the mixture, as `WHAT` has it. Raises ValueError if there is no such thing."""
+    if what[0] == "duplicates":
+        yield from cluster_lines(dataset, storage)
+        return
     order = order_of(config, dataset, read_left_out(storage, config.run_id).ranges)
     number = int(what[-1]) if what[-1].isdecimal() else 0
     if what[0] == "step":

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config import conditions
+from pipeline.config.near import NearDuplicates
 from pipeline.config.rules import Rules
 from pipeline.config.section import Section
 from pipeline.config.values import Bytes, Count, Fraction, Location, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -123,6 +124,7 @@ class CorpusConfig(Section):
     drop_duplicates_across_sources: bool = False  # of equal documents that of the source named first stays
     keep_rejected: bool = False  # write what filters rejected, with the reason, to datasets/rejected/
     rules: Rules = Rules()  # of every source but conversations; sources[].rules comes first, rule by rule
+    near_duplicates: NearDuplicates | None = None  # `near_duplicates: {}` looks for them, over all sources
     max_dropped_fraction: Fraction = 0.9  # of a source's documents, by one rule: more stop prepare, with examples
 
     @model_validator(mode="after")

@@ -23,6 +23,7 @@ from pipeline.config.corpus import (
     TokenizerConfig,
 )
 from pipeline.config.gates import GateConfig
+from pipeline.config.near import NearDuplicates
 from pipeline.config.network import ModelConfig
 from pipeline.config.optimizer import AdamWConfig, MuonConfig, OptimizerConfig
 from pipeline.config.outcome import TASK_SETTINGS, CardConfig, EvaluationConfig, HubConfig, PublishingConfig
@@ -63,6 +64,7 @@ __all__ = [
     "MixtureStage",
     "ModelConfig",
     "MuonConfig",
+    "NearDuplicates",
     "OptimizerConfig",
     "ParallelismConfig",
     "ProfileConfig",
