@@ -95,6 +95,8 @@ ENDS = {
     "verify": "jobs.views.verify.verify_on_ray",
     "generate": "pipeline.generation.published.load_published",
     "models": "jobs.drivers.models.act",
+    "profile": "jobs.views.profile.ask",
+    "ladder": "jobs.on_ray.cluster.connect",
     **dict.fromkeys(stages.names(), "jobs.on_ray.cluster.connect"),
 }
 
