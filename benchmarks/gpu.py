@@ -1,12 +1,16 @@
-"""Moonlight's layers and Newton-Schulz at real width on one GPU. No Ray, no process group, under eight minutes.
+"""Every branch for GPUs proved against the CPU, then Moonlight's layers and Newton-Schulz at real width on one GPU. No Ray, no
+process group, under eight minutes.
 
     python -m benchmarks.gpu                       # the report, on the first GPU
     python -m benchmarks.gpu --device cpu --tiny   # a run-through without a GPU: its figures mean nothing
 
+parity       kernels, network, document masks, recomputation, compilation, one update and one that is skipped, checkpoints: how
+             far each is off (gpu_parity.py)
 layers       embedding, one dense layer, as many mixture layers as fit, head and loss: forward and backward in bf16 of
              one sequence of 8,192 random tokens (4,096 last), routed as the router likes. Eager, compiled, and compiled
              with selective checkpointing, the preset's way. TFLOP/s and MFU by pipeline/training/flops.py, which counts
-             nothing that is computed twice; neither optimizer nor communication.
+             nothing that is computed twice; neither optimizer nor communication. With it how often the host waits for the device
+             in a pass, by the profiler, and the peak of memory beside that of the same pass rehearsed (pipeline/rehearsal).
 attention    16 heads of 192/128 at 8,192 tokens, causal, forward and backward, by every kernel that takes them
 newton-schulz the five steps of Muon for each matrix shape of the model: one matrix after the other, batched, and batched
              in Gram form; TFLOP/s of the plain form's FLOPs
@@ -21,17 +25,22 @@ import argparse
 import functools
 import gc
 import json
+import multiprocessing
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.gpu_parity import CHECKS, parity
 from benchmarks.isolated import Row, measure_rows, report, show
 from pipeline.config.load import load_config
 from pipeline.config.schema import ModelConfig
@@ -81,6 +90,8 @@ def main() -> None:
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error(f"torch {torch.__version__} sees no GPU here; --device cpu --tiny runs through without one")
+    if device.type == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # for the children, too
     if device.index is not None:
         torch.cuda.set_device(device)
     rows = all_rows(device, arguments.tiny)
@@ -98,6 +109,8 @@ def all_rows(device: torch.device, tiny: bool) -> dict[str, Row]:
     config = load_config("debug" if tiny else "moonlight-16b-a3b").model
     length = 64 if tiny else 8192
     rows: dict[str, Row] = {"chip": functools.partial(chip, device)}
+    for check in CHECKS:
+        rows[f"parity {check.__name__}"] = functools.partial(parity, check, device)
     for mode in MODES:
         rows[f"layers {length} {mode.name}"] = functools.partial(layers, config, length, device, mode)
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
@@ -135,6 +148,10 @@ def layers(config: ModelConfig, length: int, device: torch.device, mode: Mode) -
         f"{f'layers {length} {mode.name}':32}{count:4} layers{seconds * 1e3:10.1f} ms{speed:10.0f} tokens/s"
         f"{flops / 1e12:8.3g} TFLOP/s, MFU {f'{mfu:.1%}' if mfu is not None else '?'}, peak {memory / 2**30:.1f} GiB"
     )
+    waits = host_waits(one_pass(with_layers(config, 2), length, device, mode), device)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        rehearsed = pool.submit(rehearsed_peak, with_layers(config, count), length, mode).result()
+    show(f"{'':32}the host waits {waits} times a pass; rehearsed, the peak is {rehearsed / 2**30:.1f} GiB")
     return {
         "benchmark": f"gpu/layers/{length}/{mode.name}",
         "ours": mfu,
@@ -146,6 +163,8 @@ def layers(config: ModelConfig, length: int, device: torch.device, mode: Mode) -
         "tokens_per_second": round(speed),
         "layers": count,
         "peak_bytes": memory,
+        "rehearsed_peak_bytes": rehearsed,
+        "host_waits": waits,
     }
 
 
@@ -184,6 +203,12 @@ def time_layers(config: ModelConfig, length: int, device: torch.device, mode: Mo
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+    seconds = timed(one_pass(config, length, device, mode), device, warmup=3, rounds=8)
+    return seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def one_pass(config: ModelConfig, length: int, device: torch.device, mode: Mode) -> Callable[[], None]:
+    """Forward and backward of a new network in bf16."""
     with torch.device("meta"):
         model = Moonlight(config, aux_loss_weight=1e-4)
     for parameter in model.parameters():
@@ -207,8 +232,36 @@ def time_layers(config: ModelConfig, length: int, device: torch.device, mode: Mo
         (out.loss_sum / length + out.aux_loss).backward()
         model.zero_grad()
 
-    seconds = timed(step, device, warmup=3, rounds=8)
-    return seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return step
+
+
+WAITS = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense"}
+
+
+def host_waits(step: Callable[[], None], device: torch.device) -> int:
+    """Times that the host waits for the device in a call, the first one aside."""
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as seen:
+        step()
+    # The profiler itself waits once, at its end; a read of a number is one wait by two names.
+    counts = {event.key: event.count for event in seen.key_averages() if event.key in WAITS}
+    reads = counts.pop("aten::_local_scalar_dense", 0)
+    return max(reads, sum(counts.values()) - 1 if device.type == "cuda" else 0)
+
+
+def rehearsed_peak(config: ModelConfig, length: int, mode: Mode) -> int:
+    """Bytes that the pass holds at most, on a device that is not there; once a process."""
+    from pipeline.rehearsal.device import TAPE, install
+    from pipeline.rehearsal.recorder import Memory
+    from pipeline.rehearsal.step import on_stage
+
+    device, memory = install(1), Memory(TAPE)
+    with on_stage(memory):
+        one_pass(config, length, device, mode._replace(compiled=False))()
+    return memory.peak
 
 
 def attention(config: ModelConfig, length: int, device: torch.device, backend: SDPBackend) -> None:

@@ -11,6 +11,7 @@ module "plan" {
   budget         = var.budget
   replica_bucket = var.replica_bucket
   history        = var.history
+  teams          = keys(var.teams)
 }
 
 module "vpc" {
@@ -73,6 +74,10 @@ module "eks" {
     { for index, arn in var.researcher_role_arns : "researchers-${index}" => { principal_arn = arn, kubernetes_groups = ["moonlight-researchers"] } },
     { for index, arn in var.ci_role_arns : "ci-${index}" => { principal_arn = arn, kubernetes_groups = ["moonlight-ci"] } },
     { for index, arn in var.operator_role_arns : "operators-${index}" => { principal_arn = arn, kubernetes_groups = ["moonlight-operators"] } },
+    merge([for team, people in var.teams : merge(
+      { for index, arn in people.researcher_role_arns : "team-${team}-researchers-${index}" => { principal_arn = arn, kubernetes_groups = ["moonlight-team-${team}-researchers"] } },
+      { for index, arn in people.ci_role_arns : "team-${team}-ci-${index}" => { principal_arn = arn, kubernetes_groups = ["moonlight-team-${team}-ci"] } },
+    )]...),
     {
       for index, arn in var.admin_role_arns : "admins-${index}" => {
         principal_arn = arn

@@ -143,3 +143,12 @@ variable "history" {
   type        = bool
   default     = false
 }
+
+variable "teams" {
+  description = "Teams of k8s/teams by name, and the IAM roles whose holders are moonlight-team-<name>-researchers and moonlight-team-<name>-ci."
+  type = map(object({
+    researcher_role_arns = optional(list(string), [])
+    ci_role_arns         = optional(list(string), [])
+  }))
+  default = {}
+}

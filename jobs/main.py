@@ -28,6 +28,7 @@ COMMANDS = {
     "ladder": "how loss falls with compute for Muon and AdamW, at several sizes",
     "profile": "a close look at some steps of a run that is training",
     "track": "send a run's records to its trackers",
+    "dashboards": "Prometheus and Grafana with our boards, beside the Ray of this machine",
     "plan": "memory, traffic, time, storage and cost, before a GPU is rented",
     "verify": "prove a dataset: every checksum, count and invariant",
     "inspect": "which documents formed a step, a row as text, the mixture",

@@ -17,7 +17,7 @@ from jobs.on_ray.progress import ProgressLines, Work
 from jobs.on_ray.signals import Interrupted, raise_on_signals
 from jobs.stages.leases import refuse_held
 from jobs.stages.records import Records, hold_dataset, keep_settings
-from jobs.views.live import LivePage
+from jobs.views.live import watched
 from pipeline.lease import Held, LeaseLost
 from pipeline.publishing.gate import GateError
 from pipeline.storage import said_by_storage
@@ -49,7 +49,7 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> int:
         with (
             connect(config, [stage]),
             ProgressLines(storage, config.run_id, show=False) as lines,
-            LivePage(storage, config.run_id),
+            watched(stage, storage, config.run_id),
         ):
             raise_on_signals()
             lines.work = Work(stage, since=time.time())

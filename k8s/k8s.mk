@@ -6,7 +6,10 @@ OPERATORS ?= prometheus fluent-bit karpenter gpu-operator efa-device-plugin kube
 VENV ?= .venv
 OVERLAY ?= prod
 
-.PHONY: image k8s-check k8s-apply-check operators conformance e2e e2e-kind
+boards: $(STAMP) ## Write the Grafana boards of k8s/monitoring anew
+	$(VENV)/bin/python -m jobs.boards.board k8s/monitoring/dashboards
+
+.PHONY: boards image k8s-check k8s-apply-check operators conformance e2e e2e-kind
 
 image: ## Build the one image of all stages
 	docker build --tag $(IMAGE) --build-arg BASE=$(IMAGE_BASE) --build-arg PIP_ARGS="$(PIP_ARGS)" \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
 
@@ -11,6 +12,9 @@ from moto.server import ThreadedMotoServer
 
 from pipeline.config.schema import StorageConfig
 from pipeline.storage import filesystem
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which PyTorch does late: tests/kernels
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -17,7 +17,7 @@ from jobs.cli import looking, open_run, parser
 from jobs.on_ray.signals import Interrupted, raise_on_signals
 from jobs.stages.records import hold_dataset
 from jobs.views.curves import write_curves
-from jobs.views.live import LivePage
+from jobs.views.live import watched
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation.follow import Followed, follow
 from pipeline.evaluation.result import EvaluationProgress
@@ -62,7 +62,7 @@ def judge_all(config_name: str, overrides: Sequence[str], *, wait: bool) -> int:
             hold_dataset(config, storage, records.dataset)
             stages.room("evaluate").check(config, storage, records, here=True)
             from jobs.on_ray.cluster import connect
-        with connect(config), LivePage(storage, config.run_id):
+        with connect(config), watched("evaluate", storage, config.run_id):
             raise_on_signals()
             done = _follow(config, records.dataset, storage, wait)
             if wait and stages.find(config, storage, "evaluate").done("train"):

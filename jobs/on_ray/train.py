@@ -26,7 +26,6 @@ from ray.train.torch import get_device
 
 from jobs.on_ray.elastic import Pause
 from jobs.on_ray.failed import WorkersFailed
-from jobs.on_ray.gauges import TrainingGauges
 from jobs.on_ray.group import run_in_group
 from jobs.on_ray.signals import Interrupted
 from jobs.on_ray.stop import StopFlag, listening, run_until_signal
@@ -117,7 +116,6 @@ def _worker(arguments: dict[str, Any]) -> str | Stopped | Held | LeaseLost | Non
     asked: AbstractContextManager[threading.Event] = contextlib.nullcontext(threading.Event())
     paused = asked
     if ray.train.get_context().get_world_rank() == 0:
-        report = TrainingGauges(config.run_id, then=report)
         asked = listening(flag)
         if growing is not None:
             paused = listening(growing)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from jobs.on_ray.gauges import SCORES
 from jobs.stages.records import Records
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig
@@ -16,7 +17,7 @@ from pipeline.workflow.record import StageProgress
 
 NAME = "evaluate"
 SUMMARY = "Score a checkpoint on the held-out documents of each source, and on tasks of lm-eval."
-GAUGES: dict[str, str] = {}
+GAUGES = SCORES
 
 
 def find(config: RunConfig, storage: Storage, records: Records) -> EvaluationManifest | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from jobs.on_ray.gauges import TRAINING
+from jobs.on_ray.gauges import SCORES, TRAINING
 from jobs.stages.disk import check_room
 from jobs.stages.records import HeldDataset, Records, held_path
 from pipeline.config.load import ConfigError
@@ -26,7 +26,7 @@ from pipeline.workflow.record import StageProgress
 
 NAME = "train"
 SUMMARY = "Train the model on the prepared dataset, from the newest checkpoint if there is one."
-GAUGES = TRAINING
+GAUGES = TRAINING | SCORES
 
 
 def find(config: RunConfig, storage: Storage, records: Records) -> TrainManifest | None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
+from jobs.on_ray.gauges import WATCHERS
 from pipeline.report.page import write_page
 from pipeline.report.run import Run, RunReader
 from pipeline.storage import Storage
@@ -61,6 +62,12 @@ class LivePage:
                 said = " ".join(f"{type(error).__name__}: {error}".split())
                 print(f"the run's page cannot be written ({said}); the stage goes on", file=sys.stderr, flush=True)
             self._away = True
+
+
+def watched(stage: str, storage: Storage, run_id: str) -> LivePage:
+    """For the driver of a stage that is about to begin, connected to Ray: its page and its gauges."""
+    gauges = WATCHERS.get(stage)
+    return LivePage(storage, run_id, None if gauges is None else gauges(storage, run_id))
 
 
 def write_last_page(storage: Storage, run_id: str) -> None:

@@ -19,7 +19,7 @@ from pipeline.training.flops import flops_per_token
 GB = 1e9
 KINDS = {
     "matmul": "products", "grouped": "products of experts", "matmul_fp32": "products in fp32", "attention_forward": "attention",
-    "attention_backward": "attention backward", "memory": "memory",
+    "attention_backward": "attention backward", "own": "kernels of our own", "memory": "memory",
 }  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def require_sound(runs: Sequence[Run]) -> None:
     for run in runs:
         if run.problems:
             raise ValueError(f"run {run.run_id}: {run.problems[0]}")
-        if not run.settings:
+        if run.config is None:
             raise ValueError(
                 f"run {run.run_id}: it has no config.yaml to compare settings by; start the run once more with its configuration"
             )

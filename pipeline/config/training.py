@@ -93,6 +93,9 @@ class TrainingConfig(Section):
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False  # torch.compile per block
     reshard_after_forward: bool = True
+    gather_once: bool = (
+        False  # weights stay whole, and gradients add up here, from a step's first micro-batch to its last
+    )
     # With ep > 1: rows that ranks and their experts have room for, over those of even routing, so that the host never
     # waits for counts; a step that needs more is skipped and counted. None: as many as there are, one wait a layer.
     expert_capacity: Annotated[float, Field(ge=1.0, le=64.0)] | None = None
@@ -113,6 +116,9 @@ class TrainingConfig(Section):
         None  # steps: one in so many is computed twice, by other ranks
     )
     step_timeout_s: PositiveFloat = 1800.0  # heartbeat watchdog
+    collect_every: PositiveInt | None = (
+        50  # steps: Python's garbage collector, on all ranks at once; None: as Python does
+    )
     log_every: Count = 10  # steps
     profile: ProfileConfig | None = None
 

@@ -35,6 +35,7 @@ from pipeline.evaluation.result import EvaluationProgress, committed, manifest_p
 from pipeline.evaluation.summary import TaskResults, commit
 from pipeline.evaluation.texts import HeldoutText, Tokens, heldout_texts
 from pipeline.evaluation.weights import load_model
+from pipeline.evaluation.written import write_texts
 from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest
 from pipeline.storage import Storage
 from pipeline.tokenizer import Encoder
@@ -79,6 +80,8 @@ def evaluate(
         model, texts, eos=encoder.eos_id, length=window_length(config), batch=config.evaluation.batch, report=report
     )
     check_finite({text.source: float(each.sum()) for text, each in zip(texts, nats, strict=True)}, checkpoint)
+    if not dist.is_initialized():
+        write_texts(config, checkpoint, model, encoder, storage)
     tasks: TaskResults | None = None
     if with_tasks and config.evaluation.tasks:
         from pipeline.evaluation.harness import score_tasks  # lm-eval is an extra

@@ -7,12 +7,12 @@ block, not a wrapper, so that parameter names never change and FSDP's hooks stay
 - "selective": outputs of matmuls and attention are kept; norms, activations and permutations are computed again.
 - "full": only the block's input is kept; backward runs the block again.
 
-A mixture layer runs in pieces: up to the choice of experts, the shared experts' first products, the routed experts, the
-shared experts' last product, and the sum. Between them rows travel to the ranks of their experts and back, behind the
-shared experts (pipeline/parallel/flight.py). Neither a compiled graph nor selective checkpointing reaches over these
-exchanges: their sizes change with every batch, and twice the communication costs more than keeping what arrived.
-`compile()` makes each piece one graph, selective checkpointing inside of it (pipeline/model/recomputation.py says why);
-full checkpointing goes around the pieces and their exchanges.
+A mixture layer runs in pieces: up to the choice of experts, shared and routed experts, and the sum. In the middle one rows travel
+to the ranks of their experts and back, behind the shared experts (pipeline/parallel/flight.py). It has its gradients by hand, which
+keep what "selective" keeps whatever the setting, and kernels of its own, so nothing is left to compile; and neither a compiled
+graph nor selective checkpointing reaches over exchanges: their sizes change with every batch, and twice the communication
+costs more than keeping what arrived. `compile()` makes the first and the last piece one graph each, selective checkpointing inside
+of it (pipeline/model/recomputation.py says why); full checkpointing goes around the pieces and their exchanges.
 """
 
 from __future__ import annotations
@@ -65,15 +65,13 @@ class Block(nn.Module):
         self._dense = torch.compile(self._dense, fullgraph=True, **options)  # type: ignore[method-assign]
         self._to_experts = torch.compile(self._to_experts, fullgraph=True, **options)  # type: ignore[method-assign]
         self._from_experts = torch.compile(self._from_experts, fullgraph=True, **options)  # type: ignore[method-assign]
-        if isinstance(self.mlp, MoE):
-            self.mlp.compile(**options)
 
     def _run(self, x_BSD: Tensor, layout: SequenceLayout) -> BlockOutput:
         selective = self.activation_checkpointing == "selective" and torch.is_grad_enabled()
         if isinstance(self.mlp, MLP):
             return BlockOutput(self._dense(x_BSD, layout, selective), None, None)
         x_BSD, h_BSD, routing, plan = self._to_experts(x_BSD, layout, selective)
-        shared_BSD, routed_ND = self.mlp.mix(h_BSD, routing, plan, layout, selective)
+        shared_BSD, routed_ND = self.mlp.mix(h_BSD, routing, plan, layout)
         x_BSD = self._from_experts(x_BSD, shared_BSD, routed_ND)
         return BlockOutput(x_BSD, routing.aux_loss, routing.tokens_per_expert_E)
 

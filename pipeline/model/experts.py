@@ -1,13 +1,14 @@
 """The mixture-of-experts layer: route, bring tokens to their experts, three products there, bring the sums back, add shared experts.
 
-Routed experts are SwiGLU MLPs held as stacks [E, out, in] and run by grouped matmuls (pipeline/model/grouped.py), whatever
-the loads. A row is copied to its experts' places by a counting sort and their results are summed up again by a gather in
+Routed experts are SwiGLU MLPs held as stacks [E, out, in] and run by grouped matmuls (pipeline/model/expert_products.py),
+whatever the loads. A row is copied to its experts' places by a counting sort and their results are summed up again by a gather in
 each direction (pipeline/parallel/rows.py): no scatter-add, so results do not depend on the order of atomics. A choice's
 weight multiplies the activation between the products, which is narrower than the result, so results need not be kept
 for its gradient. The shared experts are one ungated MLP of n_shared x F.
 
-Where experts are spread over ranks the shared experts run while rows travel: gate and up behind the way there, down
-behind the way back, and in backward the same (pipeline/parallel/flight.py).
+Where experts are spread over ranks the shared experts run while rows travel, gate and up behind the way there, down behind
+the way back. In backward all of them runs behind the first exchange, and the gradients of the routed experts' weights
+behind the second (pipeline/parallel/flight.py, expert_products.py).
 
 Every row that reaches the experts belongs to one of them. Padding of packed rows stays behind: the number of tokens is
 known on the host, its slots name no expert, cost nothing from here on and get only the shared experts' output. An expert
@@ -19,22 +20,21 @@ experts (e of them here), D hidden, F expert width.
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config.schema import ModelConfig
-from pipeline.model.grouped import ALIGNMENT, gate_up_linear, grouped_linear
+from pipeline.model.expert_products import Held, expert_products, hold
+from pipeline.model.grouped import ALIGNMENT
 from pipeline.model.matmul import Linear
-from pipeline.model.recomputation import keeping_matmuls
+from pipeline.model.mlp_products import finish, first
 from pipeline.model.router import Router, Routing
 from pipeline.model.sequences import SequenceLayout
 from pipeline.parallel.dispatch import Choices, Dispatcher, LocalDispatch, Plan
 from pipeline.parallel.local import local_tensor
-from pipeline.parallel.rows import copy_rows, place, sum_rows
 
 
 class MLP(nn.Module):
@@ -47,11 +47,15 @@ class MLP(nn.Module):
         self.down_proj = Linear(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
-    def down(self, gate: Tensor, up: Tensor) -> Tensor:
-        """What is left to do after the first two products."""
-        return self.down_proj(F.silu(gate) * up)
+    def first(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the first two products give; the rest is `finish`."""
+        return first(x, self.gate_proj.weight, self.up_proj.weight)
+
+    def finish(self, x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+        """The whole MLP to autograd, given what `first` gave."""
+        return finish(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight, gate, up)
 
 
 class Experts(nn.Module):
@@ -70,55 +74,13 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, D, F_))
         self.dispatcher: Dispatcher = LocalDispatch()
 
-    def forward(self, x_RD: Tensor, choices: Choices, selective: bool = False) -> Tensor:
-        """y_RD: the weighted sum of each row's experts. `selective`: compute activations again in backward."""
-        gate_eFD, up_eFD, down_eDF = map(local_tensor, (self.gate_proj, self.up_proj, self.down_proj))
-        return self._multiply(x_RD, choices, gate_eFD, up_eFD, down_eDF, selective)
+    def hold(self) -> Held:
+        """The weights of a pass, to be called where their gradients shall be computed in backward."""
+        return hold(*map(local_tensor, (self.gate_proj, self.up_proj, self.down_proj)))
 
-    def compile(self, **options: Any) -> None:
-        """Compile what lies between the exchanges."""
-        self._multiply = torch.compile(self._multiply, fullgraph=True, **options)  # type: ignore[method-assign]
-
-    @staticmethod
-    def _multiply(
-        x_RD: Tensor, choices: Choices, gate_eFD: Tensor, up_eFD: Tensor, down_eDF: Tensor, selective: bool
-    ) -> Tensor:
-        placing = place(choices.experts_RC, gate_eFD.shape[0], choices.pairs, all_chosen=choices.all_chosen)
-        offsets_e = placing.counts.cumsum(0).clamp(max=choices.pairs).int()
-
-        def run(x_RD: Tensor, weights_RC: Tensor, gate_eFD: Tensor, up_eFD: Tensor, down_eDF: Tensor) -> Tensor:
-            gate_up_M2F = gate_up_linear(copy_rows(x_RD, placing), gate_eFD, up_eFD, offsets_e)
-            weights_M = weights_RC.flatten().index_select(0, placing.choice_M)
-            if choices.bounded:  # behind the last pair products leave anything, gradients too
-                weights_M = weights_M.where(torch.arange(choices.pairs, device=x_RD.device) < offsets_e[-1:], 0.0)
-            hidden_MF = cast(Tensor, WeightedSwiGLU.apply(gate_up_M2F, weights_M))
-            y_RD = sum_rows(grouped_linear(hidden_MF, down_eDF, offsets_e), placing)
-            return y_RD.masked_fill(placing.counts.sum() > choices.pairs, math.nan) if choices.bounded else y_RD
-
-        inputs = (x_RD, choices.weights_RC, gate_eFD, up_eFD, down_eDF)
-        return keeping_matmuls(run, *inputs) if selective else run(*inputs)
-
-
-class WeightedSwiGLU(torch.autograd.Function):
-    """hidden_MF = silu(gate) * up * weight; keeps its inputs only. In fp32, rounded once where compiled."""
-
-    @staticmethod
-    def forward(ctx: Any, gate_up_M2F: Tensor, weights_M: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up_M2F, weights_M)
-        gate_MF, up_MF = gate_up_M2F.chunk(2, dim=1)
-        hidden_MF = F.silu(gate_MF.float()) * up_MF.float() * weights_M.unsqueeze(1)
-        return hidden_MF.to(gate_up_M2F.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad_MF: Tensor) -> tuple[Tensor, Tensor]:
-        gate_up_M2F, weights_M = ctx.saved_tensors
-        gate_MF, up_MF = (half.float() for half in gate_up_M2F.chunk(2, dim=1))
-        grad_MF = grad_MF.float()
-        silu_MF = F.silu(gate_MF)
-        grad_weights_M = (grad_MF * (silu_MF * up_MF)).sum(1)
-        grad_MF = grad_MF * weights_M.unsqueeze(1)
-        grad_gate_MF = torch.ops.aten.silu_backward(grad_MF * up_MF, gate_MF)
-        return torch.cat([grad_gate_MF, grad_MF * silu_MF], dim=1).to(gate_up_M2F.dtype), grad_weights_M
+    def forward(self, x_RD: Tensor, choices: Choices, held: Held | None = None) -> Tensor:
+        """y_RD: the weighted sum of each row's experts."""
+        return expert_products(x_RD, choices, held or self.hold())
 
 
 class MoEOutput(NamedTuple):
@@ -143,12 +105,6 @@ class MoE(nn.Module):
         x_BSD = shared_BSD + routed_ND.view_as(shared_BSD)
         return MoEOutput(x_BSD, routing.aux_loss, routing.tokens_per_expert_E)
 
-    def compile(self, **options: Any) -> None:
-        """Compile the pieces of `mix`."""
-        self._gate_up = torch.compile(self._gate_up, fullgraph=True, **options)  # type: ignore[method-assign]
-        self._down = torch.compile(self._down, fullgraph=True, **options)  # type: ignore[method-assign]
-        self.experts.compile(**options)
-
     def route(self, x_BSD: Tensor, layout: SequenceLayout | None = None) -> tuple[Routing, Plan | None]:
         """All that happens on this rank before the rows go to their experts."""
         routing = self.router(x_BSD, None if layout is None else layout.text_BS)
@@ -156,18 +112,14 @@ class MoE(nn.Module):
         return routing, self.experts.dispatcher.plan(choices, routing.tokens_per_expert_E)
 
     def mix(
-        self,
-        x_BSD: Tensor,
-        routing: Routing,
-        plan: Plan | None,
-        layout: SequenceLayout | None = None,
-        selective: bool = False,
+        self, x_BSD: Tensor, routing: Routing, plan: Plan | None, layout: SequenceLayout | None = None
     ) -> tuple[Tensor, Tensor]:
         """(output of the shared experts BSD, of the routed ones ND); what needs no rows runs while they travel."""
         journey = self.experts.dispatcher.send(x_BSD.flatten(0, 1), self._choices(routing, layout), plan)
-        gate, up = self._gate_up(x_BSD)
-        journey.send_back(self.experts(*journey.arrive(), selective))
-        shared_BSD = self._down(gate, up, selective)
+        gate, up = self.shared_experts.first(x_BSD)
+        held = self.experts.hold()
+        journey.send_back(self.experts(*journey.arrive(), held))
+        shared_BSD = self.shared_experts.finish(x_BSD, gate, up)
         return shared_BSD, journey.come_home()
 
     def _choices(self, routing: Routing, layout: SequenceLayout | None) -> Choices:
@@ -175,10 +127,3 @@ class MoE(nn.Module):
         padded = layout is not None and layout.text_BS is not None
         tokens = layout.tokens if layout is not None and padded else N
         return Choices(routing.experts_NK, routing.weights_NK, tokens * K, not padded)
-
-    def _gate_up(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        return self.shared_experts.gate_proj(x_BSD), self.shared_experts.up_proj(x_BSD)
-
-    def _down(self, gate: Tensor, up: Tensor, selective: bool) -> Tensor:
-        down = self.shared_experts.down
-        return keeping_matmuls(down, gate, up) if selective else down(gate, up)

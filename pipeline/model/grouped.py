@@ -1,18 +1,17 @@
-"""Matrix products of rows sorted by expert with a stack of weights: `torch.nn.functional.grouped_mm` as an operator of our own.
+"""Matrix products of rows sorted by expert with a stack of weights: `torch.nn.functional.grouped_mm`, made safe.
 
 grouped_linear(x_MI, weight_eOI, offsets_e): rows up to offsets_e[0] times expert 0's weight (transposed, as in a linear
-layer), the next ones expert 1's, and so on -> y_MO. Backward: the same product with the weight the other way round for
-x, and one outer product a group for the weight. 2*M*I*O FLOPs each. gate_up_linear does two weights of one shape in one
-product: rows are read once, and so is the gradient with respect to them written. The weights are laid end to end for it,
-in backward again, which is 4 e*O*I bytes in bf16 where the sum of two such gradients would move 6 M*I.
+layer), the next ones expert 1's, and so on -> y_MO. Its gradients are the same product with the weight the other way round
+(`transpose` false) for x, and `grouped_outer`, one outer product a group, for the weight. 2*M*I*O FLOPs each. Who computes
+them when is pipeline/model/expert_products.py's to say: autograd stops here.
 
 In fp32 on a CPU, where PyTorch's function is a loop over experts, too, the loop is ours and takes the faster product of
-pipeline/model/matmul.py. Four things that the plain function leaves open are settled here:
-- torch.compile: its shape inference refuses fp32 (it knows the CUDA kernel only); ours is exact for every dtype.
+pipeline/model/matmul.py. Things that the plain function leaves open are settled here:
 - Gradients of experts without rows are zero. Kernels for NVIDIA's compute capability 10 leave something else there
   (pytorch issue 172439), older ones do not: clearing costs a pass over the gradients, so only the former pay it.
 - A rank may have no rows at all, which the CUDA function refuses (pytorch pull request 192497).
 - An incoming gradient that is an expanded tensor is made contiguous first; the kernel refuses it.
+Elsewhere both are operators of their own, whose shapes are known without a device.
 
 The offsets must end at M: what lies behind the last one would stay uninitialised. Rows must be multiples of 16 bytes.
 
@@ -22,7 +21,6 @@ Legend: M rows, I in, O out, e experts on this rank.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,32 +31,28 @@ from pipeline.model.matmul import is_cpu_fp32, outer, product
 ALIGNMENT = 8  # numbers: 16 bytes in bf16
 
 
-def grouped_linear(x_MI: Tensor, weight_eOI: Tensor, offsets_e: Tensor) -> Tensor:
-    """y_MO; `offsets_e` int32, the cumulative rows of the experts, ending at M."""
-    if is_cpu_fp32(x_MI) and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _cpu_rows(x_MI, weight_eOI, offsets_e, True)  # an operator costs 30 us
-    return _rows(x_MI, weight_eOI, offsets_e, True)
+def grouped_linear(x_MI: Tensor, weight_eOI: Tensor, offsets_e: Tensor, *, transpose: bool = True) -> Tensor:
+    """y_MO: each row times its expert's weight, transposed or not; `offsets_e` int32, the cumulative rows of the experts, ending at M."""
+    if is_cpu_fp32(x_MI):  # an operator costs 30 us
+        out_MO = x_MI.new_empty(x_MI.shape[0], weight_eOI.shape[-2 if transpose else -1])
+        for expert, rows in _groups(offsets_e):
+            product(x_MI[rows], weight_eOI[expert] if transpose else weight_eOI[expert].T, out_MO[rows])
+        return out_MO
+    return _rows(x_MI.contiguous(), weight_eOI, offsets_e, transpose)
 
 
-def gate_up_linear(x_MI: Tensor, gate_eOI: Tensor, up_eOI: Tensor, offsets_e: Tensor) -> Tensor:
-    """[x gate^T | x up^T], [M, 2 O]; `offsets_e` as above."""
-    if is_cpu_fp32(x_MI) and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _cpu_rows(x_MI, torch.cat([gate_eOI, up_eOI], dim=1), offsets_e, True)
-    return _gate_up(x_MI, gate_eOI, up_eOI, offsets_e)
-
-
-def _cpu_rows(x_MI: Tensor, weight_eOI: Tensor, offsets_e: Tensor, transpose: bool) -> Tensor:
-    out_MO = x_MI.new_empty(x_MI.shape[0], weight_eOI.shape[-2 if transpose else -1])
-    for expert, rows in _groups(offsets_e):
-        product(x_MI[rows], weight_eOI[expert] if transpose else weight_eOI[expert].T, out_MO[rows])
-    return out_MO
+def grouped_outer(grad_MO: Tensor, x_MI: Tensor, offsets_e: Tensor) -> Tensor:
+    """grad^T x over each expert's rows, [e, O, I]; zero without rows."""
+    if is_cpu_fp32(x_MI):
+        out_eOI = x_MI.new_zeros(offsets_e.shape[0], grad_MO.shape[1], x_MI.shape[1])
+        for expert, rows in _groups(offsets_e):
+            out_eOI[expert] = outer(grad_MO[rows], x_MI[rows])
+        return out_eOI
+    return _outer(grad_MO.contiguous(), x_MI, offsets_e)
 
 
 @torch.library.custom_op("moonlight::grouped_rows", mutates_args=())
 def _rows(x_MI: Tensor, weight_eOI: Tensor, offsets_e: Tensor, transpose: bool) -> Tensor:
-    """Each row times its expert's weight, transposed (a linear layer) or not (its gradient)."""
-    if is_cpu_fp32(x_MI):
-        return _cpu_rows(x_MI, weight_eOI, offsets_e, transpose)
     if x_MI.shape[0] == 0:
         return x_MI.new_empty(0, weight_eOI.shape[-2 if transpose else -1])
     return F.grouped_mm(x_MI, weight_eOI.transpose(-2, -1) if transpose else weight_eOI, offs=offsets_e)
@@ -66,12 +60,6 @@ def _rows(x_MI: Tensor, weight_eOI: Tensor, offsets_e: Tensor, transpose: bool) 
 
 @torch.library.custom_op("moonlight::grouped_outer", mutates_args=())
 def _outer(grad_MO: Tensor, x_MI: Tensor, offsets_e: Tensor) -> Tensor:
-    """grad^T x over each expert's rows, [e, O, I]; zero without rows."""
-    if is_cpu_fp32(x_MI):
-        out_eOI = x_MI.new_zeros(offsets_e.shape[0], grad_MO.shape[1], x_MI.shape[1])
-        for expert, rows in _groups(offsets_e):
-            out_eOI[expert] = outer(grad_MO[rows], x_MI[rows])
-        return out_eOI
     if x_MI.shape[0] == 0:
         return x_MI.new_zeros(offsets_e.shape[0], grad_MO.shape[1], x_MI.shape[1])
     grad_eOI = F.grouped_mm(grad_MO.transpose(0, 1), x_MI, offs=offsets_e)
@@ -98,44 +86,3 @@ def _groups(offsets_e: Tensor) -> Iterator[tuple[int, slice]]:
         if end > start:
             yield expert, slice(start, end)
         start = end
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
-    x_MI, weight_eOI, offsets_e, transpose = inputs
-    assert transpose, "only the forward product is differentiated"
-    ctx.save_for_backward(x_MI, weight_eOI, offsets_e)
-
-
-def _backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor, Tensor, None, None]:
-    x_MI, weight_eOI, offsets_e = ctx.saved_tensors
-    grad_MO = grad_MO.contiguous()
-    return _rows(grad_MO, weight_eOI, offsets_e, False), _outer(grad_MO, x_MI, offsets_e), None, None
-
-
-_rows.register_autograd(_backward, setup_context=_save)
-
-
-@torch.library.custom_op("moonlight::grouped_gate_up", mutates_args=())
-def _gate_up(x_MI: Tensor, gate_eOI: Tensor, up_eOI: Tensor, offsets_e: Tensor) -> Tensor:
-    return _rows(x_MI, torch.cat([gate_eOI, up_eOI], dim=1), offsets_e, True)
-
-
-@_gate_up.register_fake
-def _(x_MI: Tensor, gate_eOI: Tensor, up_eOI: Tensor, offsets_e: Tensor) -> Tensor:
-    return x_MI.new_empty(x_MI.shape[0], 2 * gate_eOI.shape[1])
-
-
-def _save_both(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward_both(ctx: Any, grad_MO: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    x_MI, gate_eOI, up_eOI, offsets_e = ctx.saved_tensors
-    grad_MO = grad_MO.contiguous()
-    grad_x_MI = _rows(grad_MO, torch.cat([gate_eOI, up_eOI], dim=1), offsets_e, False)
-    if is_cpu_fp32(x_MI):  # halves of one gradient would have to be copied
-        return grad_x_MI, *(_outer(half, x_MI, offsets_e) for half in grad_MO.chunk(2, dim=1)), None
-    return grad_x_MI, *_outer(grad_MO, x_MI, offsets_e).chunk(2, dim=1), None
-
-
-_gate_up.register_autograd(_backward_both, setup_context=_save_both)

@@ -7,8 +7,8 @@ from the forward pass on.
 
 Whatever the weights' dtype, logits, losses, their sum, the softmax and the sum of the weight's gradient over chunks are
 fp32, and what arrives in backward (one over the number of tokens) multiplies unrounded. In bf16 the products' operands
-are bf16. A chunk's logits are passed over twice: once for their log-softmax, once to make of that the gradient in the
-dtype of the products; tokens without a label are zero hidden states there. `torch.nn.functional.linear_cross_entropy` returns losses in bf16 instead: summed they
+are bf16. A chunk's logits are read twice, for their log-softmax and for the gradient in the dtype of the products
+(pipeline/kernels/cross_entropy.py); tokens without a label are zero hidden states there. `torch.nn.functional.linear_cross_entropy` returns losses in bf16 instead: summed they
 are off by about one per cent, and one by one they cost the logits a second time in backward.
 
 Legend: B rows, S tokens, N = B*S, C tokens of a chunk, D hidden, V vocabulary.
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline.kernels.cross_entropy import cross_entropy
 from pipeline.model.devices import is_gpu
 from pipeline.model.matmul import TILES, fp32_product, is_cpu_fp32, linear, outer, product
 
@@ -72,7 +73,7 @@ def token_scores(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> TokenScor
     log_p, likeliest = [], []
     for x_CD, labels_C in zip(x_ND.split(chunk), labels_N.split(chunk)):
         logits_CV = fp32_product(x_CD, weight_VD)
-        log_p.append(logits_CV.gather(1, labels_C[:, None])[:, 0] - logits_CV.logsumexp(1))
+        log_p.append(_log_p(logits_CV, labels_C))
         likeliest.append(logits_CV.argmax(1))
     return TokenScores(torch.cat(log_p), torch.cat(likeliest))
 
@@ -91,17 +92,17 @@ class _CrossEntropySum(torch.autograd.Function):
             x_ND.split(chunk), labels_N.unsqueeze(1).split(chunk), grad_x_ND.split(chunk)
         ):
             counted_C1 = labels_C1 != IGNORE
-            index_C1 = labels_C1.where(counted_C1, 0)
             x_CD = x_CD.where(counted_C1, 0)
-            log_p_CV = fp32_product(x_CD, weight_VD).log_softmax(1)
-            chosen_C1 = log_p_CV.gather(1, index_C1)
-            loss -= chosen_C1.where(counted_C1, 0).sum()
-            if grad_weight is not None:
-                grad_CV = _exp(log_p_CV, x_CD.dtype)
-                grad_CV.scatter_(1, index_C1, chosen_C1.expm1().to(x_CD.dtype))
-                grad_x_CD.copy_(product(grad_CV, weight_VD.T) if is_cpu_fp32(x_CD) else grad_CV @ weight_VD)
-                grad_x_CD.masked_fill_(~counted_C1, 0)
-                grad_weight.add(grad_CV, x_CD)
+            logits_CV = fp32_product(x_CD, weight_VD)
+            if grad_weight is None:
+                loss -= _log_p(logits_CV, labels_C1.squeeze(1).clamp(min=0)).where(counted_C1.squeeze(1), 0).sum()
+                continue
+            losses_C, grad_CV = cross_entropy(logits_CV, labels_C1.squeeze(1), x_CD.dtype)
+            del logits_CV
+            loss += losses_C.sum()
+            grad_x_CD.copy_(product(grad_CV, weight_VD.T))
+            grad_x_CD.masked_fill_(~counted_C1, 0)
+            grad_weight.add(grad_CV, x_CD)
         if grad_weight is not None:
             ctx.save_for_backward(grad_x_ND, grad_weight.result())
         return loss
@@ -135,10 +136,9 @@ class _WeightGradient:
         return self.sum.T.contiguous() if self.transposed else self.sum.to(self.dtype)
 
 
-def _exp(log_p_CV: Tensor, dtype: torch.dtype) -> Tensor:
-    """In one pass, in place where the dtype is the same."""
-    out = log_p_CV if dtype == log_p_CV.dtype else torch.empty_like(log_p_CV, dtype=dtype)
-    return torch.exp(log_p_CV, out=out)
+def _log_p(logits_CV: Tensor, labels_C: Tensor) -> Tensor:
+    """log softmax(logits)[label], [C]."""
+    return logits_CV.gather(1, labels_C[:, None])[:, 0] - logits_CV.logsumexp(1)
 
 
 def _chunk(x_ND: Tensor, vocabulary: int) -> int:

@@ -101,7 +101,7 @@ def onednn_is_faster() -> bool:
 
 def product(x_MI: Tensor, weight_OI: Tensor, out_MO: Tensor | None = None) -> Tensor:
     """x times the transposed weight, [M, O], without autograd. Either may be a transposed view. `out_MO`: write there."""
-    if not onednn_is_faster():
+    if not (is_cpu_fp32(x_MI) and onednn_is_faster()):
         return torch.mm(x_MI, weight_OI.T, out=out_MO)
     M, O = x_MI.shape[0], weight_OI.shape[0]  # noqa: E741
     tiles = _tiles(M, weight_OI.numel())
@@ -115,7 +115,7 @@ def product(x_MI: Tensor, weight_OI: Tensor, out_MO: Tensor | None = None) -> Te
 
 def outer(grad_MO: Tensor, x_MI: Tensor) -> Tensor:
     """grad transposed times x, [O, I], without autograd: the gradient of a weight."""
-    if not onednn_is_faster():
+    if not (is_cpu_fp32(x_MI) and onednn_is_faster()):
         return grad_MO.T @ x_MI
     if grad_MO.shape[1] > x_MI.shape[1]:  # oneDNN lays out the first factor anew: let that be the narrower one
         return outer(x_MI, grad_MO).T.contiguous()

@@ -23,8 +23,6 @@ KEPT = {  # by name: the module that registers an operator may not have been loa
     "aten::addmm",
     "aten::bmm",
     "moonlight::linear",
-    "moonlight::grouped_rows",
-    "moonlight::grouped_gate_up",
     "moonlight::causal_attention",
     "moonlight::largest_logits",
     "torch_attn::_varlen_attn",

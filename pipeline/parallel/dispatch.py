@@ -28,6 +28,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.kernels import sorting
+from pipeline.kernels.choice import own_kernels
 from pipeline.parallel.exposed import Exposed
 from pipeline.parallel.flight import Flight, land, launch
 from pipeline.parallel.rows import Placing, copy_rows, place, sum_rows
@@ -147,6 +149,12 @@ class _AllToAll:
 
 def ranks_of(experts_NK: Tensor, experts_per_rank: int, ranks: int) -> Tensor:
     """[N, W]: each rank that holds an expert of the token, `ranks` in place of the others."""
+    if own_kernels(experts_NK):
+        return sorting.ranks_of(experts_NK, experts_per_rank, ranks)
+    return ranks_plainly(experts_NK, experts_per_rank, ranks)
+
+
+def ranks_plainly(experts_NK: Tensor, experts_per_rank: int, ranks: int) -> Tensor:
     N, W, device = experts_NK.shape[0], ranks, experts_NK.device
     met_NW = torch.zeros(N, W + 1, dtype=torch.bool, device=device).scatter_(1, experts_NK // experts_per_rank, True)
     return torch.arange(W, device=device).expand(N, W).where(met_NW[:, :W], W)

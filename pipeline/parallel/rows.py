@@ -4,7 +4,8 @@ A row names up to C bins: the experts of a token, or the ranks that hold one of 
 pairs by bin, rows in order inside a bin, without a sort: with a one for each (bin, row) that was named, laid out bin by
 bin, the sum up to a cell is the place of its pair. `copy_rows` writes a row once for each of its bins; `sum_rows` adds up
 what came out there. Each is the other's gradient and reads every row once; sums are in fp32, rounded once, in the order
-of a row's choices, so no result depends on the order of atomics.
+of a row's choices, so no result depends on the order of atomics. On CUDA kernels of our own do the same
+(pipeline/kernels/sorting.py); what stands here is their reference.
 
 Legend: R rows, C choices of each, M pairs, D width.
 """
@@ -15,6 +16,9 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+
+from pipeline.kernels import sorting
+from pipeline.kernels.choice import own_kernels
 
 
 class Placing(NamedTuple):
@@ -38,6 +42,12 @@ def place(bins_RC: Tensor, bins: int, pairs: int, *, all_chosen: bool, slots: in
     beyond the bound are left out, though counted. `slots`: each bin has that many places of its own, so `pairs` is
     bins * slots. `all_chosen`: every choice names a bin, and none is left out. The host waits for nothing.
     """
+    if own_kernels(bins_RC):
+        return Placing(*sorting.place(bins_RC, bins, pairs, slots or 0))
+    return place_plainly(bins_RC, bins, pairs, all_chosen=all_chosen, slots=slots)
+
+
+def place_plainly(bins_RC: Tensor, bins: int, pairs: int, *, all_chosen: bool, slots: int | None = None) -> Placing:
     R, C = bins_RC.shape
     device, bins_CR = bins_RC.device, bins_RC.T
     named = torch.zeros(bins + 1, R, dtype=torch.int32, device=device).scatter_(0, bins_CR, 1)
@@ -84,7 +94,7 @@ class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RD: Tensor, row_M: Tensor, place_M: Tensor, bags_R1: Tensor) -> Tensor:
         ctx.save_for_backward(place_M, bags_R1)
-        return x_RD.index_select(0, row_M)
+        return gathered(x_RD, row_M)
 
     @staticmethod
     def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None, None]:
@@ -100,11 +110,23 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
         (row_M,) = ctx.saved_tensors
-        return grad_RD.index_select(0, row_M), None, None, None
+        return gathered(grad_RD, row_M), None, None, None
+
+
+def gathered(x_RD: Tensor, row_M: Tensor) -> Tensor:
+    """`copy_rows` without autograd."""
+    return sorting.copy_rows(x_RD, row_M) if own_kernels(x_RD) else x_RD.index_select(0, row_M)
 
 
 def bag_sums(rows_MD: Tensor, place_M: Tensor, bags_R1: Tensor) -> Tensor:
-    """y_RD[r] = sum over j in [bags[r], bags[r + 1]) of rows_MD[place_M[j]]: PyTorch's embedding bag, one pass."""
+    """`sum_rows` without autograd: y_RD[r] = sum over j in [bags[r], bags[r + 1]) of rows_MD[place_M[j]]."""
+    if own_kernels(rows_MD):
+        return sorting.bag_sums(rows_MD, place_M, bags_R1)
+    return sum_plainly(rows_MD, place_M, bags_R1)
+
+
+def sum_plainly(rows_MD: Tensor, place_M: Tensor, bags_R1: Tensor) -> Tensor:
+    """By PyTorch's embedding bag, one pass."""
     if rows_MD.shape[0] == 0:
         return rows_MD.new_zeros(bags_R1.shape[0] - 1, rows_MD.shape[1])
     return torch.embedding_bag(rows_MD, place_M, bags_R1, False, 0, False, None, True)[0]

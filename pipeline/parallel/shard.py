@@ -23,7 +23,8 @@ all-to-all brings it the tokens of all ranks of its ep group, and efsdp and repl
 Weights that no axis cuts (experts where efsdp is 1) are cast once a step: from the first micro-batch's forward to the last
 one's backward they stay as they are, and their gradients add up here in fp32, to be reduced over copies once
 (`keep_whole`). That costs E / ep experts of every layer in the compute dtype, and saves a cast, a copy and a reduction of
-one rank for each pass of each micro-batch.
+one rank for each pass of each micro-batch. `training.gather_once` does so with all weights: whole dense weights and their fp32
+gradients on every rank, for one gathering and one reduction a step in place of two and one a micro-batch.
 
 Mixed precision is FSDP2's: fp32 shards (the optimizer's masters), bf16 gathered weights, fp32 reduction. Activations are
 bf16 from the embedding on, so inputs are not cast: FSDP2 would look into containers and dataclasses, and rotary tables in
@@ -121,11 +122,12 @@ def shard_model(model: Moonlight, meshes: Meshes, training: TrainingConfig, devi
     meshes.exposed.watch(model)
 
 
-def whole_groups(model: nn.Module) -> list[FSDPParamGroup]:
-    """FSDP's groups of parameters that no axis cuts."""
+def whole_groups(model: nn.Module, *, cut_too: bool = False) -> list[FSDPParamGroup]:
+    """FSDP's groups of parameters that no axis cuts; `cut_too`: all of them."""
     states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
     groups = [group for state in states for group in state._fsdp_param_groups]
-    return [each for each in groups if isinstance(each.mesh_info, FSDPMeshInfo) and each.mesh_info.shard_mesh_size == 1]
+    sizes = [info.shard_mesh_size if isinstance(info := each.mesh_info, FSDPMeshInfo) else 0 for each in groups]
+    return [each for each, size in zip(groups, sizes) if size == 1 or (cut_too and size > 1)]
 
 
 def keep_whole(groups: list[FSDPParamGroup], last: bool) -> None:

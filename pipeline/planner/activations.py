@@ -4,6 +4,7 @@ Counted is what autograd saves, tensor by tensor, each storage once, as the bloc
 
 - "none": every input of a matmul, of attention, of a norm, of an activation or a permutation;
 - "selective": the inputs of a block's pieces and the outputs of matmuls and attention (pipeline/model/recomputation.py);
+- routed and shared experts, either way: their input, gate and up (pipeline/model/expert_products.py);
 - "full": the block's input.
 
 A checkpointed block needs, besides, what "none" keeps, while its own backward runs: `block_bytes(..., "none")` once.
@@ -44,19 +45,17 @@ def block_bytes(
     travel = round(met * 3 * INDEX)  # of a row that left: which it is, and where it came back
     if checkpointing == "selective":
         attention = H * Q + latent + keys_values + H * V + D
-        feed_forward = 2 * width + D
-        routed = (
-            D + round(met * D) + round(room * K * (2 * F + D)) if moe else 0
-        )  # input, rows that arrived, gate and up, result
+        feed_forward = 2 * width if moe else 2 * width + D
+        routed = D + round(met * D) + round(room * K * 2 * F) if moe else 0  # input, rows that arrived, gate and up
         router = (E + K) * FP32 + (3 * K + 1) * INDEX + travel if moe else 0  # scores; weights, where rows are
         return (D + attention + feed_forward + routed) * itemsize + router + log_sum_exp
     # x and its norm, twice; the latent and its norm; query, key, value, output
     attention = 4 * D + latent + C + 2 * H * Q + keys_values + H * V
-    feed_forward = 4 * width  # gate, up, silu(gate), their product
+    feed_forward = (2 if moe else 4) * width  # gate, up, of a dense layer silu(gate) and their product
     norms = 3 * FP32
     if not moe:
         return (attention + feed_forward) * itemsize + norms + log_sum_exp
-    routed = round(room * K * (D + 3 * F))  # rows, gate and up, what enters down
+    routed = round(met * D) + round(room * K * 2 * F)  # rows that arrived, gate and up
     # Scores, weights twice; the choice, and where rows are.
     router = (E + 3 * K + 2) * FP32 + (4 * K + 1) * INDEX + travel
     return (attention + feed_forward + routed) * itemsize + router + norms + log_sum_exp

@@ -4,7 +4,7 @@
     optimizer    Muon 4 bytes an element, AdamW 8
     gathered     whole weights in the compute dtype: the head (kept), the embedding, and two blocks, the one at work and
                  the next, with the experts of all blocks where no axis cuts them; on the way back one unit's gradients in
-                 the compute dtype and in fp32, to be reduced
+                 the compute dtype and in fp32, to be reduced. With training.gather_once all of both, whole
     activations  what the blocks keep for backward (activations.py), what one checkpointed block needs while it is
                  computed again, and a chunk of logits with its gradient
     exchange     Muon's buffers: two buckets in flight and the workspace of Newton-Schulz (pipeline/optim/muon.py)
@@ -58,6 +58,12 @@ def memory(config: RunConfig, sizes: Sizes, itemsize: int) -> Memory:
 
 
 def _gathered(config: RunConfig, sizes: Sizes, itemsize: int) -> int:
+    if config.training.gather_once:
+        dense = sizes.dense * (
+            itemsize + FP32
+        )  # with gradients; those of experts that no axis cuts are their masters' own
+        experts = sizes.experts // config.parallelism.ep
+        return dense + experts * (itemsize + (FP32 if config.parallelism.efsdp > 1 else 0))
     block = sizes.dense_of_block + sizes.experts_of_block // config.parallelism.ep
     blocks = 2 if config.training.reshard_after_forward else config.model.num_hidden_layers
     weights = (2 * sizes.embedding + blocks * block) * itemsize

@@ -3,7 +3,7 @@
 With A micro-batches a step, n ranks in a group and weights of P elements in it, ring algorithms send (n - 1) / n of:
 
     weights      all-gather of P in the compute dtype, A times: forward, and backward again if they were freed
-    gradients    reduce-scatter of P in fp32, A times
+    gradients    reduce-scatter of P in fp32, A times; both once with training.gather_once
     copies       all-reduce of the shard's fp32 gradients over `replicate`: twice it
     tokens       a row for each rank that a token meets (pipeline/parallel/dispatch.py; evenly routed,
                  or all the room of training.expert_capacity), there and back, in
@@ -47,6 +47,9 @@ def traffic(config: RunConfig, sizes: Sizes, plan: MuonPlan | None, sequences: i
     gathered = _leaving(sizes.dense, parallelism.shard) + _leaving(sizes.experts // parallelism.ep, parallelism.efsdp)
     kept = _leaving(sizes.embedding + model.hidden_size, parallelism.shard)  # head and last norm are gathered once
     passes = 2 * gathered - kept if training.reshard_after_forward else gathered
+    times = micro_batches
+    if training.gather_once:
+        times, passes = 1, gathered
     met = ranks_met(model.n_routed_experts, model.num_experts_per_tok, parallelism.ep)
     rows = int(training.micro_batch * training.sequence_length * met * (training.expert_capacity or 1.0))
     layers = model.num_hidden_layers - model.first_k_dense_replace
@@ -55,8 +58,8 @@ def traffic(config: RunConfig, sizes: Sizes, plan: MuonPlan | None, sequences: i
         wire = 2 if config.optimizer.muon.wire_dtype == "bf16" else FP32
         muon = max(bytes_by_rank(plan, wire))
     return Traffic(
-        weights=micro_batches * passes * itemsize,
-        gradients=micro_batches * gathered * FP32,
+        weights=times * passes * itemsize,
+        gradients=times * gathered * FP32,
         copies=2 * _leaving(sizes.total // parallelism.shard, parallelism.replicate) * FP32,
         tokens=micro_batches * layers * _leaving(rows, parallelism.ep) * row_bytes(config, itemsize),
         muon=muon,

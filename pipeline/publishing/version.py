@@ -13,7 +13,8 @@ from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationMan
 
 FORMAT = 4  # enters the version's name: raise it when the same inputs would publish other bytes
 MECHANICS = {  # of training: how the same steps are computed and watched
-    "micro_batch", "activation_checkpointing", "compile", "reshard_after_forward", "max_skipped_steps", "step_timeout_s", "log_every",
+    "micro_batch", "activation_checkpointing", "compile", "reshard_after_forward", "gather_once", "collect_every",
+    "max_skipped_steps", "step_timeout_s", "log_every",
 }  # fmt: skip
 
 

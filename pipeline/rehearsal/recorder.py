@@ -145,6 +145,7 @@ class Recorder(TorchDispatchMode):
             for t in inputs
             if self.memory.number(t) not in taken
         ]
+        reads *= 2 if func._schema.name in _READ_TWICE else 1
         self.tape.add(
             Kernel(
                 func._schema.name.split("::")[1],
@@ -187,7 +188,7 @@ def _changed(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
 def kind_of(func: Any, inputs: list[Tensor]) -> str:
     """The rate that an operator goes by."""
     name = func._schema.name.split("::")[1]
-    if name in ("grouped_rows", "grouped_gate_up", "grouped_outer", "_grouped_mm", "_scaled_grouped_mm"):
+    if name in ("grouped_rows", "grouped_outer", "_grouped_mm", "_scaled_grouped_mm"):
         return "grouped"
     if name in ("rehearsed_attention", "_varlen_attn"):
         return "attention_forward"
@@ -195,7 +196,7 @@ def kind_of(func: Any, inputs: list[Tensor]) -> str:
         return "attention_backward"
     if name in _PRODUCTS:
         return "matmul_fp32" if all(x.dtype == torch.float32 for x in inputs) else "matmul"  # a sum may be fp32
-    return "memory"
+    return "own" if func.namespace == "moonlight" else "memory"
 
 
 def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
@@ -208,10 +209,6 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 def _grouped_rows(x_MI: Tensor, weight_eOI: Tensor, *_: Any) -> int:
     return 2 * x_MI.shape[0] * weight_eOI.shape[-1] * weight_eOI.shape[-2]
-
-
-def _grouped_gate_up(x_MI: Tensor, gate_eOI: Tensor, up_eOI: Tensor, *_: Any) -> int:
-    return _grouped_rows(x_MI, gate_eOI) + _grouped_rows(x_MI, up_eOI)
 
 
 def _grouped_outer(grad_MO: Tensor, x_MI: Tensor, *_: Any) -> int:
@@ -240,10 +237,30 @@ def _attention_backward(grad: Tensor, q_BHSQ: Tensor, k: Tensor, v_BHSV: Tensor,
     return 5 * _attention(q_BHSQ, k, v_BHSV) // 2
 
 
+def _swiglu(gate_MF: Tensor, *_: Any) -> int:
+    """An exponent and a division count as one each, as any operation of a kernel of our own."""
+    return 6 * gate_MF.numel()
+
+
+def _swiglu_backward(grad_MF: Tensor, *_: Any) -> int:
+    return 16 * grad_MF.numel()
+
+
+def _bag_sums(rows_MD: Tensor, place_M: Tensor, _: Tensor) -> int:
+    return place_M.shape[0] * rows_MD.shape[1]
+
+
+def _cross_entropy(logits_CV: Tensor, *_: Any) -> int:
+    return 10 * logits_CV.numel()
+
+
 _FLOPS: dict[str, Callable[..., int]] = {
     "aten::addmm": _addmm,
     "moonlight::grouped_rows": _grouped_rows,
-    "moonlight::grouped_gate_up": _grouped_gate_up,
+    "moonlight::swiglu": _swiglu,
+    "moonlight::swiglu_backward": _swiglu_backward,
+    "moonlight::bag_sums": _bag_sums,
+    "moonlight::cross_entropy": _cross_entropy,
     "moonlight::grouped_outer": _grouped_outer,
     "moonlight::linear": _linear,
     "moonlight::linear_backward": _linear_backward,
@@ -251,6 +268,7 @@ _FLOPS: dict[str, Callable[..., int]] = {
     "moonlight::rehearsed_attention_backward": _attention_backward,
 }
 _PRODUCTS = frozenset({"mm", "addmm", "addmm_", "bmm", "baddbmm", "linear", "linear_backward"})
+_READ_TWICE = frozenset({"moonlight::cross_entropy"})  # its inputs
 _aten = torch.ops.aten
 _TAKES_MEMORY = frozenset(
     {

@@ -10,7 +10,7 @@ Of many micro-batches three are run, the first, one between and the last, and th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -93,27 +93,13 @@ def rehearse(config: RunConfig, *, limit: int | None = None) -> Rehearsal:
     met = ranks_met(network.n_routed_experts, network.num_experts_per_tok, config.parallelism.ep)
     rows, pairs = int(tokens * met), tokens * network.num_experts_per_tok
 
-    with ExitStack() as stack:
-        stack.enter_context(
-            mock.patch.object(
-                torch.nn.functional, "scaled_dot_product_attention", rehearsed.scaled_dot_product_attention
-            )
-        )
-        stack.enter_context(
-            mock.patch.object(recomputation, "KEPT", recomputation.KEPT | {"moonlight::rehearsed_attention"})
-        )
-        stack.enter_context(mock.patch.object(FakeTensor, "tolist", lambda x: _even(x, rows, pairs)))
-        # makes tensors from numbers on the CPU first, as fake mode does where there is no GPU
-        stack.enter_context(mock.patch.object(fake_tensor, "_is_privateuse1_backend_available", return_value=False))
-        stack.enter_context(mock.patch.object(local, "compute_local_shape_and_global_offset", _really(local)))
-        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(Recorder(TAPE, memory))
+    with on_stage(memory, rows, pairs):
         model.to_empty(device=device)
         model.train()
         rules = moonlight_rules(config.model, config.optimizer)
         optimizer = build_optimizer(model.named_parameters(), config.optimizer, rules)
-        step = Step(model, optimizer, Guard(device, training.spikes), meshes, config.optimizer, device)
+        guard, once = Guard(device, training.spikes), training.gather_once
+        step = Step(model, optimizer, guard, meshes, config.optimizer, device, gather_once=once)
         step.before_update = lambda: setattr(TAPE, "phase", "optimizer")
         stopwatch = Stopwatch(device, meshes.exposed)
         state_bytes = memory.now
@@ -135,6 +121,28 @@ def rehearse(config: RunConfig, *, limit: int | None = None) -> Rehearsal:
         TAPE.running = False
     tokens = in_all * training.micro_batch * training.sequence_length
     return Rehearsal(tuple(TAPE.entries), memory, state_bytes, in_all, tokens)
+
+
+@contextmanager
+def on_stage(memory: Memory, rows: int = 0, pairs: int = 0) -> Iterator[None]:
+    """What is computed on the device inside is written down. `rows`, `pairs`: those of a micro-batch that travel and meet experts."""
+    with ExitStack() as stack:
+        stack.enter_context(
+            mock.patch.object(
+                torch.nn.functional, "scaled_dot_product_attention", rehearsed.scaled_dot_product_attention
+            )
+        )
+        stack.enter_context(
+            mock.patch.object(recomputation, "KEPT", recomputation.KEPT | {"moonlight::rehearsed_attention"})
+        )
+        stack.enter_context(mock.patch.object(FakeTensor, "tolist", lambda x: _even(x, rows, pairs)))
+        # makes tensors from numbers on the CPU first, as fake mode does where there is no GPU
+        stack.enter_context(mock.patch.object(fake_tensor, "_is_privateuse1_backend_available", return_value=False))
+        stack.enter_context(mock.patch.object(local, "compute_local_shape_and_global_offset", _really(local)))
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(Recorder(TAPE, memory))
+        yield
 
 
 def _batch(config: RunConfig, micro_batches: int) -> StepBatch:

@@ -40,7 +40,10 @@ def kernel_seconds(kernel: Kernel, chip: Chip) -> float:
     if kernel.kind == "host_copy":
         return kernel.bytes / (chip.host_copy_gb_s * 1e9)
     moved = kernel.bytes / (chip.memory_tb_s * 1e12)
-    computed = kernel.flops / (getattr(chip, kernel.kind) * 1e12) if kernel.flops else 0.0
+    rate = (
+        "matmul_fp32" if kernel.kind == "own" else kernel.kind
+    )  # a kernel of our own computes outside of matrix units
+    computed = kernel.flops / (getattr(chip, rate) * 1e12) if kernel.flops else 0.0
     return max(moved, computed, chip.kernel_us * 1e-6)
 
 

@@ -68,8 +68,8 @@ def compare(runs: Sequence[Run]) -> str:
 
 
 def differing(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Settings by their keys with a value a run, of those that are not the same in all. `settings`: by run, as they stand in config.yaml;
-    a key that a run has not is '—'."""
+    """Settings by their keys with a value a run, of those that are not the same in all. `settings`: by run; a key that a run has not
+    is '—'."""
     flat = {name: dict(_flattened("", values)) for name, values in settings.items()}
     keys = dict.fromkeys(key for values in flat.values() for key in values)
     rows = {key: [values.get(key, "—") for values in flat.values()] for key in keys}
@@ -92,7 +92,9 @@ def _flattened(prefix: str, value: Any) -> list[tuple[str, str]]:
 def _settings(runs: Sequence[Run]) -> str:
     rows = [
         [escape(key), *(f"<code>{escape(value)}</code>" for value in values)]
-        for key, values in differing({run.run_id: run.settings for run in runs}).items()
+        for key, values in differing(
+            {run.run_id: run.config.model_dump(mode="json") for run in runs if run.config}
+        ).items()
     ]
     if not rows:
         return "<p class='note'>None: they have the same settings.</p>"

@@ -21,10 +21,22 @@ from pipeline.report.scores import heldout_text, tasks
 from pipeline.report.training import switch, training
 from pipeline.storage import Storage
 from pipeline.training.commits import folder_of
+from pipeline.training.goodput import goodput
 from pipeline.training.left_out import order_of
 from pipeline.workflow.duration import duration
 
 AGAIN_S = 15  # a browser looks so often while the run works
+SPENT = (
+    "#15803d",
+    "#64748b",
+    "#2563eb",
+    "#c62828",
+    "#d9480f",
+    "#db2777",
+    "#ca8a04",
+    "#a855f7",
+    "#94a3b8",
+)  # goodput.py's order
 REFERENCE_COMPRESSOR = "xz -9"
 
 
@@ -48,10 +60,11 @@ def render(run: Run) -> str:
         _tiles(run),
         section("Training", training(run), switch(run)),
         section("Checkpoints", checkpoints(run.evaluations) if len(run.evaluations) > 1 else ""),
+        section("What it writes", _texts(run)),
         section("Held-out text", heldout_text(run.dataset, run.evaluation) if run.dataset and run.evaluation else ""),
         section("Tasks", tasks(run.evaluation) if run.evaluation else ""),
         section("Data", data(run.dataset, run.data, _shares(run)) if run.dataset else ""),
-        section("Stages", _stages(run)),
+        section("Stages", _stages(run) + _goodput(run)),
         section("Artefacts", _artefacts(run)),
         f"<details><summary>Configuration</summary><pre>{escape(dump_yaml(run.config))}</pre></details>"
         if run.config
@@ -99,10 +112,15 @@ def _tiles(run: Run) -> str:
     if run.config is not None:
         parameters = count_parameters(run.config.model)
         found.append(("parameters", compact(parameters.total), f"{compact(parameters.active)} active per token"))
+    spent = goodput(run.events, run.history.lines)
+    if spent is not None and spent.useful:
+        found.append(("goodput", f"{spent.share:.1%}", f"of {duration(spent.wall)} since training was asked for"))
     attempts = run.attempts
     if attempts:
         seconds = sum(attempt.seconds(run.now) for attempt in attempts)
-        found.append(("time", duration(seconds), f"in {len(attempts)} starts of stages"))
+        found.append(
+            ("time", duration(seconds), f"in {len(attempts)} start{'s' if len(attempts) > 1 else ''} of stages")
+        )
     return tiles(found)
 
 
@@ -126,6 +144,17 @@ def _shares(run: Run) -> Mapping[str, float]:
     return order.shares(run.checkpoint.next_sequence)
 
 
+def _texts(run: Run) -> str:
+    """What each checkpoint wrote after the prompts, the newest first."""
+    blocks = []
+    for number, written in enumerate(reversed(run.texts)):
+        samples = "".join(f"<pre><em>{escape(each.prompt)}</em>{escape(each.text)}</pre>" for each in written.texts)
+        title = f"step {written.step:,}, {compact(written.tokens_seen)} tokens"
+        blocks.append(f"<details{'' if number else ' open'}><summary>{title}</summary>{samples}</details>")
+    note = "The likeliest continuations of publishing.sample_prompts, which are set in bold." if blocks else ""
+    return f'<div class="texts">{"".join(blocks)}</div><p class="note">{note}</p>' if blocks else ""
+
+
 def _stages(run: Run) -> str:
     """A row a start of a stage, with a bar where it lies in the run's time."""
     attempts = run.attempts
@@ -145,6 +174,26 @@ def _stages(run: Run) -> str:
             [escape(attempt.stage), escape(outcome) + said, at, duration(attempt.seconds(run.now)), bar],
         )
     return table(["stage", "", "began (UTC)", "time", ""], rows, left=2)
+
+
+def _goodput(run: Run) -> str:
+    """What became of the wall time of training, as one bar and in figures."""
+    spent = goodput(run.events, run.history.lines)
+    if spent is None or not spent.useful:
+        return ""
+    parts = [(name, seconds, colour) for (name, seconds), colour in zip(spent.seconds.items(), SPENT) if seconds > 0]
+    bar = "".join(
+        f'<i style="width:{seconds / spent.wall:.3%};background:{colour}" title="{name}: {duration(seconds)}"></i>'
+        for name, seconds, colour in parts
+    )
+    words = "".join(
+        f'<span><i style="background:{colour}"></i>{name} <em>{seconds / spent.wall:.1%}, {duration(seconds)}</em></span>'
+        for name, seconds, colour in parts
+    )
+    return (
+        f"<h3>What became of the wall time of training</h3><figure><div class=parts>{bar}</div>"
+        f'<div class="legend">{words}</div></figure>'
+    )
 
 
 def _artefacts(run: Run) -> str:

@@ -16,6 +16,7 @@ import yaml
 
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
+from pipeline.evaluation.written import Written, read_texts
 from pipeline.file_index import read_dataset
 from pipeline.integrity import read_record
 from pipeline.manifest import (
@@ -44,7 +45,6 @@ class Run:
 
     run_id: str
     now: float  # UNIX
-    settings: dict[str, Any] = field(default_factory=dict)  # config.yaml as it stands
     config: RunConfig | None = None
     events: list[dict[str, Any]] = field(default_factory=list)
     progress: StageProgress | None = None
@@ -56,6 +56,7 @@ class Run:
     evaluation: EvaluationManifest | None = None  # the published version's, else the newest
     checkpoint: CheckpointManifest | None = None  # that it scored, else the newest
     evaluation_path: str = ""
+    texts: tuple[Written, ...] = ()  # that its checkpoints wrote, oldest first
     model: ModelManifest | None = None
     who: str = ""  # asked for it, else trains it
     problems: tuple[str, ...] = ()  # each names a record and what is wrong with it
@@ -108,12 +109,10 @@ class RunReader:
         """What there is now."""
         storage, run_id = self._storage, self._run_id
         self._problems = []
-        settings, config = self._settings()
         run = Run(
             run_id,
             time.time(),
-            settings=settings,
-            config=config,
+            config=self._config(),
             events=read_events(storage, run_id),
             progress=self._tried(lambda: read_progress(storage, run_id)),
             history=self._journal.read(),
@@ -122,6 +121,7 @@ class RunReader:
         dataset, data = self._data()
         run = replace(run, dataset=dataset, data=data, model=self._model(run))
         run = self._judged(run)
+        run = replace(run, texts=tuple(self._tried(lambda: read_texts(storage, run_id)) or ()))
         if not run.history.steps and run.checkpoint is not None:  # of before there were journals
             metrics = run.train.metrics if run.train else run.checkpoint.metrics
             run = replace(run, history=History(steps=read_metrics(metrics, storage)))
@@ -135,19 +135,20 @@ class RunReader:
             self._problems.append(" ".join(str(error).split()))
             return None
 
-    def _settings(self) -> tuple[dict[str, Any], RunConfig | None]:
+    def _config(self) -> RunConfig | None:
         path = f"runs/{self._run_id}/config.yaml"
         data = self._storage.read_or_none(path)
         if data is None:
-            return {}, None
-        values: Any = None
+            return None
         try:
             values = yaml.safe_load(data)
-            return values, validate(values)
+            if not isinstance(values, dict):
+                raise ValueError("no settings")
+            return validate(values)
         except (ValueError, yaml.YAMLError) as error:
             why = " ".join(str(error).split())
             self._problems.append(f"{self._storage.uri(path)}: {why}; the pipeline writes it anew when it is started")
-            return (values if isinstance(values, dict) else {}), None
+            return None
 
     def _data(self) -> tuple[DatasetManifest | None, tuple[SourceData, ...]]:
         path = f"runs/{self._run_id}/dataset.json"

@@ -36,7 +36,7 @@ def training(run: Run) -> str:
     if not steps:
         return ""
     places = axes_of(run.history)
-    moments = {axis: list(_moments(run, where)) for axis, where in places}
+    moments = {axis: _moments(run, axis, where) for axis, where in places}
 
     def chart(title: str, unit: str, lines: dict[Axis, list[Series]], marks: Sequence[Mark] = (), **more: Any) -> str:
         return figure(title, unit, lines, marks, moments, **more)
@@ -47,8 +47,8 @@ def training(run: Run) -> str:
     charts = [
         chart("Loss", "nats per token", *_losses(run, places)),
         of("gradient_norm", "Gradient norm", "before clipping"),
-        of("learning_rate", "Learning rate", "per step", y=Axis("per step", lambda value: f"{value:.2g}")),
-        of("bias_rate", "Bias rate of the router", "per step", y=Axis("per step", lambda value: f"{value:.2g}")),
+        of("learning_rate", "Learning rate", "per step"),
+        of("bias_rate", "Bias rate of the router", "per step"),
         of("global_batch", "Batch", "sequences"),
         of("tokens_per_second", "Throughput", "tokens per second, all ranks"),
         of("mfu", "MFU", "share of the peak FLOP/s", y=Axis("share of the peak FLOP/s", lambda value: f"{value:.1%}")),
@@ -159,11 +159,13 @@ def _phases(steps: Sequence[dict[str, Any]], where: Sequence[float | None]) -> l
     return [Series(title, curve(steps, where, name), colour, 1.6) for name, (title, colour) in PHASES.items()]
 
 
-def _moments(run: Run, where: Sequence[float | None]) -> list[Moment]:
-    """Restarts and checkpoints on an axis."""
+def _moments(run: Run, axis: Axis, where: Sequence[float | None]) -> list[Moment]:
+    """Restarts and checkpoints on an axis; over tokens a restart is at the step it went on from, over time when it began."""
     steps, found = run.history.steps, []
     for attempt in run.history.attempts[1:]:
         x = _at(attempt.from_step, steps, where) if attempt.from_step else 0.0
+        if axis is WALL:
+            x = attempt.time - _begun(run.history)
         if x is not None:
             found.append(Moment(f"restart: went on from step {attempt.from_step:,}", x))
     for step in saved_steps(run):

@@ -54,6 +54,8 @@ class Step:
         meshes: Meshes,
         config: OptimizerConfig,
         device: torch.device,
+        *,
+        gather_once: bool = False,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -64,7 +66,7 @@ class Step:
         self.device = device
         self.parameters = list(model.parameters())
         self.routers = dict(model.routers())
-        self.whole = whole_groups(model)
+        self.whole = whole_groups(model, cut_too=gather_once)
         self.before_update: Callable[[], None] = lambda: None  # asked when the weights are about to change
         observe_max_logits(model, self.qk_clip is not None)
 

@@ -45,6 +45,7 @@ from pipeline.tracking.follow import Trackers
 from pipeline.training import branch, initial
 from pipeline.training.batches import read_step
 from pipeline.training.checkpoint import Checkpointer
+from pipeline.training.collection import collecting
 from pipeline.training.commits import RunFacts, committed, train_folder
 from pipeline.training.figures import Fetch, PendingRecord
 from pipeline.training.flops import flops_per_token, peak_flops
@@ -117,7 +118,7 @@ def train(
             watchdog.enter("start", 0)
             run = Run(config, dataset, storage, writer)
             try:
-                with run.profiler:
+                with run.profiler, collecting(config.training.collect_every) as run.collect:
                     return run.train(watchdog, report, on_checkpoint or _ignore, should_stop or _never)
             except WentBack:
                 continue  # the record says where to, so it is a start like any other
@@ -185,10 +186,14 @@ class Run:
         elif config.training.initial_weights:
             import_weights(self.model, config, storage)
         self.checkpoints.collect_leftovers(self.at.step)
-        self.step = Step(self.model, self.optimizer, self.guard, self.meshes, config.optimizer, self.device)
+        self.step = Step(
+            self.model, self.optimizer, self.guard, self.meshes, config.optimizer, self.device,
+            gather_once=config.training.gather_once,
+        )  # fmt: skip
         self.stopwatch = Stopwatch(self.device, self.meshes.exposed)
         self.profiler = Profiler(config, storage, self.rank, self.device)
         self.step.before_update = self.before_update
+        self.collect: Callable[[int], None] = lambda step: None  # garbage, after each step
         self.recomputation: Recomputation | None = None
         if config.training.recompute_every is not None:
             self.recomputation = Recomputation(
@@ -288,6 +293,7 @@ class Run:
             if pending is not None:
                 stop = observe(pending).stop
             pending = record
+            self.collect(at.step)
             if stop or self.is_due(at.step):
                 last = stop or at.step == self.steps
                 seen = observe(pending, last)  # waits for the device: a save copies the state anyway

@@ -27,6 +27,7 @@ BEGIN, END = "<!-- rows: begin (make test-faults) -->", "<!-- rows: end -->"
 HEAD = ("Fault", "Storage", "What happened", "Same bytes", "Steps lost", "Seconds lost")
 PLACES = ("folder", "s3")
 NOT_RUN = "not run yet"
+LIMIT_S = 1800  # for a row: several starts of a run
 
 
 @dataclass
@@ -65,7 +66,7 @@ def fault(
             test = pytest.mark.parametrize(("case", "place"), rows, indirect=["place"])(test)
         else:
             test = pytest.mark.parametrize("place", [param(place) for place in places], indirect=True)(test)
-        return pytest.mark.faults(name, cases, tuple(places))(test)
+        return pytest.mark.timeout(LIMIT_S)(pytest.mark.faults(name, cases, tuple(places))(test))
 
     return mark
 

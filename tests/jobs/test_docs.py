@@ -30,7 +30,14 @@ LIBRARY = re.compile(r"(?:-m) ((?:benchmarks|pipeline)\.\w+)([^`\n#|]*)")
 OPTIONAL = re.compile(r"\[(--[^\]]*)\]")
 MODULES = {"pipeline": "run"}
 ELSEWHERE = ("storage.root=", "run_id=", "training.start_from=", "schedule.total_tokens=")  # a reader's own
-STAND_INS = {"web-en": "even", "17": "1", "120": "12", "5000": "50"}  # what the small dataset has instead
+STAND_INS = {
+    "web-en": "even",
+    "17": "1",
+    "120": "12",
+    "5000": "50",
+    "base": "debug",
+    "lower-rate": "debug",
+}  # what the small dataset has instead
 
 
 def text_of(page: Path) -> tuple[str, str]:
@@ -138,6 +145,8 @@ def ours(rest: list[str], prepared: Prepared, tmp_path: Path) -> list[str]:
             (tmp_path / "texts").mkdir()
             (tmp_path / "texts" / "a.jsonl").write_text(f"{json.dumps({'body': 'The moon rose late. ' * 20})}\n" * 50)
             found += [str(tmp_path / "texts"), "--output", str(tmp_path / "run.yaml")]
+        elif word == "page.html":
+            found.append(str(tmp_path / word))
         else:
             found.append(STAND_INS.get(word, word))
     # overrides of the dataset come first: what the page says wins
@@ -146,7 +155,7 @@ def ours(rest: list[str], prepared: Prepared, tmp_path: Path) -> list[str]:
 
 def test_there_are_commands_in_every_page_that_tells_how() -> None:
     told = {page for page, _ in commands()}
-    pages = {"first-run.md", "training.md", "kubernetes.md", "data-order.md", "data.md", "evaluation.md"}
+    pages = {"first-run.md", "training.md", "kubernetes.md", "data-order.md", "data.md", "evaluation.md", "watching.md"}
     assert {"README.md", *pages} <= told
     assert set(ENDS) <= {parsed(command)[0] for _, command in commands()} | set(stages.names())
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -15,6 +20,8 @@ import pytest
 from data_prep.identity import identity, list_corpus
 from data_prep.records import lease_path
 from jobs import release
+from jobs.on_ray import keeper
+from jobs.on_ray.local import PREFIX
 from jobs.stages.leases import LEASED, refuse_held
 from pipeline.config.load import load_config
 from pipeline.file_index import read_dataset
@@ -24,6 +31,7 @@ from pipeline.storage import Storage, open_storage
 from tests.jobs.conftest import TEXT, override
 
 ROOT = Path(__file__).parents[2]
+LIMIT_S = 400.0
 
 
 @pytest.fixture
@@ -38,48 +46,78 @@ def arguments(tmp_path: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def drive(arguments: list[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """Where both drivers' clusters lie: a short path, for Ray's sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+    yield folder
+    for each in folder.glob(f"{PREFIX}*"):
+        keeper.end(str(each))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def drive(arguments: list[str], temporary: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
     environment.pop("RAY_ADDRESS", None)
     return subprocess.Popen(
         [sys.executable, "-m", "jobs.prepare", *arguments], env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )  # fmt: skip
 
 
-def tasks_of(driver: subprocess.Popen[str]) -> list[psutil.Process]:
-    found = psutil.Process(driver.pid).children(recursive=True)
-    return [process for process in found if any("ray::" in word for word in process.cmdline())]
+@contextlib.contextmanager
+def standing_still(cluster: str) -> Iterator[None]:
+    """No worker of a cluster goes on while the block runs, one that Ray starts meanwhile neither."""
+    ended = threading.Event()
+    stopped: list[psutil.Process] = []
+
+    def stop() -> None:
+        while not ended.wait(0.05):
+            for process in set(keeper.members(cluster)) - set(stopped):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    title = " ".join(process.cmdline())
+                    if title.startswith("ray::") and "Agent" not in title:
+                        process.send_signal(signal.SIGSTOP)
+                        stopped.append(process)
+
+    thread = threading.Thread(target=stop, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        for process in stopped:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGCONT)
 
 
 @pytest.mark.long
-def test_one_driver_prepares_and_one_leaves(arguments: list[str]) -> None:
+@pytest.mark.timeout(1200)
+def test_one_driver_prepares_and_one_leaves(arguments: list[str], temporary: Path) -> None:
     """The first one's tasks stand still while the second comes, as if they were long; its own process lives."""
     config = load_config("debug", arguments[2:])
     storage = open_storage(config.storage)
     lease = lease_path(identity(config, list_corpus(config)))
-    first = drive(arguments)
-    stopped: list[psutil.Process] = []
+    first = drive(arguments, temporary)
     try:
-        deadline = time.monotonic() + 200
-        while not stopped:
+        deadline = time.monotonic() + LIMIT_S
+        while not storage.exists(lease):
             assert time.monotonic() < deadline
             assert first.poll() is None
-            if storage.exists(lease):
-                stopped = tasks_of(first)
-                for process in stopped:
-                    process.send_signal(signal.SIGSTOP)
             time.sleep(0.05)
-        second = drive(arguments)
-        _, error = second.communicate(timeout=200)
+        (cluster,) = temporary.glob(f"{PREFIX}*")
+        with standing_still(str(cluster)):
+            second = drive(arguments, temporary)
+            _, error = second.communicate(timeout=LIMIT_S)
+            assert first.poll() is None
         assert second.returncode == 3, error
         assert "is being written by " in error
         assert f"(process {first.pid})" in error
         assert "take over with `moonlight release`" in error
+        _, error = first.communicate(timeout=LIMIT_S)
+        assert first.returncode == 0, error
     finally:
-        for process in stopped:
-            process.send_signal(signal.SIGCONT)
-    _, error = first.communicate(timeout=200)
-    assert first.returncode == 0, error
+        first.kill()
     assert read_dataset(storage, identity(config, list_corpus(config))).tokens > 0
 
 

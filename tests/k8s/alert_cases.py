@@ -97,6 +97,7 @@ CASES = [
     Case("MoonlightStageFailed", "failure, for half a day", {STATUS % "Running": "1x10 stale", STATUS % "Failed": "_x11 1x1000"}, {10: [], 11: [FAILED], 700: [FAILED], 735: []}),
     Case("MoonlightStageFailed", "refused by KubeRay", {STATUS % "ValidationFailed": "_x3 1x100"}, {2: [], 3: [FAILED]}),
     Case("MoonlightStageFailed", "a retry is no failure", {STATUS % "Retrying": "1x10"}, {1: [], 9: []}),
+    Case("MoonlightStageFailed", "a team's", {STATUS.replace('"moonlight"', '"moonlight-team-north"') % "Failed": "1x10"}, {0: [({**OF_JOB, "namespace": "moonlight-team-north"}, FAILED[1])]}),
     Case("MoonlightStageFailed", "another workspace's", {STATUS.replace('"moonlight"', '"other"') % "Failed": "1x10"}, {5: []}),
 
     Case("MoonlightStageRetries", "success at once", {TRY % ("Complete", 0): "_x9 600x60"}, {5: [], 20: []}),

@@ -1,8 +1,7 @@
 """Strict validation of custom resources by the schemas taken from their CRDs.
 
-The schemas are not ours to ship. `MOONLIGHT_CRD_SCHEMAS` names a folder of `<group>_<version>_<Kind>.json` files
-(`python -m tests.k8s.fetch_crds FOLDER` makes one from the projects' releases, see crds.lock.json); without it tests that need
-them skip.
+What the pinned releases' CRDs say is kept in crd_facts.json. `MOONLIGHT_CRD_SCHEMAS` names a folder of `<group>_<version>_<Kind>.json` files to use
+instead, e.g. another release's (`python -m tests.k8s.fetch_crds FOLDER` makes one, see crds.lock.json).
 
 A CRD schema is OpenAPI, not JSON schema: objects are closed (the API server prunes or, strictly, refuses unknown fields) unless
 they preserve unknown fields, `nullable` and int-or-string are keywords of their own, and defaults are applied before validation.
@@ -18,18 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
-import pytest
+
+from tests.k8s import crd_facts
 
 FOLDER = os.environ.get("MOONLIGHT_CRD_SCHEMAS")
-needs_crds = pytest.mark.skipif(
-    not FOLDER, reason="MOONLIGHT_CRD_SCHEMAS names no folder of CRD schemas (tests/k8s/fetch_crds.py makes one)"
-)
 
 
+@functools.cache
 def schema_of(api_version: str, kind: str) -> dict[str, Any] | None:
-    """The CRD's openAPIV3Schema as stored, or None if the folder has none for this kind."""
-    assert FOLDER, "guard with needs_crds"
-    path = Path(FOLDER) / f"{api_version.replace('/', '_')}_{kind}.json"
+    """The CRD's openAPIV3Schema, not to be changed, or None for a kind that is not there."""
+    name = f"{api_version.replace('/', '_')}_{kind}"
+    if not FOLDER:
+        return crd_facts.kept().get(name)
+    path = Path(FOLDER) / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 

@@ -22,7 +22,6 @@ GPU_QUEUE, CPU_QUEUE = "ClusterQueue/moonlight-gpu", "ClusterQueue/moonlight-cpu
 class Mutation(NamedTuple):
     change: Callable[[list[Manifest]], Any]
     caught_by: str  # words of the problem
-    needs_crds: bool = False
 
 
 def walk(objects: list[Manifest], item: str, path: str) -> tuple[Any, Any]:
@@ -63,25 +62,24 @@ def remove(kind: str, name: str, namespace: str | None = None) -> Callable[[list
 MAIN = f"{WORKER}.spec.containers.0"
 MUTATIONS: dict[str, Mutation] = {
     # -- schemas ---------------------------------------------------------------------------------------------------
-    "misspelt field deep in a worker pod": Mutation(put(TRAIN, f"{MAIN}.imagePulPolicy", "Always"), "Additional properties", True),
-    "misspelt field of a RayJob": Mutation(put(TRAIN, "spec.backofLimit", 3), "Additional properties", True),
-    "string where a number belongs": Mutation(put(TRAIN, "spec.backoffLimit", "3"), "is not of type", True),
-    "auth mode that does not exist": Mutation(put(TRAIN, "spec.rayClusterSpec.authOptions.mode", "tokens"), "is not one of", True),
-    "Kueue's old field cohort": Mutation(put(GPU_QUEUE, "spec.cohort", "moonlight"), "Additional properties", True),
-    "Argo 3's field schedule": Mutation(put(CRON, "spec.schedule", "0 3 * * 1"), "Additional properties", True),
+    "misspelt field deep in a worker pod": Mutation(put(TRAIN, f"{MAIN}.imagePulPolicy", "Always"), "Additional properties"),
+    "misspelt field of a RayJob": Mutation(put(TRAIN, "spec.backofLimit", 3), "Additional properties"),
+    "string where a number belongs": Mutation(put(TRAIN, "spec.backoffLimit", "3"), "is not of type"),
+    "auth mode that does not exist": Mutation(put(TRAIN, "spec.rayClusterSpec.authOptions.mode", "tokens"), "is not one of"),
+    "Kueue's old field cohort": Mutation(put(GPU_QUEUE, "spec.cohort", "moonlight"), "Additional properties"),
+    "Argo 3's field schedule": Mutation(put(CRON, "spec.schedule", "0 3 * * 1"), "Additional properties"),
     "misspelt probe of a core object": Mutation(put("PodDisruptionBudget/ray-heads", "spec.minAvailible", 1), "minAvailible"),
     "core object of a version that is gone": Mutation(put("PodDisruptionBudget/ray-heads", "apiVersion", "policy/v1beta1"), "v1beta1"),
     "network policy with a misspelt rule": Mutation(put("NetworkPolicy/moonlight/dns", "spec.egres", []), "egres"),
     # -- CEL inside CRDs -------------------------------------------------------------------------------------------
     "flavor quota with borrowing but no cohort": Mutation(
         lambda objects: (drop(GPU_QUEUE, "spec.cohortName")(objects), put(GPU_QUEUE, "spec.resourceGroups.0.flavors.0.resources.0.borrowingLimit", "1")(objects)),
-        "borrowingLimit must be nil when cohort is empty",
-        True,
+        "borrowingLimit",
     ),
-    "flavor with a taint of a made-up effect": Mutation(put("ResourceFlavor/gpu-train", "spec.nodeTaints.0.effect", "Never"), "supported taint effect values", True),
-    "flavor toleration with Exists and a value": Mutation(put("ResourceFlavor/cpu-spot", "spec.tolerations.0.value", "x"), "a value must be empty when 'operator' is 'Exists'", True),
-    "node pool on a restricted label": Mutation(put("NodePool/cpu-spot", "spec.template.spec.requirements.0.key", "karpenter.sh/other"), "restricted", True),
-    "node class that selects nothing": Mutation(put("EC2NodeClass/moonlight", "spec.subnetSelectorTerms.0", {}), "expected at least one", True),
+    "flavor with a taint of a made-up effect": Mutation(put("ResourceFlavor/gpu-train", "spec.nodeTaints.0.effect", "Never"), "x.effect in ['NoSchedule'"),
+    "flavor toleration with Exists and a value": Mutation(put("ResourceFlavor/cpu-spot", "spec.tolerations.0.value", "x"), "x.operator == 'Exists' ? !has(x.value)"),
+    "node pool on a restricted label": Mutation(put("NodePool/cpu-spot", "spec.template.spec.requirements.0.key", "karpenter.sh/other"), 'endsWith("karpenter.sh")'),
+    "node class that selects nothing": Mutation(put("EC2NodeClass/moonlight", "spec.subnetSelectorTerms.0", {}), "has(x.tags) || has(x.id)"),
     # -- KubeRay ---------------------------------------------------------------------------------------------------
     "made-up submission mode": Mutation(put(TRAIN, "spec.submissionMode", "Sidecar"), "does not exist"),
     "sidecar submission": Mutation(put(TRAIN, "spec.submissionMode", "SidecarMode"), "fact 12"),
@@ -215,7 +213,7 @@ MUTATIONS: dict[str, Mutation] = {
     "PromQL that does not parse": Mutation(put("PrometheusRule/moonlight", "spec.groups.0.rules.0.expr", "max by (a (x)"), "MoonlightTrainingStalled"),
     "panel on a metric that nobody exports": Mutation(
         lambda objects: find(objects, "ConfigMap", "grafana-moonlight")["data"].update(
-            {"moonlight.json": find(objects, "ConfigMap", "grafana-moonlight")["data"]["moonlight.json"].replace("moonlight_loss", "moonlight_los")}
+            {"training.json": find(objects, "ConfigMap", "grafana-moonlight")["data"]["training.json"].replace("moonlight_loss", "moonlight_los")}
         ),
         "Loss: no exporter has a metric ray_moonlight_los",
     ),

@@ -237,6 +237,16 @@ def test_every_path_is_played_and_judged(broken: str, failed: set[str]) -> None:
     assert len(rows) == (1 if broken == "no job" else 10)
 
 
+@needs_kubectl
+def test_ray_keeps_a_job_pending_that_asks_for_too_much_for_a_quarter_of_an_hour() -> None:
+    """By which the waiting job is still there when its queue is drained and its head is lost; a new cluster begins anew."""
+    from ray.dashboard.consts import DEFAULT_JOB_START_TIMEOUT_SECONDS
+
+    assert DEFAULT_JOB_START_TIMEOUT_SECONDS == 15 * 60
+    template = find(play.prepared(render("k8s/overlays/kind"), IMAGE), "RayJob", f"template-{play.WAITS}")
+    assert template["spec"]["entrypointNumCpus"] == play.CPUS
+
+
 def test_waiting_has_an_end() -> None:
     waited: list[float] = []
     assert wait_for(lambda: "x", lambda text: text == "y", 12.0, waited.append) == "x"

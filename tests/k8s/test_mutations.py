@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from tests.k8s import crds
 from tests.k8s.manifests import REPOSITORY, find, needs_kubectl, render
 from tests.k8s.mutations import MUTATIONS, drop, put
 from tests.k8s.rules import gitops_problems, problems
@@ -16,8 +15,6 @@ pytestmark = needs_kubectl
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_fault_is_caught(name: str) -> None:
     mutation = MUTATIONS[name]
-    if mutation.needs_crds and not crds.FOLDER:
-        pytest.skip("MOONLIGHT_CRD_SCHEMAS names no folder of CRD schemas")
     objects = render("k8s/overlays/prod")
     mutation.change(objects)
     found = problems(objects, digests=True)

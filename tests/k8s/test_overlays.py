@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import pytest
 import yaml
 
-from tests.k8s import crds
 from tests.k8s.manifests import (
     OVERLAYS,
     REPOSITORY,
@@ -84,7 +83,7 @@ def test_staging_has_no_problems() -> None:
     assert problems(render("k8s/overlays/staging"), digests=True) == []
 
 
-@pytest.mark.parametrize("component", ["provisioning-request", "history-server"])
+@pytest.mark.parametrize("component", ["provisioning-request", "history-server", "spot-evaluate"])
 def test_opt_in_components_build_and_hold(component: str) -> None:
     """They stand on prod as an overlay of somebody's would."""
     lines = ["resources: [../overlays/prod]", f"components: [../components/{component}]"]
@@ -98,7 +97,6 @@ def test_opt_in_components_build_and_hold(component: str) -> None:
     assert [problem for problem in problems(objects, digests=True) if "part-of" not in problem] == []
 
 
-@crds.needs_crds
 def test_cel_rules_of_the_crds_are_really_evaluated() -> None:
     """A check that checks nothing must not look like one."""
     counts: Counter[str] = Counter()
@@ -164,6 +162,19 @@ def test_prod_trains_with_efa_and_topology_and_prepares_on_spot() -> None:
     prepare = find(objects, "RayJob", "template-prepare")["spec"]["rayClusterSpec"]
     assert prepare["workerGroupSpecs"][0]["template"]["spec"]["nodeSelector"] == {"moonlight.ai/node-pool": "cpu-spot"}
     assert prepare["headGroupSpec"]["template"]["spec"]["nodeSelector"] == {"moonlight.ai/node-pool": "cpu-on-demand"}
+
+
+def test_evaluate_on_spot_is_where_its_flavor_and_pool_are() -> None:
+    """As the training host's pool: labels and taints of the flavor are its pool's; the head stays where nothing is reclaimed."""
+    lines = ["resources: [../overlays/prod]", "components: [../components/spot-evaluate]"]
+    with overlay_of_somebody("evaluate-on-spot", lines) as folder:
+        objects = render(folder)
+    flavor, pool = find(objects, "ResourceFlavor", "gpu-small-spot"), find(objects, "NodePool", "gpu-small-spot")
+    assert flavor["spec"]["nodeLabels"] == pool["spec"]["template"]["metadata"]["labels"]
+    assert flavor["spec"]["nodeTaints"] == pool["spec"]["template"]["spec"]["taints"]
+    cluster = find(objects, "RayJob", "template-evaluate")["spec"]["rayClusterSpec"]
+    assert cluster["workerGroupSpecs"][0]["template"]["spec"]["nodeSelector"] == flavor["spec"]["nodeLabels"]
+    assert cluster["headGroupSpec"]["template"]["spec"]["nodeSelector"] == {"moonlight.ai/node-pool": "cpu-on-demand"}
 
 
 def test_kind_needs_no_gpu_and_no_node_labels() -> None:

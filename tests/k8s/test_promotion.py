@@ -83,17 +83,51 @@ def test_no_environment_is_skipped(fork: Path, branches: tuple[str, str]) -> Non
     assert promote(fork, *branches).returncode == 2
 
 
-def test_the_workflow_runs_targets_and_scripts_that_exist() -> None:
-    text = (REPOSITORY / "k8s/ci/github.yaml").read_text()
-    workflow = yaml.safe_load(text)
+def test_ci_files_run_targets_and_scripts_that_exist() -> None:
     targets = (REPOSITORY / "Makefile").read_text() + (REPOSITORY / "k8s/k8s.mk").read_text()
-    used = re.findall(r"\bmake ([a-z0-9-]+)", text)
-    assert {"test", "k8s-check", "e2e-kind", "image"} <= set(used)
-    for target in used:
-        assert re.search(rf"^{target}:", targets, re.M), target
+    for name in ("github", "gitlab"):
+        text = (REPOSITORY / f"k8s/ci/{name}.yaml").read_text()
+        used = re.findall(r"(?m)(?:-|run:) make ([a-z0-9-]+)|^ +make ([a-z0-9-]+)", text)
+        used = [first or second for first, second in used]
+        assert {"setup", "lint", "test", "k8s-check", "e2e-kind", "image"} <= set(used), name
+        for target in used:
+            assert re.search(rf"^{target}:", targets, re.M), target
+        assert "main staging" in text
+        assert "staging production" in text
     assert (REPOSITORY / "k8s/promote.sh").stat().st_mode & 0o111
-    assert set(workflow["jobs"]) == {"check", "e2e", "image", "promote"}
-    assert workflow["jobs"]["promote"]["environment"] == "${{ inputs.promote }}"
-    for job in workflow["jobs"].values():
+
+
+def test_github_asks_for_a_review_and_pins_its_actions() -> None:
+    jobs = yaml.safe_load((REPOSITORY / "k8s/ci/github.yaml").read_text())["jobs"]
+    assert set(jobs) == {"check", "e2e", "image", "promote"}
+    assert jobs["promote"]["environment"] == "${{ inputs.promote }}"
+    for job in jobs.values():
         for step in job["steps"]:
             assert "uses" not in step or re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step["uses"])
+
+
+# What GitLab takes at the top for itself, so that no job may be called so: docs.gitlab.com/ci/yaml, "Job name" and "Global keywords".
+RESERVED = {
+    "image", "services", "stages", "before_script", "after_script", "variables", "cache", "include", "pages:deploy", "spec", "true", "false", "nil",
+}  # fmt: skip
+
+
+def test_gitlabs_jobs_have_stages_and_only_a_hand_promotes() -> None:
+    file = yaml.safe_load((REPOSITORY / "k8s/ci/gitlab.yaml").read_text())
+    jobs = {name: job for name, job in file.items() if name not in ("stages", "workflow", "variables")}
+    assert not set(jobs) & RESERVED
+    for name, job in jobs.items():
+        whole = {**jobs[job["extends"]], **job} if "extends" in job else job
+        if name.startswith("."):
+            continue
+        assert whole["stage"] in file["stages"], name
+        assert whole["script"]
+        assert whole["rules"], f"{name} would run on every pipeline"
+    versions = {name: file["variables"][name] for name in ("KUBECTL", "TERRAFORM", "KIND", "HELM")}
+    assert all(re.fullmatch(r"v?\d+\.\d+\.\d+", version) for version in versions.values())
+    for branch, target in (("main", "staging"), ("staging", "production")):
+        assert jobs[target]["rules"] == [
+            {"if": f'$CI_COMMIT_BRANCH == "{branch}"', "when": "manual", "allow_failure": True}
+        ]
+        assert jobs[target]["environment"] == target
+        assert jobs[target]["script"] == [f"k8s/promote.sh {branch} {target}"]

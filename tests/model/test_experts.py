@@ -1,12 +1,10 @@
 """The mixture layer against transformers', its hand-written gradients, and experts that get nothing."""
 
-from unittest import mock
-
 import pytest
 import torch
 from torch.nn import functional as F
 
-from pipeline.model.experts import MoE, WeightedSwiGLU
+from pipeline.model.experts import MLP, MoE
 from pipeline.parallel.dispatch import Choices
 from tests.model.oracle import random_model, small_config
 
@@ -56,16 +54,12 @@ def test_no_tokens_at_all_gives_empty_output_and_zero_gradients():
     assert torch.equal(layer.experts.gate_proj.grad, torch.zeros_like(layer.experts.gate_proj))
 
 
-def test_the_activation_has_the_right_gradients():
-    gate_up = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
-    weights = torch.rand(5, dtype=torch.float64, requires_grad=True)
-    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
-        assert torch.autograd.gradcheck(WeightedSwiGLU.apply, (gate_up, weights))
-        expected = F.silu(gate_up[:, :3]) * gate_up[:, 3:] * weights[:, None]
-        torch.testing.assert_close(WeightedSwiGLU.apply(gate_up, weights), expected)
-
-
-def test_weights_are_applied_in_fp32():
-    gate_up, weights = torch.randn(8, 32).bfloat16(), torch.rand(8)
-    exact = F.silu(gate_up[:, :16].float()) * gate_up[:, 16:].float() * weights[:, None]
-    assert torch.equal(WeightedSwiGLU.apply(gate_up, weights), exact.bfloat16())
+def test_an_mlp_in_two_parts_is_the_mlp():
+    mlp = MLP(8, 16)
+    x = torch.randn(3, 5, 8, requires_grad=True)
+    whole = mlp(x)
+    parts = mlp.finish(x, *mlp.first(x))
+    torch.testing.assert_close(parts, whole)
+    upstream, inputs = torch.randn_like(whole), (x, *mlp.parameters())
+    for ours, theirs in zip(torch.autograd.grad(parts, inputs, upstream), torch.autograd.grad(whole, inputs, upstream)):
+        torch.testing.assert_close(ours, theirs)

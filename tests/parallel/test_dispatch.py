@@ -1,5 +1,6 @@
 """Experts spread over ranks give what experts on one rank give: outputs and gradients."""
 
+from itertools import groupby
 from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from pipeline.model import expert_products, mlp_products
 from pipeline.model.experts import MoE
 from pipeline.parallel.bounded import BoundedDispatch
 from pipeline.parallel.dispatch import AllToAllDispatch, Choices, LocalDispatch, ranks_met
@@ -133,26 +135,31 @@ def trace_of_a_layer() -> list[str]:
         work = exchange(output, input, *args, **kwargs)
         return work if work is None else Watched(work, events)
 
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        product = getattr(layer.shared_experts, name)
-        product.register_forward_pre_hook(lambda *_, name=name: events.append(name))
-        product.register_full_backward_hook(lambda *_, name=name: events.append(name))
+    def told(module: Any, name: str, event: str) -> Any:
+        run = getattr(module, name)
+        return mock.patch.object(module, name, lambda *a, **k: (events.append(event), run(*a, **k))[1])
+
     x_BSD = inputs(dist.get_rank(), TOKENS).requires_grad_()
-    with mock.patch.object(dist, "all_to_all_single", launch):
+    with (
+        mock.patch.object(dist, "all_to_all_single", launch),
+        told(mlp_products, "product", "shared"),
+        told(mlp_products, "outer", "shared"),
+        told(expert_products, "grouped_linear", "experts"),
+        told(expert_products, "grouped_outer", "weights of experts"),
+    ):
         out = layer(x_BSD)
         events.append("backward")
         out.x_BSD.square().sum().backward()
     return events
 
 
-def test_shared_experts_run_while_rows_travel():
+def test_what_needs_no_rows_runs_while_they_travel():
     for events in run_distributed(trace_of_a_layer, 2):
-        turn = events.index("backward")
-        assert events[:turn] == [
-            "counts", "weights", "rows", "gate_proj", "up_proj", "wait", "wait", "rows", "down_proj", "wait",
-        ]  # fmt: skip
-        assert events[turn + 1 :] == [
-            "rows", "down_proj", "wait", "weights", "rows", "up_proj", "gate_proj", "wait", "wait",
+        seen = [event for event, _ in groupby(events)]
+        turn = seen.index("backward")
+        assert seen[:turn] == ["counts", "weights", "rows", "shared", "wait", "experts", "rows", "shared", "wait"]
+        assert seen[turn + 1 :] == [
+            "rows", "shared", "wait", "experts", "weights", "rows", "weights of experts", "wait",
         ]  # fmt: skip
 
 

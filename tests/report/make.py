@@ -36,6 +36,8 @@ def events(storage: Storage, run_id: str, *happened: tuple[float, str, str, dict
 def line(step: int, at: float, *, shift: float = 0.0, every: int = 1, **more: Any) -> dict[str, Any]:
     """A logged step, `at` seconds after START."""
     noise = random.Random(step * 7919 + round(shift * 1000))
+    if "seconds" in more:
+        more = {"first_step": step, "last_step": step, **more}
     loss = 4.2 + shift + 4.1 * math.exp(-step / 25) + noise.uniform(-0.05, 0.05)
     return {
         "time": START + at, "step": step, "steps": 120, "tokens": step * TOKENS, "slots": step * 8192, "loss": loss,

@@ -171,6 +171,8 @@ def test_a_killed_run_that_went_on_is_one_curve_with_the_restart_marked(storage:
     assert dict(parsed.line("Loss", name="training"))[again[90]["tokens"]] == pytest.approx(again[90]["loss"], rel=1e-6)
     restarts = [moment for moment in parsed.plots["Loss", "tokens"]["moments"] if moment[0].startswith("restart")]
     assert restarts == [["restart: went on from step 80", 80 * 8170]]
+    [[_, began]] = [each for each in parsed.plots["Loss", "time"]["moments"] if each[0].startswith("restart")]
+    assert began == 262 - 40  # over time it is where it was
     saved = [x for name, x in parsed.plots["Gradient norm", "tokens"]["moments"] if name.startswith("checkpoint")]
     assert saved == [40 * 8170, 80 * 8170, 120 * 8170]
     assert "15 logged steps were done again after a restart." in text

@@ -88,6 +88,7 @@ def all_trained(root: str, dataset: DatasetManifest, cases: list[dict]) -> list[
 
 MECHANICS = {
     "parallelism", "training__micro_batch", "training__activation_checkpointing", "training__expert_capacity", "blocking",
+    "training__gather_once",
 }  # fmt: skip
 
 
@@ -119,6 +120,7 @@ def accumulated(steps: int, world: int) -> dict:
 
 
 FULL, SELECTIVE = ({"training__activation_checkpointing": kind} for kind in ("full", "selective"))
+ONCE = {"training__gather_once": True}
 FSDP2 = {"parallelism": {"shard": 2}}
 EP2 = {"parallelism": {"shard": 2, "ep": 2}}
 EP2_EFSDP2 = {"parallelism": {"shard": 4, "ep": 2}}
@@ -138,7 +140,7 @@ def test_two_ranks(tmp_path):
         [
             {**FSDP2, **once},
             {"parallelism": {"replicate": 2}, **four_times},
-            {**EP2, **four_times, **FULL},
+            {**EP2, **four_times, **FULL, **ONCE},
             {**EP2, **once, **options},
             {**EP2, **once, "blocking": True},
             {**EP2, **once, **SELECTIVE, "training__expert_capacity": 4.0},
@@ -153,7 +155,7 @@ def test_four_ranks(tmp_path):
         4,
         [
             {**EP2_EFSDP2, **once, **SELECTIVE},
-            {**HSDP, **four_times},
+            {**HSDP, **four_times, **ONCE},
             {**EP2_EFSDP2, **once, "experts": 2},
             {**EP2_EFSDP2, **four_times, **EXACT},
         ],
@@ -170,8 +172,9 @@ def test_four_ranks(tmp_path):
 def test_every_way(tmp_path, mesh):
     world = math.prod(mesh["parallelism"].get(axis, 1) for axis in ("replicate", "shard"))
     ways = [{**save, **accumulated(steps, world)} for save in ({}, FULL, SELECTIVE) for steps in (1, 4)]
+    ways += [{**way, **ONCE} for way in ways[1::2]]
     if mesh["parallelism"].get("ep", 1) > 1:  # exchanges that block, and such in buffers of fixed size
-        ways += [{**way, "blocking": True} for way in ways[::2]]
+        ways += [{**way, "blocking": True} for way in ways[:6:2]]
         ways += [{**way, "training__expert_capacity": 4.0} for way in ways[1:6:2]]
     compare(str(tmp_path), world, [{**mesh, **way} for way in ways] + [{**mesh, **ways[0], **EXACT}], timeout=1700)
 

@@ -1,7 +1,7 @@
 """A small Kubernetes API server over real HTTP: RayJobs and LocalQueues of one namespace, watches, faults, and a KubeRay to play.
 
 It keeps a resource version, an event log that can be compacted (a watch from before it gets 410, inside a 200 stream as the
-real one sends it), and validates every write by the CRD schema when those are at hand. Kueue's defaulting webhook is played
+real one sends it), and validates every write by the CRD schema. Kueue's defaulting webhook is played
 too: a RayJob created with a queue label is stored suspended.
 """
 
@@ -119,8 +119,7 @@ class FakeKubernetes:
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _store(self, plural: str, manifest: dict[str, Any], event: str) -> dict[str, Any]:
-        if crds.FOLDER:
-            assert not _problems(json.dumps({**manifest, "metadata": {}}, sort_keys=True))
+        assert not _problems(json.dumps({**manifest, "metadata": {}}, sort_keys=True))
         metadata = manifest["metadata"]
         self.version += 1
         metadata.setdefault("uid", str(uuid.uuid4()))

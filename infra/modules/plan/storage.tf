@@ -54,10 +54,12 @@ locals {
     }
   }
 
+  workspaces = concat(["moonlight"], [for team in var.teams : "moonlight-team-${team}"])
+
   # Which service account is which stage (k8s/base/service-accounts.yaml).
   service_accounts = merge(
-    { for stage in ["prepare", "train", "evaluate", "publish"] : stage => [{ namespace = "moonlight", name = stage }] },
-    { driver = [{ namespace = "moonlight", name = "driver" }, { namespace = "moonlight-submit", name = "driver" }] },
+    { for stage in ["prepare", "train", "evaluate", "publish"] : stage => [for space in local.workspaces : { namespace = space, name = stage }] },
+    { driver = [for space in concat(local.workspaces, ["moonlight-submit"]) : { namespace = space, name = "driver" }] },
     { node-logs = [{ namespace = "logging", name = "node-logs" }] },
     var.history ? { history = [{ namespace = "moonlight-history", name = "history" }] } : {},
   )

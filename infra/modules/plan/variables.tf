@@ -121,3 +121,13 @@ variable "history" {
   type        = bool
   default     = false
 }
+
+variable "teams" {
+  description = "Teams with a namespace moonlight-team-<name> (k8s/teams): their stages get the same roles below the same storage root."
+  type        = list(string)
+  default     = []
+  validation {
+    condition     = alltrue([for team in var.teams : can(regex("^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$", team))])
+    error_message = "teams: a name is 1-40 lower-case letters, digits or -, starting with a letter: it ends the name of a namespace."
+  }
+}

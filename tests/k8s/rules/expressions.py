@@ -16,7 +16,15 @@ from tests.k8s.manifests import REPOSITORY, Manifest, label, select
 # Exporter -> metrics, from the source of the version that we install.
 METRICS = {
     "jobs/on_ray/gauges.py": {f"ray_{PREFIX}{name}" for stage in STAGES for name in stage.GAUGES},
-    "Ray 2.60 dashboard/modules/reporter": {"ray_node_gpus_utilization"},
+    "Ray 2.60 dashboard/modules/reporter": {
+        "ray_node_gpus_utilization",
+        "ray_node_cpu_utilization",
+        "ray_node_disk_utilization_percentage",
+        "ray_node_mem_total",
+        "ray_node_mem_used",
+    },
+    "Ray 2.60 data/_internal/stats.py": {"ray_data_num_tasks_running", "ray_data_output_rows"},
+    "Ray 2.60 core_worker": {"ray_tasks"},
     "Ray 2.60 train/v2/_internal/metrics": {"ray_train_worker_group_start_total_time_s"},
     "KubeRay 1.7.0 ray-operator/controllers/ray/metrics": {
         "kuberay_job_deployment_status",

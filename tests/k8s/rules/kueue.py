@@ -187,12 +187,15 @@ def _tolerates(toleration: dict[str, str], taint: dict[str, str]) -> bool:
 
 
 def _quota(objects: list[Manifest], queue: Manifest, flavor: str) -> dict[str, float]:
-    """Nominal quota of the flavor, the cohort's other queues included; only resources that this queue covers."""
+    """Nominal quota of the flavor, the cohort's own and its other queues' included; only resources that this queue covers."""
+    cohort = queue["spec"].get("cohortName")
+    shares = [
+        each for each in select(objects, "ClusterQueue") if each["spec"].get("cohortName") == cohort or each is queue
+    ]
+    shares += select(objects, "Cohort", cohort) if cohort else []
     covered: dict[str, float] = {}
-    for other in select(objects, "ClusterQueue"):
-        if other["spec"].get("cohortName") != queue["spec"].get("cohortName") and other is not queue:
-            continue
-        for group in other["spec"]["resourceGroups"]:
+    for share in shares:
+        for group in share["spec"].get("resourceGroups", []):
             for entry in group["flavors"]:
                 if entry["name"] == flavor:
                     for resource in entry["resources"]:

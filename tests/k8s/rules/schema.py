@@ -25,7 +25,7 @@ def check(objects: list[Manifest]) -> list[str]:
 def _object(text: str) -> tuple[str, ...]:
     item = json.loads(text)
     if is_custom(item):
-        return (*crds.problems(item), *cel_problems(item)) if crds.FOLDER else ()
+        return (*crds.problems(item), *cel_problems(item))
     found = []
     for version in VERSIONS:
         try:
@@ -60,7 +60,7 @@ def cel_problems(item: Manifest) -> list[str]:
     found = []
     for path, rule, value in _rules(stored, crds.with_defaults(stored, item), ""):
         if not bool(_program(rule["rule"]).evaluate({"self": celpy.json_to_cel(value)})):
-            found.append(f"{path or '.'}: {rule.get('message', rule['rule'])}")
+            found.append(f"{path or '.'}: {rule.get('message', '')} ({rule['rule']})")
     return found
 
 

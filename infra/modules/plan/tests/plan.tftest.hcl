@@ -409,3 +409,26 @@ run "nodes_write_their_logs_and_nothing_else" {
     error_message = "off by default"
   }
 }
+
+run "a_team_has_the_stages_of_its_own_namespace" {
+  command = plan
+  variables {
+    teams = ["north"]
+  }
+  assert {
+    condition     = output.service_accounts["train"] == [{ namespace = "moonlight", name = "train" }, { namespace = "moonlight-team-north", name = "train" }]
+    error_message = "train of team north must have train's role"
+  }
+  assert {
+    condition     = [for account in output.service_accounts["driver"] : account.namespace] == ["moonlight", "moonlight-team-north", "moonlight-submit"]
+    error_message = "drivers of all workspaces must have the driver's role"
+  }
+}
+
+run "a_teams_name_ends_a_namespaces" {
+  command = plan
+  variables {
+    teams = ["North"]
+  }
+  expect_failures = [var.teams]
+}
