@@ -21,11 +21,11 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+
+from benchmarks.prepare import real_texts
 from data_prep.near.bands import EDGE, Corpus, band_partitions, find_edges
 from data_prep.near.components import Components, find_components
 from data_prep.near.file import Signatures
-
-from benchmarks.prepare import real_texts
 from data_prep.records import UnitManifest
 from data_prep.rules.apply import apply
 from data_prep.tokenize_unit import BATCH_BYTES, document_hash
