@@ -34,7 +34,10 @@ def verdicts(group: Group, settings: GopherRepetition) -> list[str]:
         for n in TOP:
             _mark(found, grams.top(n, settings.top(n)), f"max_top_{n}_gram_character_fraction")
         for n in DUPLICATE:
-            _mark(found, grams.duplicate(n, settings.duplicate(n)), f"max_duplicate_{n}_gram_character_fraction")
+            passing = np.array([not name for name in found])
+            _mark(
+                found, grams.duplicate(n, settings.duplicate(n), passing), f"max_duplicate_{n}_gram_character_fraction"
+            )
     return found
 
 
@@ -100,8 +103,8 @@ class _Grams:
         size = self._size(self._first[once], n) + n - 1
         return failing + once[size / self._lengths[once] > limit].tolist()
 
-    def duplicate(self, n: int, limit: float) -> list[int]:
-        """Texts of whose characters more than the limit are in repeated n-grams that do not overlap."""
+    def duplicate(self, n: int, limit: float, passing: NDArray[np.bool_]) -> list[int]:
+        """Of the passing texts those of whose characters more than the limit are in repeated n-grams that do not overlap."""
         places, begins, count = self._repetitions(n)
         group = np.repeat(np.arange(len(begins)), count)
         later = np.ones(len(places), bool)
@@ -110,25 +113,27 @@ class _Grams:
         places, group, later = places[order], group[order], later[order]
         most = np.bincount(self._text[places], np.where(later, self._size(places, n), 0), len(self._lengths))
         failing = []
-        for number in np.flatnonzero(most > limit * self._lengths).tolist():
+        for number in np.flatnonzero(passing & (most > limit * self._lengths)).tolist():
             low, high = np.searchsorted(places, self._first[number : number + 2])
-            characters = self._walk(places[low:high].tolist(), group[low:high].tolist(), n)
-            if characters / self._lengths[number] > limit:
+            length = int(self._lengths[number])
+            if self._walk(places[low:high], group[low:high].tolist(), n, limit, length):
                 failing.append(number)
         return failing
 
-    def _walk(self, places: list[int], groups: list[int], n: int) -> int:
-        """Characters in repeated n-grams; only those count as seen that the walk has come by."""
+    def _walk(self, places: Places, groups: list[int], n: int, limit: float, length: int) -> bool:
+        """Whether more than the limit of a text is in repeated n-grams; only those count as seen that the walk has come by."""
         seen = set()
         characters, here = 0, 0
-        for place, group in zip(places, groups):
+        for place, group, size in zip(places.tolist(), groups, self._size(places, n).tolist()):
             if place >= here:
                 if group in seen:
-                    characters += int(self._characters[place + n] - self._characters[place])
+                    characters += size
                     here = place + n
+                    if characters / length > limit:
+                        return True
                 else:
                     seen.add(group)
-        return characters
+        return False
 
     def _repetitions(self, n: int) -> tuple[Places, Places, Places]:
         """Places of repeated n-grams, those of equal ones together and ascending; where each n-gram's begin, and how many they are."""
