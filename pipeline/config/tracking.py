@@ -9,16 +9,14 @@ from pydantic import Field, field_validator
 from pipeline.config.section import Section
 from pipeline.config.values import Location
 
-Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
 
 class TrackingConfig(Section):
     """Nothing here changes what a run computes; what a tracker lacks it gets from the run's records, whenever it is added."""
 
     trackers: tuple[Tracker, ...] = ()
-    project: Annotated[str, Field(min_length=1, max_length=100)] = (
-        "moonlight"  # W&B's and trackio's, MLflow's experiment
-    )
+    project: Annotated[str, Field(min_length=1, max_length=100)] = "moonlight"  # W&B's, MLflow's experiment
     entity: str | None = None  # W&B's; None: the user's default
     offline: bool = False  # W&B: write to the folder only, for `wandb sync`
     mlflow_uri: str | None = None  # None: MLFLOW_TRACKING_URI, else files in the folder
