@@ -18,9 +18,8 @@ MODULES = {
     "tensorboard": "tensorboardX",
     "wandb": "wandb",
     "mlflow": "mlflow",
-    "trackio": "trackio",
 }  # what has to be there
-LOCAL = ("wandb", "trackio", "mlflow")  # write to a disk, or may
+LOCAL = ("wandb", "mlflow")  # write to a disk, or may
 
 
 class Tracker(Protocol):

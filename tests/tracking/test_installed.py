@@ -1,7 +1,4 @@
-"""Weights & Biases, MLflow and trackio, each where its extra is installed: pip install '.[wandb,mlflow,trackio]'.
-
-Which ones were not there is in the run's summary; `make test-trackers` installs them.
-"""
+"""Weights & Biases and MLflow, each where its extra is installed: pip install '.[wandb]' or '.[mlflow]'. `-rs` says which was not."""
 
 from __future__ import annotations
 

@@ -217,10 +217,10 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_root: Sto
     storage = open_storage(StorageConfig(root=str(tmp_path)))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        ValueError, match=r"^tracking.trackers: trackio is not installed; pip install 'moonlight-pipeline\[trackio\]'"
+        ValueError, match=r"^tracking.trackers: mlflow is not installed; pip install 'moonlight-pipeline\[mlflow\]'"
     ):
-        check(run_of(tmp_path, "trackio"), storage, here=True)
-    check(run_of(tmp_path, "trackio"), storage, here=False)  # it runs elsewhere
+        check(run_of(tmp_path, "mlflow"), storage, here=True)
+    check(run_of(tmp_path, "mlflow"), storage, here=False)  # it runs elsewhere
     there = run_of(tmp_path, "wandb").model_copy(update={"storage": s3_root})
     with pytest.raises(ValueError, match=r"^tracking.folder: wandb may write to a disk, and storage.root is on S3"):
         check(there, Storage(s3_root), here=False)
