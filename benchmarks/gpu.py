@@ -148,7 +148,7 @@ def layers(config: ModelConfig, length: int, device: torch.device, mode: Mode) -
         f"{f'layers {length} {mode.name}':32}{count:4} layers{seconds * 1e3:10.1f} ms{speed:10.0f} tokens/s"
         f"{flops / 1e12:8.3g} TFLOP/s, MFU {f'{mfu:.1%}' if mfu is not None else '?'}, peak {memory / 2**30:.1f} GiB"
     )
-    waits = host_waits(one_pass(with_layers(config, 2), length, device, mode), device)
+    waits = host_waits(one_pass(without_memory(with_layers(config, 2)), length, device, mode), device)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         rehearsed = pool.submit(rehearsed_peak, with_layers(config, count), length, mode).result()
     show(f"{'':32}the host waits {waits} times a pass; rehearsed, the peak is {rehearsed / 2**30:.1f} GiB")
@@ -203,16 +203,22 @@ def time_layers(config: ModelConfig, length: int, device: torch.device, mode: Mo
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = timed(one_pass(config, length, device, mode), device, warmup=3, rounds=8)
+    seconds = timed(one_pass(without_memory(config), length, device, mode), device, warmup=3, rounds=8)
     return seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
-def one_pass(config: ModelConfig, length: int, device: torch.device, mode: Mode) -> Callable[[], None]:
-    """Forward and backward of a new network in bf16."""
+def without_memory(config: ModelConfig) -> Moonlight:
+    """A network in bf16 on the meta device."""
     with torch.device("meta"):
         model = Moonlight(config, aux_loss_weight=1e-4)
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()  # the router's bias stays fp32
+    return model
+
+
+def one_pass(model: Moonlight, length: int, device: torch.device, mode: Mode) -> Callable[[], None]:
+    """Forward and backward of the network, which gets memory and weights first."""
+    config = model.config
     model.to_empty(device=device)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=config.initializer_range) if parameter.dim() > 1 else torch.nn.init.ones_(
@@ -258,9 +264,9 @@ def rehearsed_peak(config: ModelConfig, length: int, mode: Mode) -> int:
     from pipeline.rehearsal.recorder import Memory
     from pipeline.rehearsal.step import on_stage
 
-    device, memory = install(1), Memory(TAPE)
+    device, memory, model = install(1), Memory(TAPE), without_memory(config)
     with on_stage(memory):
-        one_pass(config, length, device, mode._replace(compiled=False))()
+        one_pass(model, length, device, mode._replace(compiled=False))()
     return memory.peak
 
 
