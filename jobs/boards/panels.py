@@ -46,9 +46,7 @@ TRAINING = (
     Panel("Busiest expert", "Tokens of the busiest expert of any layer over the mean; 1 is perfect balance", "short", (of_run("expert_load"),)),
     Panel("Skipped steps and spikes", "Since the run began: non-finite steps, which change nothing, and steps far above the run's own", "short", (
         of_run("skipped_steps", "{{run}} skipped"), of_run("spikes", "{{run}} spikes"))),
-    Panel("Starts of the training group", "Since the run began; of this driver's, the seconds that starting took", "short", (
-        of_run("attempts"),
-        ("max by (ray_train_run_name) (ray_train_worker_group_start_total_time_s)", "{{ray_train_run_name}} seconds of starting"))),
+    Panel("Starts of the training group", "Since the run began", "short", (of_run("attempts"),)),
     Panel("Work at risk", "Time since the newest checkpoint, or since this attempt began", "s", (of_run("checkpoint_timestamp_seconds", prefix="time() - "),)),
 )  # fmt: skip
 

@@ -30,12 +30,10 @@ from pathlib import Path
 import ray
 from data_prep.records import PrepareProgress
 from jobs.on_ray.gauges import PrepareGauges, TrainingGauges
-from jobs.on_ray.train import train_with_ray
 from pipeline.config.schema import StorageConfig
 from pipeline.report.run import read_run
 from pipeline.storage import open_storage
 from tests.report.make import recorded
-from tests.training.make import tiny, tiny_dataset
 
 folder = sys.argv[1]
 ray.init(runtime_env={"env_vars": {"PYTHONPATH": sys.argv[2], "OMP_NUM_THREADS": "1"}})
@@ -44,13 +42,11 @@ gauges = TrainingGauges(storage, "watched")
 times = {"seconds_" + phase: 0.5 for phase in ("data", "compute", "exchange", "optimizer", "save", "other")}
 recorded(storage, "watched", mfu=0.3, memory_peak_bytes=2e9, flops_per_second=1e12, slowest_rank=1, slowest_phase="data", slowest_seconds=0.2, seconds=3.0, **times)
 prepare = PrepareGauges("watched", then=lambda at: None)
-config = tiny(folder, parallelism={"shard": 2, "ep": 2})
-train_with_ray(config, tiny_dataset(open_storage(config.storage)), open_storage(config.storage), lambda at: None)
 for number in range(1, 10**6):
     gauges(read_run(storage, "watched"))
     prepare(PrepareProgress("tokenize", number % 8, 8, 0, documents=number, text_bytes=7 * number, tokens=11 * number, seconds=number / 2))
     ray.data.range(8, override_num_blocks=4).map(lambda row: time.sleep(0.3) or row).materialize()
-"""  # the gauges of a run as drivers set them, Ray Train and Ray Data at work
+"""  # the gauges of a run as drivers set them, and Ray Data at work
 
 
 def test_the_boards_of_kubernetes_are_those_of_the_code(tmp_path: Path) -> None:
