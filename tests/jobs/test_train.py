@@ -88,24 +88,27 @@ def without_ray(root: str):
     return Watched().train(tiny(root, run_id=RUN, parallelism=PARALLELISM))
 
 
-def test_a_dead_worker_costs_no_more_than_an_interval_and_its_gauges_outlive_it(tmp_path, cluster):
-    started = time.time()
+def test_a_dead_worker_costs_no_more_than_an_interval(tmp_path, cluster):
     config = tiny(str(tmp_path / "ray"), run_id=RUN, parallelism=PARALLELISM, cluster={"max_failures": 2})
     storage = Storage(config.storage)
-    with watched("train", storage, RUN):
-        manifest = train_with_ray(config, tiny_dataset(storage), storage, DiesOnce(str(tmp_path)))
+    manifest = train_with_ray(config, tiny_dataset(storage), storage, DiesOnce(str(tmp_path)))
     assert (tmp_path / "seen").read_text().split() == ["1", "2", "3", "3", "4"]  # the checkpoint of step 2 was used
     assert manifest.digest == run_distributed(without_ray, 2, str(tmp_path / "plain"))[0].digest
     assert manifest.checkpoint.fence == 2  # the group that was started again holds the lease at once
-    check_gauges(storage, started)
 
     foreign = tiny(str(tmp_path / "ray"), run_id=RUN, parallelism=PARALLELISM, optimizer__weight_decay=0.3)
     with pytest.raises(ForeignCheckpoint, match=r"optimizer.weight_decay is 0.3 here and 0.1 there"):
         train_with_ray(foreign, tiny_dataset(storage), storage, print)
 
 
-def check_gauges(storage: Storage, started: float) -> None:
+@pytest.mark.long
+def test_gauges_outlive_the_workers(tmp_path, cluster):
     """Both groups of workers are gone, and Prometheus sees the run still: the driver lives."""
+    started = time.time()
+    config = tiny(str(tmp_path / "ray"), run_id=RUN, parallelism=PARALLELISM, cluster={"max_failures": 2})
+    storage = Storage(config.storage)
+    with watched("train", storage, RUN):
+        train_with_ray(config, tiny_dataset(storage), storage, DiesOnce(str(tmp_path)))
     found = exports({("step",): 4, ("attempts",): 2, ("steps",): 4})
     last = json.loads(storage.read(f"runs/{RUN}/train/metrics/00001000.jsonl").splitlines()[-1])
     names = ("tokens", "loss", "learning_rate", "bias_rate", "global_batch", "gradient_norm", "skipped_steps", "spikes")
@@ -119,6 +122,7 @@ def check_gauges(storage: Storage, started: float) -> None:
     assert {name for name, *_ in found} - {"mfu"} == known_here
 
 
+@pytest.mark.long
 def test_prometheus_sees_prepare_and_scores(cluster, tmp_path):
     at = PrepareProgress("tokenize", 3, 8, 0, documents=5, text_bytes=7, tokens=11, seconds=1.0)
     PrepareGauges(RUN, then=lambda _: None)(at)
