@@ -77,7 +77,7 @@ def exported() -> Series:
 
 def exports(wanted: Series) -> Series:
     """What is exported once all of `wanted` is."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not wanted.items() <= (found := exported()).items() and time.monotonic() < deadline:
         time.sleep(0.2)
     assert wanted.items() <= found.items()
@@ -101,7 +101,6 @@ def test_a_dead_worker_costs_no_more_than_an_interval(tmp_path, cluster):
         train_with_ray(foreign, tiny_dataset(storage), storage, print)
 
 
-@pytest.mark.long
 def test_gauges_outlive_the_workers(tmp_path, cluster):
     """Both groups of workers are gone, and Prometheus sees the run still: the driver lives."""
     started = time.time()
@@ -122,7 +121,6 @@ def test_gauges_outlive_the_workers(tmp_path, cluster):
     assert {name for name, *_ in found} - {"mfu"} == known_here
 
 
-@pytest.mark.long
 def test_prometheus_sees_prepare_and_scores(cluster, tmp_path):
     at = PrepareProgress("tokenize", 3, 8, 0, documents=5, text_bytes=7, tokens=11, seconds=1.0)
     PrepareGauges(RUN, then=lambda _: None)(at)

@@ -19,7 +19,7 @@ class Case(NamedTuple):
 
 STEP, SKIPPED = 'ray_moonlight_step{ray_io_cluster="r-train-1-abcde", WorkerId="%s"}', 'ray_moonlight_skipped_steps{ray_io_cluster="r-train-1-abcde", WorkerId="%s"}'  # fmt: skip
 SAVED = 'ray_moonlight_checkpoint_timestamp_seconds{ray_io_cluster="r-train-1-abcde", WorkerId="%s"}'
-STARTS = 'ray_train_worker_group_start_total_time_s{ray_io_cluster="r-train-1-abcde"}'
+STARTS = 'ray_moonlight_attempts{ray_io_cluster="r-train-1-abcde"}'
 STATUS = 'kuberay_job_deployment_status{namespace="moonlight", name="r-train-1", deployment_status="%s"}'
 CLUSTER = 'kuberay_cluster_info{namespace="moonlight", name="r-train-1-%s", owner_kind="%s"}'
 TRY = 'kuberay_job_execution_duration_seconds{namespace="moonlight", name="r-train-1", job_deployment_status="%s", retry_count="%s"}'

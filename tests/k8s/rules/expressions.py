@@ -25,7 +25,6 @@ METRICS = {
     },
     "Ray 2.60 data/_internal/stats.py": {"ray_data_num_tasks_running", "ray_data_output_rows"},
     "Ray 2.60 core_worker": {"ray_tasks"},
-    "Ray 2.60 train/v2/_internal/metrics": {"ray_train_worker_group_start_total_time_s"},
     "KubeRay 1.7.0 ray-operator/controllers/ray/metrics": {
         "kuberay_job_deployment_status",
         "kuberay_job_execution_duration_seconds",
