@@ -8,8 +8,7 @@
     python -m jobs.inspect --config <preset or path> duplicates      the largest clusters of near-duplicates, and who of them stays
 
 Each takes `--dataset <identity>` (default: the dataset of this configuration) and `section.key=value ...`. Other weights can
-be tried with `mixture`: they decide neither the tokenizer nor the dataset. Exit code 2: wrong configuration, or no such dataset,
-step, sequence, source or row.
+be tried with `mixture`: they decide neither the tokenizer nor the dataset. Exit code 2: wrong configuration, or nothing of that name.
 """
 
 from __future__ import annotations
