@@ -333,6 +333,7 @@ def test_a_signal_in_the_middle_leaves_nothing(name: str, tmp_path: Path) -> Non
         cwd=REPOSITORY,
         env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"), "PYTHONPATH": str(REPOSITORY)},
         capture_output=True, text=True, check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs inherit that it is ignored
     )  # fmt: skip
     assert done.returncode == 128 + signal.SIGINT, done.stderr
     assert "the kit itself" in done.stdout
