@@ -108,7 +108,7 @@ def test_the_console_command(capsys: pytest.CaptureFixture[str], monkeypatch: py
         assert f"usage: moonlight {shown}" in capsys.readouterr().out
     assert main.main([]) == 2
     assert main.main(["pepare"]) == 2
-    assert "no command 'pepare'; commands are init, check, run" in capsys.readouterr().err
+    assert "no command 'pepare'; commands are init, check, data, run" in capsys.readouterr().err
 
 
 def test_formats_are_told_of_the_files_that_were_judged(

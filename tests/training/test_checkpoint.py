@@ -154,5 +154,9 @@ def test_many_saves_leak_nothing(tmp_path, request, place, count):
         memory.append(psutil.Process().memory_info().rss)
     run.close()
     assert [manifest.step for manifest in committed(storage, "tiny")] == [count - 1, count]
-    assert set(seen[3:]) == {seen[3]}
+    held, *others = zip(*seen[3:])
+    assert [len(set(each)) for each in others] == [1, 1, 1]
+    assert (
+        max(held) - min(held) <= 2 < len(held)
+    )  # other tests' servers live in this process, and take a connection now and then
     assert memory[-1] - memory[10] < count // 2 * 1_000_000

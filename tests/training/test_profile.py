@@ -33,29 +33,37 @@ def _profiled(root: str) -> None:
     Watched().train(tiny(root, steps=6, parallelism={"shard": 2, "ep": 2}, training__profile=profile))
 
 
-def test_a_profile_opens_in_its_tools(tmp_path: Path) -> None:
+def test_a_profile_opens_in_its_tools(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run_distributed(_profiled, 2, str(tmp_path))
-    folder = tmp_path / profile_folder("tiny", 3)
-    kinds = ("memory.pickle", "trace.json.gz")
-    assert sorted(path.name for path in folder.iterdir()) == [f"rank-0000{r}.{kind}" for r in (0, 1) for kind in kinds]
-    for rank in (0, 1):
-        events = json.loads(gzip.decompress((folder / f"rank-0000{rank}.trace.json.gz").read_bytes()))["traceEvents"]
+    folder, said = tmp_path / profile_folder("tiny", 3), capfd.readouterr().err
+    traces, memories = (sorted(folder.glob(f"rank-*.{kind}")) for kind in ("trace.json.gz", "memory.pickle"))
+    assert [path.name.partition(".")[0] for path in traces] == ["rank-00000", "rank-00001"]
+    for path in traces:
+        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
         names = [event.get("name", "") for event in events]
         assert sum(name == "gloo:all_to_all" for name in names) > 0  # tokens on their way to experts
         assert "aten::_fused_adamw_" in names
-        snapshot = pickle.loads((folder / f"rank-0000{rank}.memory.pickle").read_bytes())
-        assert sum(len(trace) for trace in snapshot["device_traces"]) > 1000
-    page = tmp_path / "memory.html"
-    viz = [
-        sys.executable,
-        _memory_viz.__file__,
-        "trace_plot",
-        str(folder / "rank-00000.memory.pickle"),
-        "-o",
-        str(page),
-    ]
-    subprocess.run(viz, check=True, capture_output=True)
-    assert "MemoryViz" in page.read_text()
+    assert len(memories) + said.count("no memory snapshot") == 2  # torch cannot always make one on a CPU
+    for path in memories:
+        assert sum(len(trace) for trace in pickle.loads(path.read_bytes())["device_traces"]) > 1000
+        page = tmp_path / "memory.html"
+        viz = [sys.executable, _memory_viz.__file__, "trace_plot", str(path), "-o", str(page)]
+        subprocess.run(viz, check=True, capture_output=True)
+        assert "MemoryViz" in page.read_text()
+
+
+def test_a_profile_that_torch_cannot_analyse_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def contradicts(_: Any) -> Any:
+        raise AssertionError("duplicate outputs")
+
+    monkeypatch.setattr("pipeline.training.profile._profile_to_snapshot", contradicts)
+    watched = Watched()
+    watched.train(tiny(str(tmp_path), steps=4, training__profile={"steps": [2, 3]}))
+    assert watched.progress[-1].step == 4
+    assert [path.name for path in (tmp_path / profile_folder("tiny", 2)).iterdir()] == ["rank-00000.trace.json.gz"]
+    assert "no memory snapshot: torch cannot make one of this profile (duplicate outputs)" in capsys.readouterr().err
 
 
 def test_a_run_at_work_is_asked(
@@ -102,10 +110,7 @@ def test_a_run_at_work_is_asked(
     monkeypatch.setattr("pipeline.training.journal.WRITE_S", 0.01)
     Asking().train(config)
     assert asked
-    assert sorted(path.name for path in (tmp_path / profile_folder("tiny", 9)).iterdir()) == [
-        "rank-00000.memory.pickle",
-        "rank-00000.trace.json.gz",
-    ]
+    assert (tmp_path / profile_folder("tiny", 9) / "rank-00000.trace.json.gz").exists()
     assert "profile of steps 9 to 10 on rank 0" in capsys.readouterr().out
 
 
