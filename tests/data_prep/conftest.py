@@ -12,7 +12,6 @@ import pytest
 
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
-from tests.earlier_ray import forget_handles
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
@@ -66,7 +65,6 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray of two CPUs, without a dashboard."""
     import ray
 
-    forget_handles()
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=128 << 20)
     yield
     ray.shutdown()

@@ -17,7 +17,6 @@ from pipeline.evaluation.result import manifest_path
 from pipeline.lease import Held, hold
 from pipeline.publishing.gate import GateError
 from pipeline.publishing.version import lease_path
-from tests.earlier_ray import forget_handles
 from tests.evaluation.make import folder_digests, make_run, run_config
 from tests.evaluation.make_tasks import TASKS, write_tasks
 from tests.publishing.fake_hub import TOKEN, Hub, serving
@@ -39,7 +38,6 @@ def cluster(hub: Hub) -> Iterator[None]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         env = {"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}}
         env["env_vars"] |= {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-        forget_handles()
         ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=10**8, runtime_env=env)
         yield
         ray.shutdown()

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from jobs.on_ray import keeper
-from jobs.on_ray.local import OWNER, PREFIX, TOKEN, end_abandoned, local_cluster
+from jobs.on_ray.local import OWNER, PREFIX, TOKEN, end_abandoned
 
 COMMAND = """
 import os, signal
@@ -78,14 +78,30 @@ def test_a_local_cluster(temporary: Path) -> None:
     wait_until_gone(folder)
 
 
+UNTIL_TOLD = """
+import sys
+from jobs.on_ray.local import local_cluster
+with local_cluster(1, 80_000_000, dashboard=False):
+    print("up", flush=True)
+    sys.stdin.read()
+"""
+
+
 def test_a_cluster_that_lost_a_part_is_ended_whole(temporary: Path) -> None:
-    """Or its job server would say for ever that its jobs are running."""
-    with local_cluster(1, 80_000_000, dashboard=False):
-        (folder,) = (str(each) for each in temporary.glob(f"{PREFIX}*"))
-        (raylet,) = (process for process in keeper.members(folder) if process.name() == "raylet")
-        assert len(keeper.members(folder)) > 2
-        raylet.kill()
-        wait_until_gone(folder)
+    """Or its job server would say for ever that its jobs are running. In a process of its own: Ray keeps the settings of the first one."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"TMPDIR": str(temporary), "RAY_USAGE_STATS_ENABLED": "0"}
+    command = subprocess.Popen(
+        [sys.executable, "-c", UNTIL_TOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert command.stdout is not None
+    assert command.stdout.readline() == "up\n"
+    (folder,) = (str(each) for each in temporary.glob(f"{PREFIX}*"))
+    (raylet,) = (process for process in keeper.members(folder) if process.name() == "raylet")
+    assert len(keeper.members(folder)) > 2
+    raylet.kill()
+    wait_until_gone(folder)
+    command.communicate(timeout=120)
 
 
 def wait_until_gone(folder: str) -> None:

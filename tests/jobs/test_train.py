@@ -20,7 +20,6 @@ from pipeline.training.commits import ForeignCheckpoint
 from pipeline.training.metrics import TrainProgress
 from pipeline.training.times import PHASES
 from tests.distributed import run_distributed
-from tests.earlier_ray import forget_handles
 from tests.report.make import score, settings
 from tests.training.make import Watched, tiny, tiny_dataset
 
@@ -39,7 +38,6 @@ def cluster():
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_metrics_report_interval_ms", "1000")
         env = {"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}}
-        forget_handles()
         ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=10**8, runtime_env=env)
         yield
         ray.shutdown()

@@ -12,7 +12,6 @@ from jobs import verify
 from pipeline.dataset import verify as in_process
 from pipeline.file_index import open_index, write_index
 from pipeline.manifest import OWN_DIGEST, digest_of
-from tests.earlier_ray import forget_handles
 from tests.jobs.conftest import Prepared
 
 
@@ -21,7 +20,6 @@ def ray_running() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    forget_handles()
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=128 << 20)
     yield
     ray.shutdown()

@@ -8,7 +8,6 @@ import ray
 from jobs import verify
 from pipeline.config.load import dump_yaml
 from pipeline.training.commits import step_folder
-from tests.earlier_ray import forget_handles
 from tests.publishing.conftest import published
 
 
@@ -17,7 +16,6 @@ def ray_running():
     if ray.is_initialized():
         yield
         return
-    forget_handles()
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=128 << 20)
     yield
     ray.shutdown()

@@ -15,7 +15,6 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from pipeline.workflow import ray_jobs
 from pipeline.workflow.ray_jobs import StageJob, StageJobFailed, follow, submit_or_attach
-from tests.earlier_ray import forget_handles
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +24,6 @@ def client() -> Iterator[JobSubmissionClient]:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setattr(ray_jobs, "POLL_S", 0.1)
-        forget_handles()
         context = ray.init(address="local", num_cpus=2, include_dashboard=True, dashboard_port=0, log_to_driver=False)
         yield JobSubmissionClient(f"http://{context.dashboard_url}")
         ray.shutdown()
