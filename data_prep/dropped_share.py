@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_prep.quarantine_share import JUDGED_FROM
+from data_prep.source_share import SourceShare
 from pipeline.config.load import ConfigError
 from pipeline.config.rules import Rules
 from pipeline.config.schema import SourceConfig
@@ -14,34 +13,22 @@ from pipeline.config.schema import SourceConfig
 SHOWN = 3  # documents that a message names
 
 
-class DroppedShare:
-    """Of each source and rule, fed with the manifests of its units as they come."""
+class DroppedShare(SourceShare):
+    """Of the documents that one rule drops; `corpus.max_dropped_fraction`."""
 
     def __init__(self, sources: Sequence[SourceConfig], most: float) -> None:
-        self._names, self._most = [source.name for source in sources], most
-        self._documents: Counter[str] = Counter()
-        self._dropped: dict[str, Counter[str]] = {name: Counter() for name in self._names}
+        super().__init__(sources, most)
         self._examples: dict[tuple[str, str], list[str]] = {}
 
-    def add(self, unit: dict[str, Any]) -> None:
-        """Raises ConfigError if a rule now has dropped more than `corpus.max_dropped_fraction` of the unit's source."""
-        source = unit["source"]
-        self._documents[source] += unit["counts"]["docs_in"]
-        self._dropped[source].update({name: n for name, n in unit["counts"]["filtered"].items() if is_of_a_rule(name)})
+    def _counted(self, unit: dict[str, Any]) -> Mapping[str, int]:
         for name, locations in unit["examples"].items():
-            shown = self._examples.setdefault((source, name), [])
+            shown = self._examples.setdefault((unit["source"], name), [])
             shown += locations[: SHOWN - len(shown)]
-        if self._documents[source] >= JUDGED_FROM:
-            self._judge(source)
-
-    def end(self) -> None:
-        """All units are in: judge the small sources as well."""
-        for source in self._names:
-            self._judge(source)
+        return {name: count for name, count in unit["counts"]["filtered"].items() if is_of_a_rule(name)}
 
     def _judge(self, source: str) -> None:
         documents = self._documents[source]
-        for name, dropped in self._dropped[source].most_common(1):
+        for name, dropped in self._reasons[source].most_common(1):
             if dropped > self._most * documents:
                 rule, _, threshold = name.partition(".")
                 where = f"corpus.sources[{self._names.index(source)}].rules.{rule}"

@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from data_prep.source_share import SourceShare
 from pipeline.config.load import ConfigError
-from pipeline.config.schema import SourceConfig
-
-JUDGED_FROM = 1000  # documents of a source; fewer are judged at its end
 
 
-class QuarantineShare:
-    """Of each source, fed with the manifests of its units as they come."""
+class QuarantineShare(SourceShare):
+    """Of the documents that cannot be used; `corpus.max_quarantined_fraction`."""
 
-    def __init__(self, sources: Sequence[SourceConfig], most: float) -> None:
-        self._names, self._most = [source.name for source in sources], most
-        self._documents: Counter[str] = Counter()
-        self._reasons: dict[str, Counter[str]] = {name: Counter() for name in self._names}
-
-    def add(self, unit: dict[str, Any]) -> None:
-        """Raises ConfigError if the unit's source now passes `corpus.max_quarantined_fraction`."""
-        source, counts = unit["source"], unit["counts"]
-        self._documents[source] += counts["docs_in"]
-        self._reasons[source].update(counts["quarantined"])
-        if self._documents[source] >= JUDGED_FROM:
-            self._judge(source)
-
-    def end(self) -> None:
-        """All units are in: judge the small sources as well."""
-        for source in self._names:
-            self._judge(source)
+    def _counted(self, unit: dict[str, Any]) -> Mapping[str, int]:
+        counted: Mapping[str, int] = unit["counts"]["quarantined"]
+        return counted
 
     def _judge(self, source: str) -> None:
         documents, reasons = self._documents[source], self._reasons[source]
