@@ -46,6 +46,7 @@ Backend = Literal["plain", "gram"]
 
 EPS = 1e-7  # floor of the norm: a zero gradient gives a zero update
 CPU_TILE = 2**18  # elements of a batch on a CPU: the iterates stay in a core's cache
+CPU_ALONE = 16  # short side up to which a CPU takes matrices one by one: see `_tile`
 _MOONLIGHT = (3.4445, -4.7750, 2.0315)
 _POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -93,12 +94,23 @@ def orthogonalize(
     """
     if products == "fp32":
         return torch.stack(one_thread_each(partial(_by_fp32, schedule=schedule, backend=backend), x_BMN.unbind()))
-    if x_BMN.device.type == "cpu" and x_BMN.numel() > CPU_TILE and len(x_BMN) > 1:
-        tile = max(1, CPU_TILE // x_BMN[0].numel())
+    if x_BMN.device.type == "cpu" and len(x_BMN) > (tile := _tile(x_BMN)):
         return torch.cat([orthogonalize(part_BMN, schedule, backend) for part_BMN in x_BMN.split(tile)])
     x_BSL, tall = _normalize(x_BMN)
     x_BSL = _gram(x_BSL, schedule, torch.float16) if backend == "gram" else _plain(x_BSL, schedule)
     return x_BSL.mT if tall else x_BSL
+
+
+def _tile(x_BMN: Tensor) -> int:
+    """Matrices that a CPU takes at a time: as many as its cache holds, and one where the batch would change the bits.
+
+    torch 2.13 hands a batched 16-bit product to oneDNN if batch x rows x inner x columns exceeds 16^3 and multiplies by a
+    kernel of its own otherwise (ATen/native/mkldnn/Matmul.cpp), which sums in another order. Up to a short side of 16 the
+    same matrix would meet one or the other according to how many experts its rank has.
+    """
+    if min(x_BMN.shape[-2:]) <= CPU_ALONE:
+        return 1
+    return max(1, CPU_TILE // x_BMN[0].numel())
 
 
 def _normalize(x_BMN: Tensor) -> tuple[Tensor, bool]:

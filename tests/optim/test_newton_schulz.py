@@ -19,6 +19,17 @@ def test_batches_equal_torch_matrix_by_matrix(shape, dtype):
         assert torch.equal(o_MN, torch_newton_schulz(x_MN, (3.4445, -4.7750, 2.0315), 5, 1e-7))
 
 
+@pytest.mark.parametrize("side", [4, 8, 15, 16, 17, 20])
+@pytest.mark.parametrize("backend", ["plain", "gram"])
+def test_half_bits_do_not_depend_on_how_many_small_experts_a_rank_has(side, backend):
+    """Where torch has two kernels for 16-bit products, it is the whole batch's size that picks one."""
+    x_BMN = torch.randn(720, side, side + 2, generator=torch.Generator().manual_seed(6))
+    schedule = coefficients("moonlight", 5)
+    alone = torch.cat([orthogonalize(x_MN[None], schedule, backend) for x_MN in x_BMN])
+    for experts in (2, 3, 720):
+        assert torch.equal(torch.cat([orthogonalize(x, schedule, backend) for x in x_BMN.split(experts)]), alone), experts
+
+
 def exact(x_MN: torch.Tensor) -> torch.Tensor:
     """The same iteration in fp64, from the matrix as bf16 and its bf16 norm on."""
     x_MN = (x_MN.bfloat16() / x_MN.bfloat16().norm().clamp(min=1e-7)).double()
@@ -71,9 +82,9 @@ def test_fp32_bits_are_a_function_of_the_matrix(shape, backend):
 
 
 def test_large_batches_are_cut_into_tiles(monkeypatch):
-    x_BMN = torch.randn(7, 12, 10, generator=torch.Generator().manual_seed(0))
+    x_BMN = torch.randn(7, 24, 20, generator=torch.Generator().manual_seed(0))
     expected = orthogonalize(x_BMN, coefficients("moonlight", 5))
-    for tile in (1, 240, 359, 840):
+    for tile in (1, 960, 1439, 3360):
         monkeypatch.setattr(newton_schulz, "CPU_TILE", tile)
         assert torch.equal(orthogonalize(x_BMN, coefficients("moonlight", 5)), expected)
 
