@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+from data_prep.contamination.of_dataset import contamination_of
 from data_prep.identity import versions
 from data_prep.records import PackManifest, Plan, TailManifest, UnitManifest
 from data_prep.resolve import Heldout
@@ -26,6 +27,7 @@ def dataset_manifest(
     near: NearDuplicatesFound | None,
     packed: list[PackManifest],
     tails: dict[str, list[TailManifest]],
+    questions: FileEntry | None = None,
 ) -> DatasetManifest:
     sources = []
     indexed: list[dict[str, Sequence[FileEntry]]] = []
@@ -57,9 +59,14 @@ def dataset_manifest(
                 dropped_rows=sum(tail.dropped_rows for tail in tails[source.name]),
                 changes=_summed(unit.changes for unit, _ in mine),
                 languages=_summed(unit.languages for unit, _ in mine),
+                contaminated=_summed(unit.contaminated for unit, _ in mine),
             )
         )
     records = [pack.digest for pack in packed] + [tail.digest for found in tails.values() for tail in found]
+    looked_for, contamination = config.corpus.decontamination, None
+    if looked_for is not None:
+        assert questions is not None
+        contamination = contamination_of(storage, looked_for, questions, tokenized, f"datasets/{plan.identity}")
     return DatasetManifest(
         identity=plan.identity,
         tokenizer=plan.tokenizer,
@@ -70,6 +77,7 @@ def dataset_manifest(
         files=write_index(storage, index_path(plan.identity), indexed, records),
         versions=versions(),
         near_duplicates=near,
+        contamination=contamination,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data_prep.contamination.apply import RULE
 from data_prep.source_share import SourceShare
 from pipeline.config.load import ConfigError
 from pipeline.config.rules import Rules
@@ -31,6 +32,12 @@ class DroppedShare(SourceShare):
         for name, dropped in self._reasons[source].most_common(1):
             if dropped > self._most * documents:
                 rule, _, threshold = name.partition(".")
+                if rule == RULE:
+                    raise ConfigError(
+                        f"corpus.max_dropped_fraction {self._most:g}: questions of task {threshold} are in {dropped:,} of the first {documents:,} "
+                        f"documents of source {source!r}, such as {', '.join(self._examples.get((source, name), []))}; it is a copy of the task's "
+                        "data: leave the source out, cut or report (corpus.decontamination.action), or raise the limit"
+                    )
                 where = f"corpus.sources[{self._names.index(source)}].rules.{rule}"
                 raise ConfigError(
                     f"corpus.max_dropped_fraction {self._most:g}: {name} drops {dropped:,} of the first {documents:,} documents of source "
@@ -41,4 +48,4 @@ class DroppedShare(SourceShare):
 
 def is_of_a_rule(name: str) -> bool:
     """Whether a name among the filtered ones is a rule's: rule.threshold."""
-    return name.partition(".")[0] in Rules.model_fields
+    return name.partition(".")[0] in {*Rules.model_fields, RULE}

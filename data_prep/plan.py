@@ -22,6 +22,7 @@ import orjson
 import xxhash
 from numpy.typing import NDArray
 
+from data_prep.contamination import CONTAMINATION_VERSION
 from data_prep.formats import format_of, is_compressed
 from data_prep.listing import InputFile, Listing
 from data_prep.near import SIGNATURES_VERSION
@@ -86,6 +87,9 @@ def unit_settings(source: SourceConfig, corpus: CorpusConfig, tokenizer_sha256: 
     if corpus.near_duplicates is not None and not source.conversations:
         near = corpus.near_duplicates.model_dump(mode="json")
         settings["near_duplicates"] = {"version": SIGNATURES_VERSION, **near}
+    if corpus.decontamination is not None:
+        found = corpus.decontamination.model_dump(mode="json", exclude={"tasks"}, exclude_none=True)
+        settings["decontamination"] = {"version": CONTAMINATION_VERSION, "questions": None, **found}
     return settings | {"keep_rejected": True} if corpus.keep_rejected else settings
 
 

@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 from data_prep.attempts import forget_attempts, tokenize_guarded
+from data_prep.contamination.questions import find_questions
 from data_prep.dataset import dataset_manifest
 from data_prep.dataset_plan import plan_dataset, read_units
 from data_prep.dropped_share import DroppedShare
@@ -89,6 +90,7 @@ def _prepare(
     check: Callable[[], None],
 ) -> DatasetManifest:
     """`check`: raises if somebody else has taken over, whose tasks would count this one's unfinished attempts as crashes."""
+    questions = find_questions(storage, config.corpus.decontamination)
     plan = plan_dataset(config, storage, listings, dataset_identity, report)
     for note in plan.tokenizer.notes:
         log.warning("tokenizer: %s", note)
@@ -97,10 +99,10 @@ def _prepare(
         encoder.chat.marks(encoder)  # refuses a tokenizer without a chat template that says where answers are
     units = read_units(storage, plan)
     roots = {name: listing.root for name, listing in listings.items()}
-    tokenized = _tokenize(config, storage, roots, plan, units, map_units, report)
+    tokenized = _tokenize(config, storage, roots, plan, units, questions, map_units, report)
     heldout, near, packed = _resolve_and_pack(config, storage, plan, units, tokenized, map_units, report)
     tails = _tails(config, plan, units, packed, map_units, report)
-    dataset = dataset_manifest(config, storage, plan, units, tokenized, heldout, near, packed, tails)
+    dataset = dataset_manifest(config, storage, plan, units, tokenized, heldout, near, packed, tails, questions)
     failed = sum(len(source.failed_units) for source in dataset.sources)
     documents, text_bytes = sum(pack.counts.docs_out for pack in packed), sum(pack.text_bytes for pack in packed)
     facts = (len(units), len(units), failed, documents, text_bytes, dataset.tokens, 0.0, len(units))
@@ -163,6 +165,7 @@ def _tokenize(
     roots: dict[str, str],
     plan: Plan,
     units: Units,
+    questions: FileEntry | None,
     map_units: MapUnits,
     report: Report,
 ) -> list[UnitManifest]:
@@ -179,6 +182,8 @@ def _tokenize(
             keep_rejected=config.corpus.keep_rejected,
             unit_settings=unit_settings(source, config.corpus, plan.tokenizer.sha256),
             near_duplicates=config.corpus.near_duplicates,
+            decontamination=config.corpus.decontamination,
+            questions=questions,
             versions=versions(),
         )
 

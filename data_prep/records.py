@@ -6,6 +6,8 @@ datasets/plans/<identity>.json            commit of the former, and the version'
 datasets/documents/ab/<unit>.parquet      a unit's tokenized documents: tokens, doc_hash, n_bytes, doc_id
 datasets/documents/ab/<unit>.index        (hash, ordinal) of each, sorted: what finding duplicates reads
 datasets/documents/ab/<unit>.bands        MinHash signatures, where near-duplicates are looked for
+datasets/documents/ab/<unit>.seen         questions of the evaluation's tasks that are in it, where they are looked for
+datasets/questions/ab/<sha256>.parquet    these questions
 datasets/documents/ab/<unit>.heldout.parquet   the unit's candidates for the held-out split
 datasets/quarantine/ab/<unit>.jsonl       records that could not be used: location, reason, excerpt
 datasets/rejected/ab/<unit>.parquet       on request: documents that filters rejected, with the reason and the text
@@ -73,7 +75,9 @@ class UnitManifest(Record):
     bands: FileEntry | None = None  # signatures, where near-duplicates are looked for (near/file.py)
     changes: dict[str, int] = {}  # made to documents that were kept, by name: c4.lines, personal_data.email
     languages: dict[str, int] = {}  # documents that were kept, by language, where it was asked for
-    examples: dict[str, tuple[str, ...]] = {}  # locations of the first documents that each rule dropped
+    examples: dict[str, tuple[str, ...]] = {}  # locations of the first documents that each rule dropped or cut
+    contaminated: dict[str, int] = {}  # documents with questions, by task, where these are looked for
+    seen: FileEntry | None = None  # questions that were found (contamination/seen.py)
     versions: dict[str, str]
 
     OPTIONAL: ClassVar[frozenset[str]] = UNIT_OPTIONAL

@@ -1,4 +1,4 @@
-"""One unit: records -> filters -> rules -> token ids -> document shard, index, held-out candidates, quarantine -> unit manifest.
+"""One unit: records -> filters -> rules -> questions of tasks -> token ids -> document shard, index, held-out candidates, quarantine -> unit manifest.
 
 A pure function of the unit, the settings and the tokenizer; whoever runs it, and however often, writes the same bytes, and
 the manifest is created last. Memory: one batch of text (8 MB, or one document), its ids, one row group.
@@ -22,6 +22,8 @@ import orjson
 import pyarrow as pa
 import xxhash
 
+from data_prep.contamination.apply import RULE, decontaminate, load_finder
+from data_prep.contamination.seen import seen_bytes
 from data_prep.filters import rejected_by
 from data_prep.near.file import Signatures
 from data_prep.plan import Unit
@@ -32,9 +34,9 @@ from data_prep.rules.apply import apply
 from data_prep.worker import working
 from data_prep.writer import DOCUMENT_SCHEMA, document_table, parquet_writer, put
 from pipeline.arrow import column
-from pipeline.config.schema import NearDuplicates, SourceConfig, StorageConfig
+from pipeline.config.schema import Decontamination, NearDuplicates, SourceConfig, StorageConfig
 from pipeline.integrity import read_record
-from pipeline.manifest import DocumentCounts, TokenizerManifest
+from pipeline.manifest import DocumentCounts, FileEntry, TokenizerManifest
 from pipeline.storage import Storage, filesystem, open_storage
 from pipeline.tokenizer import Encoder
 from pipeline.tokenizer.engines import REFERENCE, concatenated
@@ -65,6 +67,8 @@ class TokenizeSettings:
     keep_rejected: bool
     unit_settings: dict[str, Any]
     near_duplicates: NearDuplicates | None
+    decontamination: Decontamination | None
+    questions: FileEntry | None  # with decontamination: what is looked for
     versions: dict[str, str]
 
 
@@ -78,6 +82,8 @@ class _Unit:
     changes: Counter[str] = field(default_factory=Counter)
     languages: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    contaminated: Counter[str] = field(default_factory=Counter)  # documents by task
+    seen: Counter[int] = field(default_factory=Counter)  # documents by question
     signatures: Signatures | None = None
     hashes: list[bytes] = field(default_factory=list)
     tokens: int = 0
@@ -145,6 +151,8 @@ def _tokenize(storage: Storage, unit: Unit, settings: TokenizeSettings, engines:
             for batch in _batches(_usable(records, state, settings, quarantine, rejected)):
                 if settings.source.rules.any:
                     batch = _kept(batch, state, settings, rejected)
+                if settings.decontamination is not None:
+                    batch = _decontaminated(batch, state, settings, rejected)
                 if batch:
                     _encode(batch, encoder, documents, state, settings)
         documents.close()
@@ -236,18 +244,61 @@ def _kept(
     kept = []
     for record, outcome in zip(batch, apply([record.text.decode() for record in batch], settings.source.rules)):
         if outcome.rejected:
-            state.filtered[outcome.rejected] += 1
-            shown = state.examples.setdefault(outcome.rejected, [])
-            if len(shown) < EXAMPLES:
-                shown.append(record.location)
-            if rejected is not None:
-                rejected.add(record.location, record.doc_id, outcome.rejected, record.text)
+            _drop(record, outcome.rejected, state, rejected)
             continue
         state.changes += outcome.changes
         if outcome.language:
             state.languages[outcome.language] += 1
         kept.append(replace(record, text=outcome.text.encode()))
     return kept
+
+
+def _decontaminated(
+    batch: list[Record], state: _Unit, settings: TokenizeSettings, rejected: RejectedDocuments | None
+) -> list[Record]:
+    """What is left of a batch, and of its texts, when questions of the evaluation's tasks have been looked for."""
+    assert settings.decontamination is not None
+    assert settings.questions is not None
+    talks = settings.source.conversations
+    texts = [said(record.text) if talks else record.text.decode() for record in batch]
+    finder = load_finder(settings.storage, settings.questions, settings.decontamination)
+    outcomes = decontaminate(texts, finder, may_cut=not talks)
+    kept = []
+    for number, record in enumerate(batch):
+        outcome = outcomes.get(number)
+        if outcome is None:
+            kept.append(record)
+            continue
+        state.contaminated.update(outcome.tasks)
+        state.seen.update(outcome.questions)
+        if outcome.text is None:
+            _drop(record, outcome.name, state, rejected)
+            continue
+        for task in outcome.tasks:
+            _show(record, f"{RULE}.{task}", state)
+        if outcome.cuts:
+            state.changes[f"{RULE}.cut"] += outcome.cuts
+            record = replace(record, text=outcome.text.encode())
+        kept.append(record)
+    return kept
+
+
+def said(conversation: bytes) -> str:
+    """What is said in it, without who says it."""
+    return "\n".join(message["content"] for message in orjson.loads(conversation))
+
+
+def _drop(record: Record, name: str, state: _Unit, rejected: RejectedDocuments | None) -> None:
+    state.filtered[name] += 1
+    _show(record, name, state)
+    if rejected is not None:
+        rejected.add(record.location, record.doc_id, name, record.text)
+
+
+def _show(record: Record, name: str, state: _Unit) -> None:
+    shown = state.examples.setdefault(name, [])
+    if len(shown) < EXAMPLES:
+        shown.append(record.location)
 
 
 def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
@@ -371,6 +422,9 @@ def _commit(
         if state.signatures is not None:
             (folder / "bands").write_bytes(state.signatures.to_bytes())
             entries["bands"] = put(storage, folder / "bands", shard_path("documents", unit.id, ".bands"))
+    if state.seen:
+        (folder / "seen").write_bytes(seen_bytes(state.seen))
+        entries["seen"] = put(storage, folder / "seen", shard_path("documents", unit.id, ".seen"))
     if state.candidates:
         path = folder / "candidates.parquet"
         _write_candidates(path, _smallest(state.candidates, settings.heldout_max_documents))
@@ -397,6 +451,7 @@ def _commit(
         engines=engines,
         changes=dict(sorted(state.changes.items())),
         languages=dict(sorted(state.languages.items())),
+        contaminated=dict(sorted(state.contaminated.items())),
         examples={name: tuple(shown) for name, shown in sorted(state.examples.items())},
         versions=settings.versions,
         **entries,

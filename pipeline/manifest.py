@@ -144,7 +144,7 @@ class HeldoutFile(FileEntry):
 
 
 # Of a unit's record (data_prep/records.py), which verify reads as plain fields: left out of its digest while they are empty
-UNIT_OPTIONAL = frozenset({"changes", "languages", "examples", "bands"})
+UNIT_OPTIONAL = frozenset({"changes", "languages", "examples", "bands", "contaminated", "seen"})
 
 
 class DocumentCounts(Record):
@@ -173,9 +173,10 @@ class SourceManifest(Record):
     dropped_rows: int  # rows short of a whole row group
     changes: dict[str, int] = {}  # that rules made to documents which were kept, by name: c4.lines, personal_data.email
     languages: dict[str, int] = {}  # documents that rules kept, by language, where it was asked for
+    contaminated: dict[str, int] = {}  # documents with a question of it, by task, where it was looked for
 
     VOLATILE: ClassVar[frozenset[str]] = frozenset()
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"changes", "languages"})
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"changes", "languages", "contaminated"})
 
 
 class NearDuplicatesFound(Record):
@@ -185,6 +186,26 @@ class NearDuplicatesFound(Record):
     clusters: FileEntry  # uint64 pairs, little-endian: the document that is kept, and one that is left out for it
     count: int  # of clusters
     dropped: int  # documents, copies among them
+
+
+class TaskContamination(Record):
+    """The questions of a task that the corpus held, before anything was done about it."""
+
+    questions: int
+    looked_for: int  # of these; the others are too short
+    seen: int
+    documents: int  # that hold at least one
+
+
+class Contamination(Record):
+    """What was found of the evaluation's tasks in the corpus of a dataset version (data_prep/contamination), and what was done."""
+
+    rule: str  # ngram, span
+    ngram: int  # words
+    action: str  # drop, cut, report
+    questions: FileEntry  # hashes of their words, by task and the harness's key
+    seen: FileEntry  # task, key, documents
+    tasks: dict[str, TaskContamination]
 
 
 class DatasetManifest(Record):
@@ -200,8 +221,9 @@ class DatasetManifest(Record):
     files: FileEntry  # the index of packed files, document shards, quarantine and records (pipeline/file_index.py)
     versions: dict[str, str]  # format version and the libraries that decide bytes
     near_duplicates: NearDuplicatesFound | None = None  # where they were looked for
+    contamination: Contamination | None = None  # the same
 
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"near_duplicates"})
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"near_duplicates", "contamination"})
 
     @property
     def rows(self) -> int:

@@ -89,6 +89,23 @@ def normalised(text: str) -> bytes:
     return codes.tobytes().decode("utf-32-le").encode()
 
 
+def word_places(text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where the words of `word_hashes` begin and end in the text itself, in characters."""
+    pieces = [text] if text.isascii() else [unicodedata.normalize("NFD", character.lower()) for character in text]
+    codes = np.frombuffer("".join(pieces).encode("utf-32-le"), "<u4")
+    owner = np.arange(len(codes)) if text.isascii() else np.repeat(np.arange(len(text)), list(map(len, pieces)))
+    codes = _table()[codes]
+    kept = np.flatnonzero(codes != _DROPPED)
+    codes, owner = codes[kept], owner[kept]
+    inside = codes > _BLANK
+    alone = inside & ((characters.flags()[codes] & LONE) != 0)
+    joined = inside[1:] & inside[:-1] & ~alone[1:] & ~alone[:-1]
+    starts, stops = inside.copy(), inside.copy()
+    starts[1:] &= ~joined
+    stops[:-1] &= ~joined
+    return owner[starts], owner[stops] + 1
+
+
 @cache
 def _table() -> NDArray[np.uint32]:
     """Of a code point that of what it counts as."""

@@ -7,6 +7,8 @@ adversary.
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
@@ -15,6 +17,8 @@ Hashes = NDArray[np.uint64]
 PIECE = 8
 LONG = 64  # bytes: longer words are hashed one by one
 RADIX = np.uint64(0x9E3779B97F4A7C15)
+SUMMED_FROM = 6  # words of an n-gram
+POWERS = 1 << 18  # words at a time, of which prefix sums are made
 _MULTIPLIER = np.uint64(0xD6E8FEB86659FD93)
 _LENGTH = np.uint64(0xA0761D6478BD642F)
 _MASKS = np.array([(1 << 8 * size) - 1 for size in range(PIECE + 1)], np.uint64)
@@ -50,11 +54,31 @@ def mix(values: Hashes) -> Hashes:
 
 
 def ngrams(words: Hashes, n: int) -> Hashes:
-    """Of each run of n words: [len(words) - n + 1], or none."""
+    """Of each run of n words: [len(words) - n + 1], or none.
+
+    Long runs by prefix sums: the sum of word_j * RADIX^-j up to a run's end, less that up to its beginning, times the power that moves it
+    to its place (RADIX is odd, so it has an inverse modulo 2^64). Four passes for any n.
+    """
     if len(words) < n:
         return words[:0]
-    found = words[: len(words) - n + 1].copy()
-    for place in range(1, n):
-        found *= RADIX
-        found += words[place : len(words) - n + 1 + place]
+    if n < SUMMED_FROM or len(words) > POWERS:
+        found = words[: len(words) - n + 1].copy()
+        for place in range(1, n):
+            found *= RADIX
+            found += words[place : len(words) - n + 1 + place]
+        return found
+    powers, inverse = _powers()
+    sums = np.cumsum(words * inverse[: len(words)], dtype=np.uint64)
+    found = sums[n - 1 :].copy()
+    found[1:] -= sums[: len(words) - n]
+    found *= powers[n - 1 : len(words)]
     return found
+
+
+@cache
+def _powers() -> tuple[Hashes, Hashes]:
+    """RADIX^i and RADIX^-i for i below POWERS."""
+    steps = np.empty((2, POWERS), np.uint64)
+    steps[:, 0], steps[0, 1:], steps[1, 1:] = 1, RADIX, pow(int(RADIX), -1, 1 << 64)
+    powers, inverse = np.multiply.accumulate(steps, axis=1, dtype=np.uint64)
+    return powers, inverse

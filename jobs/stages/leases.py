@@ -10,8 +10,7 @@ evaluate holds none: of two results of the same inputs the first one counts, for
 from __future__ import annotations
 
 from data_prep import records as data_records
-from data_prep.identity import identity, list_corpus
-from jobs.stages.records import held_dataset
+from jobs.stages.records import dataset_identity, held_dataset
 from pipeline.config.schema import RunConfig
 from pipeline.lease import LeaseRecord, give_way
 from pipeline.lease import refuse_held as refuse
@@ -37,7 +36,7 @@ def release(stage: str, config: RunConfig, storage: Storage) -> LeaseRecord | No
 def _lease(stage: str, config: RunConfig, storage: Storage) -> tuple[str, str]:
     """Its path, and what it protects, as messages name it."""
     if stage == "prepare":
-        dataset = held_dataset(config, storage) or identity(config, list_corpus(config))
+        dataset = held_dataset(config, storage) or dataset_identity(config, storage)
         return data_records.lease_path(dataset), f"dataset {dataset[:8]}"
     if stage == "train":
         return commits.lease_path(config.run_id), f"run {config.run_id}"

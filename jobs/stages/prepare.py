@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 from data_prep.dataset import total_counts
 from data_prep.formats import ROWS, SEEKING, format_of, is_compressed
-from data_prep.identity import identity
 from data_prep.listing import InputFile, Listing
 from data_prep.look import look
 from data_prep.prepare import prepare
 from data_prep.records import PrepareProgress
 from data_prep.tokenizer_stage import check_given, find_tokenizer
 from jobs.on_ray.gauges import PREPARING, PrepareGauges
+from jobs.stages import questions
 from jobs.stages.disk import check_room
-from jobs.stages.records import Records, held_dataset, hold_dataset
+from jobs.stages.records import Records, dataset_identity, held_dataset, hold_dataset
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.dataset.order import check_demand
@@ -41,7 +41,7 @@ SHORTEST_LINE = 12  # bytes of {"text":"x"}
 
 def find(config: RunConfig, storage: Storage, records: Records) -> DatasetManifest | None:
     """Raises ConfigError for a corpus that is missing or empty, and for a demand that the prepared data cannot meet."""
-    name = held_dataset(config, storage, records.seen_by) or identity(config, records.corpus(config))
+    name = held_dataset(config, storage, records.seen_by) or dataset_identity(config, storage, records.corpus(config))
     try:
         return _enough(config, read_dataset(storage, name))
     except FileNotFoundError:
@@ -63,6 +63,8 @@ def check(config: RunConfig, storage: Storage, records: Records, *, here: bool) 
             "lower corpus.sources.max_bytes",
         )
         check_tokenizer(config, storage, listings)
+        if here:
+            questions.check(config, storage)
 
 
 def do(config: RunConfig, storage: Storage, records: Records, report: Callable[[PrepareProgress], None]) -> None:
@@ -70,7 +72,8 @@ def do(config: RunConfig, storage: Storage, records: Records, report: Callable[[
 
     gauges = PrepareGauges(config.run_id, then=report)
     listings = records.corpus(config)
-    dataset = prepare(config, storage, listings=listings, map_units=map_on_ray(config.cluster), report=gauges)
+    asked = questions.pin(config, storage)
+    dataset = prepare(asked, storage, listings=listings, map_units=map_on_ray(config.cluster), report=gauges)
     print(outcome(dataset), flush=True)
     hold_dataset(config, storage, _enough(config, dataset))
 
@@ -83,7 +86,7 @@ def outcome(dataset: DatasetManifest) -> str:
     return (
         f"{NAME:<9} {counts.docs_in:,} documents in: {counts.docs_out:,} kept, {counts.heldout:,} held out, "
         f"{_by_reason(copies)} duplicates, {_by_reason(filtered)} filtered, {_by_reason(counts.quarantined)} quarantined; "
-        f"{dataset.tokens:,} tokens, {dataset.padding:.2%} padding" + _changed(dataset)
+        f"{dataset.tokens:,} tokens, {dataset.padding:.2%} padding" + _changed(dataset) + _contaminated(dataset)
     )
 
 
@@ -98,6 +101,19 @@ def _changed(dataset: DatasetManifest) -> str:
         total = languages.total()
         told += f"; languages: {', '.join(f'{name} {count / total:.1%}' for name, count in languages.most_common(5))}"
     return told
+
+
+def _contaminated(dataset: DatasetManifest) -> str:
+    """Which questions of the evaluation's tasks were in the corpus, where they were looked for."""
+    found = dataset.contamination
+    if found is None:
+        return ""
+    tasks = ", ".join(
+        f"{name} {task.seen:,} of {task.looked_for:,} in {task.documents:,} documents"
+        for name, task in found.tasks.items()
+    )
+    done = {"drop": "dropped", "cut": "cut out", "report": "left in"}[found.action]
+    return f"; questions of tasks, {done}: {tasks}"
 
 
 def _by_reason(counts: Mapping[str, int]) -> str:

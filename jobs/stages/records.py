@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
-from data_prep.identity import identity, list_corpus, settings_digest
+from data_prep import identity
+from data_prep.identity import list_corpus
 from data_prep.listing import Listing
+from jobs.stages import questions
 from pipeline.config.load import dump_yaml
 from pipeline.config.schema import RunConfig
 from pipeline.file_index import read_dataset
@@ -59,6 +62,17 @@ class Records:
         return cast(ModelManifest | None, self.of.get("publish"))
 
 
+def dataset_identity(config: RunConfig, storage: Storage, listings: Mapping[str, Listing] | None = None) -> str:
+    """The name of the dataset of this configuration, with the questions that the run has asked for, and the corpus as it is now. Raises
+    ConfigError."""
+    return identity.identity(questions.pinned(config, storage), listings or list_corpus(config))
+
+
+def settings_digest(config: RunConfig, storage: Storage) -> str:
+    """The same, whatever files are in the corpus."""
+    return identity.settings_digest(questions.pinned(config, storage))
+
+
 class HeldDataset(Record):
     """`<root>/runs/<run_id>/dataset.json`: which version of its corpus a run works on."""
 
@@ -78,7 +92,7 @@ def held_dataset(config: RunConfig, storage: Storage, stage: str = "prepare") ->
     are for the next run.
     """
     held = read_record(storage, held_path(config.run_id), HeldDataset)
-    if held is None or held.settings != settings_digest(config):
+    if held is None or held.settings != settings_digest(config, storage):
         return None
     if stage == "prepare" and not storage.names(train_folder(config.run_id)):
         return None
@@ -88,7 +102,7 @@ def held_dataset(config: RunConfig, storage: Storage, stage: str = "prepare") ->
 def hold_dataset(config: RunConfig, storage: Storage, dataset: DatasetManifest | None) -> None:
     """Hold on to the dataset that was found, if one was."""
     if dataset is not None:
-        held = HeldDataset(dataset=dataset.identity, settings=settings_digest(config)).to_json()
+        held = HeldDataset(dataset=dataset.identity, settings=settings_digest(config, storage)).to_json()
         if storage.read_or_none(held_path(config.run_id)) != held:
             storage.write(held_path(config.run_id), held)
 
@@ -109,7 +123,7 @@ def open_dataset(config: RunConfig, storage: Storage, name: str | None = None) -
 
     Raises ValueError if there is none.
     """
-    found = name or held_dataset(config, storage, "train") or identity(config, list_corpus(config))
+    found = name or held_dataset(config, storage, "train") or dataset_identity(config, storage)
     try:
         return read_dataset(storage, found)
     except FileNotFoundError:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config import conditions
+from pipeline.config.decontamination import Decontamination
 from pipeline.config.near import NearDuplicates
 from pipeline.config.rules import Rules
 from pipeline.config.section import Section
@@ -125,6 +126,7 @@ class CorpusConfig(Section):
     keep_rejected: bool = False  # write what filters rejected, with the reason, to datasets/rejected/
     rules: Rules = Rules()  # of every source but conversations; sources[].rules comes first, rule by rule
     near_duplicates: NearDuplicates | None = None  # `near_duplicates: {}` looks for them, over all sources
+    decontamination: Decontamination | None = None  # `decontamination: {}` looks for the questions of evaluation.tasks
     max_dropped_fraction: Fraction = 0.9  # of a source's documents, by one rule: more stop prepare, with examples
 
     @model_validator(mode="after")

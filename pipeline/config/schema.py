@@ -22,6 +22,7 @@ from pipeline.config.corpus import (
     SourceConfig,
     TokenizerConfig,
 )
+from pipeline.config.decontamination import Decontamination
 from pipeline.config.gates import GateConfig
 from pipeline.config.near import NearDuplicates
 from pipeline.config.network import ModelConfig
@@ -55,6 +56,7 @@ __all__ = [
     "ClusterConfig",
     "CorpusConfig",
     "DataConfig",
+    "Decontamination",
     "ElasticConfig",
     "EvaluationConfig",
     "FilterConfig",
@@ -169,6 +171,17 @@ def _disagreements(run: RunConfig) -> list[str]:
             found.append(
                 f"publishing.gates[{index}].task {gate.task}: evaluation.tasks is empty, so nobody computes it; add it there"
             )
+    looked_for = run.corpus.decontamination
+    if looked_for is not None and not (looked_for.tasks or run.evaluation.tasks or looked_for.questions):
+        found.append(
+            "corpus.decontamination: there is no task whose questions to look for; name some in evaluation.tasks, or in "
+            "corpus.decontamination.tasks"
+        )
+    again = sorted(set(looked_for.tasks) & set(run.evaluation.tasks)) if looked_for is not None else []
+    if again:
+        found.append(
+            f"corpus.decontamination.tasks: {again[0]!r} is in evaluation.tasks, so it is looked for already; leave it out"
+        )
     model, training, parallelism = run.model, run.training, run.parallelism
     if training.sequence_length > model.max_position_embeddings:
         found.append(

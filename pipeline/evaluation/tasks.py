@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import importlib.util
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,13 @@ def identity(config: RunConfig) -> dict[str, Any]:
     section = config.evaluation
     if not section.tasks:
         return {}
-    folder = None if section.task_folder is None else _digest(_folder(config))
+    folder = folder_digest(config)
     return {"tasks": section.tasks, "few_shot": section.few_shot, "limit": section.task_limit, "folder": folder}
+
+
+def folder_digest(config: RunConfig) -> str | None:
+    """Of names and content of `evaluation.task_folder`; None without one. Raises ConfigError."""
+    return None if config.evaluation.task_folder is None else _digest(_folder(config))
 
 
 def check(config: RunConfig, *, data: bool) -> None:
@@ -59,6 +64,22 @@ def loaded(config: RunConfig) -> Iterator[tuple[Any, list[Any]]]:
     with _local_folder(config) as folder:
         manager = _manager(config, folder)
         yield manager, _load(config, manager, folder)
+
+
+@contextlib.contextmanager
+def read(config: RunConfig, names: Sequence[str], key: str) -> Iterator[dict[str, Any]]:
+    """The harness's Task objects behind these names, with their data, whether or not the model can be asked them. Raises ConfigError, which
+    begins with the setting `key`."""
+    with _local_folder(config) as folder:
+        with _in_folder(folder):
+            found, name = {}, ""
+            manager = _manager(config, folder, names, key)
+            try:
+                for name in names:
+                    found.update(manager.load([name])["tasks"])
+            except Exception as error:  # as in `_load`
+                raise ConfigError(_cannot_be_loaded(key, name, error)) from error
+            yield found
 
 
 def new_tokens(generation: dict[str, Any]) -> int:
@@ -124,13 +145,14 @@ def _local_folder(config: RunConfig) -> Iterator[Path | None]:
 # -- lm-eval ---------------------------------------------------------------------------------------------------------
 
 
-def _manager(config: RunConfig, folder: Path | None) -> Any:
-    """An index that knows every name that is asked for."""
-    names = config.evaluation.tasks
+def _manager(
+    config: RunConfig, folder: Path | None, names: Sequence[str] | None = None, key: str = "evaluation.tasks"
+) -> Any:
+    """An index that knows every name that is asked for, by the setting `key`."""
+    names = config.evaluation.tasks if names is None else names
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
-            f"evaluation.tasks {list(names)}: the package lm-eval is not installed; "
-            "pip install -c constraints.txt lm-eval, or leave evaluation.tasks empty"
+            f"{key} {list(names)}: the package lm-eval is not installed; pip install -c constraints.txt lm-eval, or leave {key} empty"
         )
     from lm_eval.tasks import TaskManager
 
@@ -148,7 +170,7 @@ def _manager(config: RunConfig, folder: Path | None) -> Any:
     manager = TaskManager(include_path=None if folder is None else str(folder))
     unknown = [name for name in names if name not in manager.task_index]
     if unknown:
-        raise ConfigError(f"evaluation.tasks: {_unknown(unknown[0], manager.all_tasks, own)}")
+        raise ConfigError(f"{key}: {_unknown(unknown[0], manager.all_tasks, own)}")
     return manager
 
 
@@ -171,7 +193,7 @@ def _load(config: RunConfig, manager: Any, folder: Path | None) -> list[Any]:
     """Raises ConfigError for data that cannot be had and for tasks that a base model cannot be asked."""
     found: list[Any] = []
     name = ""
-    with contextlib.chdir(folder) if folder is not None else contextlib.nullcontext():
+    with _in_folder(folder):
         try:
             for name in config.evaluation.tasks:
                 loaded = manager.load([name])
@@ -181,14 +203,23 @@ def _load(config: RunConfig, manager: Any, folder: Path | None) -> list[Any]:
             everything = manager.load(found)
             tasks = everything["tasks"]
         except Exception as error:  # whatever reading files, the Hub and a task's own code may raise
-            raise ConfigError(
-                f"evaluation.tasks: {name} cannot be loaded ({type(error).__name__}: {_short(error)}); put the task and its data "
-                "into evaluation.task_folder, or load it once where the Hugging Face Hub is reachable (HF_HUB_OFFLINE, HF_HOME)"
-            ) from error
+            raise ConfigError(_cannot_be_loaded("evaluation.tasks", name, error)) from error
     for name, task in tasks.items():
         _check_task(config, name, task)
     _check_gates(config, tasks, everything["groups"])
     return found
+
+
+def _in_folder(folder: Path | None) -> contextlib.AbstractContextManager[None]:
+    """Relative names of data files are relative to the folder."""
+    return contextlib.chdir(folder) if folder is not None else contextlib.nullcontext()
+
+
+def _cannot_be_loaded(key: str, name: str, error: Exception) -> str:
+    return (
+        f"{key}: {name} cannot be loaded ({type(error).__name__}: {_short(error)}); put the task and its data "
+        "into evaluation.task_folder, or load it once where the Hugging Face Hub is reachable (HF_HUB_OFFLINE, HF_HOME)"
+    )
 
 
 def _set_shots(config: RunConfig, name: str, tasks: Iterable[Any]) -> None:

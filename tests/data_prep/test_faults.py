@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import psutil
 import pytest
 
 from data_prep.attempts import REASON
+from data_prep.contamination.questions import to_bytes, write_questions
 from data_prep.prepare import prepare
 from data_prep.records import shard_path
 from data_prep.units import unpacked
@@ -44,7 +46,7 @@ def loads(data):
 """
 
 
-# Every rule and near-duplicates; thresholds that leave some of the code that the tests read.
+# Every rule, near-duplicates and questions of tasks; thresholds that leave some of the code that the tests read.
 EVERYTHING = {
     "corpus__rules": json.dumps(
         {
@@ -63,17 +65,42 @@ EVERYTHING = {
     "corpus__near_duplicates": "{}",
     "corpus__keep_rejected": "true",
 }
+MORE = pytest.mark.parametrize("more", [{}, EVERYTHING], ids=["plain", "everything"])
 
 
-@pytest.mark.parametrize("more", [{}, EVERYTHING], ids=["plain", "everything"])
+def looking_for(texts: list[str], more: dict[str, str]) -> dict[str, str]:
+    """Settings under which parts of some of the texts are looked for as questions, and cut out."""
+    if not more:
+        return more
+    sha256 = hashlib.sha256(to_bytes(asked(texts))).hexdigest()
+    return {**more, "corpus__decontamination": json.dumps({"action": "cut", "questions": sha256})}
+
+
+def asked(texts: list[str]) -> dict[str, list[tuple[str, list[str]]]]:
+    return {"exam": [(str(number), [text[500:700]]) for number, text in enumerate(texts[::9])]}
+
+
+def opened(config: RunConfig, texts: list[str]) -> Storage:
+    """The storage, with what the run looks for."""
+    storage = open_storage(config.storage)
+    if config.corpus.decontamination is not None:
+        write_questions(storage, asked(texts))
+    return storage
+
+
+@MORE
 def test_bad_requests_and_cut_connections(
-    jsonl: Path, bucket: tuple[str, str], run_config: Make, more: dict[str, str]
+    jsonl: Path, texts: list[str], bucket: tuple[str, str], run_config: Make, more: dict[str, str]
 ) -> None:
     """Far more faults than S3 has: 10 % errors, 5 % cut connections."""
     endpoint, name = bucket
     (jsonl / "part-3.jsonl").unlink()
+    more = looking_for(texts, more)
     clean = run_config(jsonl, storage__root=str(jsonl.parent / "clean"), corpus__unit_bytes=1_000_000, **more)
-    dataset = prepare(clean, open_storage(clean.storage))
+    dataset = prepare(clean, opened(clean, texts))
+    if more:
+        assert dataset.contamination is not None
+        assert dataset.contamination.tasks["exam"].seen > 3
     with FaultyS3(endpoint, 0.10, 0.05) as proxy:
         config = run_config(
             jsonl,
@@ -82,7 +109,7 @@ def test_bad_requests_and_cut_connections(
             corpus__unit_bytes=1_000_000,
             **more,
         )
-        assert prepare(config, open_storage(config.storage)).digest == dataset.digest
+        assert prepare(config, opened(config, texts)).digest == dataset.digest
         assert proxy.faults > 10
     direct = run_config(jsonl, storage__root=f"s3://{name}/faulty", storage__endpoint_url=endpoint)
     assert objects(open_storage(direct.storage)) == objects(open_storage(clean.storage))
@@ -283,25 +310,35 @@ def large(tmp_path: Path, texts: list[str]) -> Path:
 
 @pytest.mark.long
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("more", [{}, EVERYTHING], ids=["plain", "everything"])
-def test_twenty_kills_on_a_folder(large: Path, tmp_path: Path, run_config: Make, more: dict[str, str]) -> None:
+@MORE
+def test_twenty_kills_on_a_folder(
+    large: Path, texts: list[str], tmp_path: Path, run_config: Make, more: dict[str, str]
+) -> None:
+    more = looking_for(texts, more)
     clean = run_config(large, storage__root=str(tmp_path / "clean"), **more)
-    dataset = prepare(clean, open_storage(clean.storage))
+    dataset = prepare(clean, opened(clean, texts))
     config = run_config(large, **more)
+    storage = opened(config, texts)
     assert f"digest {dataset.digest}" in run_through_kills(config, 20, 15, seed=1, log=tmp_path / "starts")
-    assert objects(open_storage(config.storage)) == objects(open_storage(clean.storage))
-    assert not list(Path(config.storage.root).rglob("*.tmp-*"))
+    assert objects(storage) == objects(open_storage(clean.storage))
+    left = [path.name for path in Path(config.storage.root).rglob("*.tmp-*")]
+    assert [name for name in left if not name.endswith(".tmp-lock")] == []  # locks stay: a deleted one locks nobody out
 
 
 @pytest.mark.long
 @pytest.mark.timeout(7200)
-def test_twenty_kills_on_a_faulty_s3(large: Path, tmp_path: Path, bucket: tuple[str, str], run_config: Make) -> None:
+@MORE
+def test_twenty_kills_on_a_faulty_s3(
+    large: Path, texts: list[str], tmp_path: Path, bucket: tuple[str, str], run_config: Make, more: dict[str, str]
+) -> None:
     endpoint, name = bucket
-    fewer = {"corpus__unit_bytes": 1_000_000, "data__groups_per_file": 256}  # requests: moto is slow
+    # requests: moto is slow
+    fewer = {"corpus__unit_bytes": 1_000_000, "data__groups_per_file": 256, **looking_for(texts, more)}
     clean = run_config(large, storage__root=str(tmp_path / "clean"), **fewer)
-    dataset = prepare(clean, open_storage(clean.storage))
+    dataset = prepare(clean, opened(clean, texts))
     with FaultyS3(endpoint) as proxy:
         config = run_config(large, storage__root=f"s3://{name}/killed", storage__endpoint_url=proxy.url, **fewer)
+        opened(config, texts)
         assert f"digest {dataset.digest}" in run_through_kills(config, 20, 3, seed=2, log=tmp_path / "starts")
         assert proxy.faults > 50
     direct = run_config(large, storage__root=f"s3://{name}/killed", storage__endpoint_url=endpoint)
