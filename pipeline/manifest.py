@@ -333,6 +333,10 @@ class TaskScore(Record):
     documents: int
     group: str | None  # the group whose average counts this one
     metrics: tuple[TaskMetric, ...]
+    unseen_documents: int | None = None  # that the training corpus did not hold; None: nobody looked for them there
+    unseen: tuple[TaskMetric, ...] = ()  # of these alone
+
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"unseen_documents", "unseen"})
 
 
 class EvaluationManifest(Record):

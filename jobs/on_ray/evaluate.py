@@ -110,13 +110,13 @@ def _part(work: _Work, part: tuple[int, int], report: Report) -> Any:
 
 def _harness(work: _Work, report: Report) -> Any:
     from pipeline.evaluation.harness import score_tasks
+    from pipeline.evaluation.unseen import seen_questions
     from pipeline.evaluation.weights import load_model
     from pipeline.tokenizer import Encoder
 
     config, dataset, checkpoint, storage = work.open()
-    return score_tasks(
-        config, load_model(config, checkpoint, storage), Encoder.stored(dataset.tokenizer, storage), report
-    )
+    model, encoder = load_model(config, checkpoint, storage), Encoder.stored(dataset.tokenizer, storage)
+    return score_tasks(config, model, encoder, report, seen_questions(dataset, storage))
 
 
 def _join(work: _Work, parts: list[Any], tasks: Any) -> None:

@@ -12,7 +12,7 @@ harness and needs the tasks' data; the other ranks follow its forward passes.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import isfinite
 from numbers import Real
 from typing import Any
@@ -27,6 +27,7 @@ from pipeline.evaluation.forward import Forward
 from pipeline.evaluation.result import EvaluationProgress, window_length
 from pipeline.evaluation.summary import TaskResults
 from pipeline.evaluation.tasks import loaded, new_tokens
+from pipeline.evaluation.unseen import Seen, unseen_values
 from pipeline.manifest import TaskMetric, TaskScore
 from pipeline.model.moonlight import Moonlight
 from pipeline.tokenizer import Encoder
@@ -43,9 +44,14 @@ def harness_version() -> str:
 
 
 def score_tasks(
-    config: RunConfig, model: Moonlight, encoder: Encoder, report: Callable[[EvaluationProgress], None]
+    config: RunConfig,
+    model: Moonlight,
+    encoder: Encoder,
+    report: Callable[[EvaluationProgress], None],
+    seen: Seen | None = None,
 ) -> TaskResults:
-    """Score `evaluation.tasks`; by name, groups first. A collective call on the ranks of a process group.
+    """Score `evaluation.tasks`; by name, groups first. A collective call on the ranks of a process group. `seen`: questions that were in the
+    corpus, where they were looked for; tasks are then scored without them, too.
 
     Raises ConfigError for tasks that cannot be loaded, and RuntimeError on the ranks that follow one that failed.
     """
@@ -70,7 +76,8 @@ def score_tasks(
         forward.end(error=error)
         raise
     assert results is not None  # lm-eval's rank is 0
-    found = TaskResults(harness_version(), task_scores(results), document_values(results))
+    unseen = {} if seen is None else unseen_values(results["samples"], tasks, seen, resamples=RESAMPLES)
+    found = TaskResults(harness_version(), task_scores(results, unseen), document_values(results))
     forward.end(found)
     return found
 
@@ -175,8 +182,8 @@ def _check_texts(requests: list[Request], scored: set[int]) -> None:
         )
 
 
-def task_scores(results: dict[str, Any]) -> dict[str, TaskScore]:
-    """What `simple_evaluate` returned, without what has no number."""
+def task_scores(results: dict[str, Any], unseen: Mapping[str, dict[str, Any]] | None = None) -> dict[str, TaskScore]:
+    """What `simple_evaluate` returned, without what has no number; and `unseen_values` beside it."""
     found: dict[str, TaskScore] = {}
     averaged = results.get("groups", {})
     parents = {
@@ -187,12 +194,15 @@ def task_scores(results: dict[str, Any]) -> dict[str, TaskScore]:
         metrics = _metrics(values, results["higher_is_better"].get(name, {}))
         if metrics:
             shots = results["n-shot"].get(name)
+            rest = (unseen or {}).get(name)
             found[name] = TaskScore(
                 version=str(results["versions"].get(name)),
                 few_shot=shots if isinstance(shots, int) else None,
                 documents=int(values["sample_len"]),
                 group=parents.get(name),
                 metrics=tuple(metrics),
+                unseen_documents=None if rest is None else int(rest["sample_len"]),
+                unseen=() if rest is None else tuple(_metrics(rest, results["higher_is_better"].get(name, {}))),
             )
     return found
 

@@ -34,6 +34,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.evaluation.result import EvaluationProgress, committed, manifest_path, window_length
 from pipeline.evaluation.summary import TaskResults, commit
 from pipeline.evaluation.texts import HeldoutText, Tokens, heldout_texts
+from pipeline.evaluation.unseen import seen_questions
 from pipeline.evaluation.weights import load_model
 from pipeline.evaluation.written import write_texts
 from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest
@@ -86,7 +87,7 @@ def evaluate(
     if with_tasks and config.evaluation.tasks:
         from pipeline.evaluation.harness import score_tasks  # lm-eval is an extra
 
-        tasks = score_tasks(config, model, encoder, report)
+        tasks = score_tasks(config, model, encoder, report, seen_questions(dataset, storage))
     if first:
         commit(config, dataset, checkpoint, texts, nats, tasks, storage, with_tasks=with_tasks)
     if dist.is_initialized():

@@ -24,8 +24,9 @@ from pipeline.manifest import (
     TrainManifest,
 )
 from pipeline.model.shapes import ParameterCount
+from pipeline.report import contamination
 from pipeline.report.charts import compact
-from pipeline.report.scores import TASK_HEAD, scored_how, scored_sources, task_cells
+from pipeline.report.scores import scored_how, scored_sources, task_cells, task_head
 from pipeline.training.branch import Origin
 from pipeline.training.left_out import order_of
 
@@ -179,9 +180,12 @@ def _task_result(name: str, score: TaskScore) -> dict[str, Any]:
 def _tasks(evaluation: EvaluationManifest) -> str:
     """The tasks and groups that no other group averages; the evaluation's record has all of them."""
     rows = [
-        [name, *cells] for name, score in evaluation.tasks.items() if score.group is None for cells in task_cells(score)
+        [name, *cells]
+        for name, score in evaluation.tasks.items()
+        if score.group is None
+        for cells in task_cells(evaluation, score)
     ]
-    return f"{table(['task', *TASK_HEAD], rows, right=2)}\n\n{scored_how(evaluation)}"
+    return f"{table(['task', *task_head(evaluation)], rows, right=2)}\n\n{scored_how(evaluation)}"
 
 
 def _usage(config: RunConfig) -> str:
@@ -246,8 +250,17 @@ def _data(config: RunConfig, dataset: DatasetManifest, checkpoint: CheckpointMan
     mixture = "\n\nMixture stages:\n\n" + "\n".join(f"- {stage}" for stage in stages) if stages else ""
     return (
         f"{table(head, rows)}\n\nShare is that of the rows trained on. The tokenizer is a byte-level BPE with "
-        f"{dataset.tokenizer.vocab_size:,} entries and Moonlight's split pattern.{mixture}"
+        f"{dataset.tokenizer.vocab_size:,} entries and Moonlight's split pattern.{mixture}{_contamination(dataset)}"
     )
+
+
+def _contamination(dataset: DatasetManifest) -> str:
+    """Which of the questions that the model is judged by were in its corpus."""
+    found = dataset.contamination
+    if found is None:
+        return ""
+    rows = table(contamination.HEAD, contamination.rows(found))
+    return f"\n\n### Questions of tasks in the corpus\n\n{rows}\n\n{contamination.sentence(found)}"
 
 
 def _training(config: RunConfig, train: TrainManifest, checkpoint: CheckpointManifest) -> str:

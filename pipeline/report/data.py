@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from pipeline.file_index import Files, open_index
 from pipeline.integrity import DamagedFile
 from pipeline.manifest import DatasetManifest, FileEntry, SourceManifest
+from pipeline.report import contamination
 from pipeline.report.charts import compact, histogram
 from pipeline.report.parts import table
 from pipeline.storage import Storage
@@ -23,6 +24,7 @@ from pipeline.storage import Storage
 SHARDS = 4  # of a source that are looked into
 LINES = 10_000  # of its rejected and quarantined documents
 HEAD_BYTES = 1 << 20  # of a list of quarantined documents
+LANGUAGES = 8  # of a source that are named
 EXCERPT = 160  # letters of an example
 
 
@@ -114,7 +116,7 @@ def data(dataset: DatasetManifest, looks: Sequence[SourceData], shares: Mapping[
     """
     head = ["source", "share", "documents", "used", "held out", "filtered", "quarantined", "text", "tokens", "rows"]
     rows = [_row(source, shares) for source in dataset.sources]
-    return table(head, rows) + _reasons(dataset, looks) + _histograms(looks)
+    return table(head, rows) + _reasons(dataset, looks) + _kept(dataset) + _contamination(dataset) + _histograms(looks)
 
 
 def _row(source: SourceManifest, shares: Mapping[str, float]) -> list[str]:
@@ -148,6 +150,49 @@ def _reasons(dataset: DatasetManifest, looks: Sequence[SourceData]) -> str:
     note = "" if all(row[3] for row in rows) else "Texts that filters reject are kept with corpus.keep_rejected."
     made = table(["source", "", "reason", "for example", "documents", "of the source"], rows, left=4)
     return f"<h3>Left out</h3><div class=wrap>{made}</div><p class='note'>{note}</p>"
+
+
+def _kept(dataset: DatasetManifest) -> str:
+    """What rules changed in documents that stayed, their languages, and clusters of near-duplicates."""
+    parts = []
+    changes = [
+        [escape(source.name), escape(name), f"{count:,}"]
+        for source in dataset.sources
+        for name, count in sorted(source.changes.items())
+    ]
+    if changes:
+        parts.append(f"<h3>Changed in documents that stay</h3>{table(['source', 'what', 'times'], changes, left=2)}")
+    languages = [source for source in dataset.sources if source.languages]
+    if languages:
+        rows = [_language_row(source) for source in languages]
+        parts.append(f"<h3>Languages</h3>{table(['source', 'documents', 'shares'], rows, left=1)}")
+    near = dataset.near_duplicates
+    if near is not None:
+        parts.append(
+            f"<h3>Near-duplicates</h3><p>{near.count:,} clusters; {near.dropped:,} documents are left out for another of theirs, copies among "
+            "them. <code>moonlight inspect ... duplicates</code> shows the largest.</p>"
+        )
+    return "".join(parts)
+
+
+def _language_row(source: SourceManifest) -> list[str]:
+    total = sum(source.languages.values())
+    most = sorted(source.languages.items(), key=lambda item: (-item[1], item[0]))
+    bars = "".join(
+        f'<i style="width:{count / total:.2%};background:var(--series-{number % 4})" title="{escape(code)} {count / total:.1%}"></i>'
+        for number, (code, count) in enumerate(most[:LANGUAGES])
+    )
+    words = ", ".join(f"{escape(code)} {count / total:.1%}" for code, count in most[:LANGUAGES])
+    return [escape(source.name), f"{total:,}", f'{words}<div class="parts">{bars}</div>']
+
+
+def _contamination(dataset: DatasetManifest) -> str:
+    found = dataset.contamination
+    if found is None:
+        return ""
+    rows = [[escape(cell) for cell in row] for row in contamination.rows(found)]
+    note = escape(contamination.sentence(found))
+    return f"<h3>Questions of tasks in the corpus</h3>{table(contamination.HEAD, rows)}<p class='note'>{note}</p>"
 
 
 def _histograms(looks: Sequence[SourceData]) -> str:

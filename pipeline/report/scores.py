@@ -9,6 +9,7 @@ from pipeline.manifest import DatasetManifest, EvaluationManifest, SourceManifes
 from pipeline.report.parts import table
 
 TASK_HEAD = ["version", "few-shot", "documents", "metric", "value ± standard error"]
+UNSEEN_HEAD = ["not in the corpus", "value of these"]
 
 
 def scored_sources(dataset: DatasetManifest, evaluation: EvaluationManifest) -> list[SourceManifest]:
@@ -16,10 +17,24 @@ def scored_sources(dataset: DatasetManifest, evaluation: EvaluationManifest) -> 
     return [source for source in dataset.sources if source.name in evaluation.sources]
 
 
-def task_cells(score: TaskScore) -> list[list[str]]:
-    """A row a metric, under TASK_HEAD."""
+def task_head(evaluation: EvaluationManifest) -> list[str]:
+    """Of a row's cells: with the questions that were not in the corpus, where they were looked for."""
+    return TASK_HEAD + (UNSEEN_HEAD if _looked(evaluation) else [])
+
+
+def task_cells(evaluation: EvaluationManifest, score: TaskScore) -> list[list[str]]:
+    """A row a metric, under `task_head`."""
     shots = "" if score.few_shot is None else str(score.few_shot)
-    return [[score.version, shots, f"{score.documents:,}", metric.label, metric.shown] for metric in score.metrics]
+    rows = [[score.version, shots, f"{score.documents:,}", metric.label, metric.shown] for metric in score.metrics]
+    if not _looked(evaluation):
+        return rows
+    left = "not looked for" if score.unseen_documents is None else f"{score.unseen_documents:,}"
+    values = {metric.label: metric.shown for metric in score.unseen}
+    return [[*row, left, values.get(metric.label, "")] for row, metric in zip(rows, score.metrics, strict=True)]
+
+
+def _looked(evaluation: EvaluationManifest) -> bool:
+    return any(score.unseen_documents is not None for score in evaluation.tasks.values())
 
 
 def scored_how(evaluation: EvaluationManifest) -> str:
@@ -61,11 +76,9 @@ def tasks(evaluation: EvaluationManifest) -> str:
     rows = [
         [escape(cell) for cell in (name, score.group or "", *cells)]
         for name, score in evaluation.tasks.items()
-        for cells in task_cells(score)
+        for cells in task_cells(evaluation, score)
     ]
-    return (
-        f"{table(['task', 'in group', *TASK_HEAD], rows, left=2)}<p class='note'>{escape(scored_how(evaluation))}</p>"
-    )
+    return f"{table(['task', 'in group', *task_head(evaluation)], rows, left=2)}<p class='note'>{escape(scored_how(evaluation))}</p>"
 
 
 def _bar(value: float, largest: float, colour: str, strong: bool = False) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,6 @@ def test_an_edited_task_redoes_what_it_touches(own: Path) -> None:
         ([], {"min_words": 14}, r"corpus\.decontamination.*min_words 14 is over ngram 13"),
         ([], {"tasks": ["exams"]}, r"corpus\.decontamination\.tasks: 'exams' is in evaluation\.tasks"),
         (["evaluation.tasks=[]"], {}, r"corpus\.decontamination: there is no task whose questions to look for"),
-        ([], {"tasks": ["exam_fre"]}, r"corpus\.decontamination\.tasks: .*no task, group or tag 'exam_fre'; did you mean exam_free"),
         ([], {"tasks": ["broken"]}, r"corpus\.decontamination\.tasks: the questions of broken cannot be read .*nothing"),
         ([], {"tasks": ["gone"]}, r"corpus\.decontamination\.tasks: gone cannot be loaded .*evaluation\.task_folder"),
         ([], {"questions": "0" * 64}, r"corpus\.decontamination\.questions 0{64}: not at .*; leave it out"),
@@ -145,11 +145,11 @@ def test_an_edited_task_redoes_what_it_touches(own: Path) -> None:
 def test_refused_before_anything_starts(
     own: Path, capsys: pytest.CaptureFixture[str], more: list[str], section: dict[str, Any], message: str
 ) -> None:
-    import re
-
     text = (own / "exam_free.yaml").read_text()
     (own / "broken.yaml").write_text(
-        text.replace("task: exam_free", "task: broken").replace("{{question}}", "{{nothing + 1}}")
+        text.replace("task: exam_free", "task: broken").replace(
+            "{{question}}", "{{question if answer.startswith(0|string) else nothing + 1}}"
+        )
     )
     (own / "gone.yaml").write_text(
         text.replace("task: exam_free", "task: gone").replace("exam_free.jsonl", "gone.jsonl")
