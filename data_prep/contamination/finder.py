@@ -131,16 +131,17 @@ class Finder:
             length.append(np.full(len(entries), grams.n))
         if not at or not sum(map(len, at)):
             return {}
-        hits = tuple(map(np.concatenate, (at, part, place, length)))
-        document = np.searchsorted(first, hits[0], side="right") - 1
-        return {
-            number: found
-            for number in np.unique(document).tolist()
-            if (found := self._in_document(*(each[document == number] for each in hits), int(first[number])))
-            is not None
-        }
+        starts, parts, places, lengths = map(np.concatenate, (at, part, place, length))
+        document = np.searchsorted(first, starts, side="right") - 1
+        found: dict[int, Found] = {}
+        for number in np.unique(document).tolist():
+            mine = document == number
+            here = self._in_document(starts[mine] - first[number], parts[mine], places[mine], lengths[mine])
+            if here is not None:
+                found[number] = here
+        return found
 
-    def _in_document(self, at: Places, part: Places, place: Places, length: Places, first: int) -> Found | None:
+    def _in_document(self, at: Places, part: Places, place: Places, length: Places) -> Found | None:
         if self.settings.rule == "span":
             enough = [one for one in np.unique(part).tolist() if self._covers(one, place[part == one])]
             chosen = np.isin(part, enough)
@@ -148,7 +149,7 @@ class Finder:
             if not len(at):
                 return None
         questions = np.unique(self.questions.owner[part])
-        return Found(tuple(questions.tolist()), _joined(at - first, length))
+        return Found(tuple(questions.tolist()), _joined(at, length))
 
     def _covers(self, part: int, places: Places) -> bool:
         """Whether n-grams at these places cover enough of the part's words."""
