@@ -27,7 +27,9 @@ def test_half_bits_do_not_depend_on_how_many_small_experts_a_rank_has(side, back
     schedule = coefficients("moonlight", 5)
     alone = torch.cat([orthogonalize(x_MN[None], schedule, backend) for x_MN in x_BMN])
     for experts in (2, 3, 720):
-        assert torch.equal(torch.cat([orthogonalize(x, schedule, backend) for x in x_BMN.split(experts)]), alone), experts
+        assert torch.equal(torch.cat([orthogonalize(x, schedule, backend) for x in x_BMN.split(experts)]), alone), (
+            experts
+        )
 
 
 def exact(x_MN: torch.Tensor) -> torch.Tensor:
