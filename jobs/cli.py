@@ -11,6 +11,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from jobs.first_line import LOOKING
 from pipeline.config.load import load_config, preset_names, with_absolute_paths
@@ -41,9 +42,16 @@ def program(module: str) -> str:
     return f"moonlight {module}" if Path(sys.argv[0]).name == "moonlight" else f"python -m jobs.{module}"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Settings may stand between options, in any order: argparse takes a list of them in one place only."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return self.parse_intermixed_args(args, namespace)
+
+
 def parser(module: str, summary: str) -> argparse.ArgumentParser:
     """A parser with the arguments that every job takes."""
-    made = argparse.ArgumentParser(
+    made = _Parser(
         prog=program(module),
         description=summary,
         epilog="Every setting is in pipeline/config/schema.py; e.g. schedule.total_tokens=2e6 corpus.unit_bytes=64MB storage.root=s3://bucket/prefix "

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 
 from jobs import stages
 from jobs.cli import open_run, parser, refusing
+from jobs.drivers.failures import HELD
 from pipeline.config.load import ConfigError
 from pipeline.ladder.climb import Ladder, climb
 from pipeline.ladder.rungs import Rung, configure
 from pipeline.ladder.show import lines, plot
+from pipeline.lease import Held
 
 
 @refusing
@@ -25,11 +28,14 @@ def command(arguments: Sequence[str] | None) -> int:
     )
     made.add_argument("--batches", type=_numbers(float), default=(1.0,), help="times the recipe's")
     made.add_argument("--tokens-per-parameter", type=float, default=1.0)
+    made.add_argument(
+        "--tuned", type=int, default=2, help="how many of the smallest sizes have their rates swept (default: 2)"
+    )
     given = made.parse_args(arguments)
-    if len(given.sizes) < 2:
+    if len(set(given.sizes)) < 2:
         raise ConfigError(f"--sizes {','.join(map(str, given.sizes))}: a power law needs at least two sizes")
-    if given.seeds < 1 or given.tokens_per_parameter <= 0:
-        raise ConfigError("--seeds and --tokens-per-parameter must be greater than zero")
+    if given.seeds < 1 or given.tokens_per_parameter <= 0 or given.tuned < 1:
+        raise ConfigError("--seeds, --tokens-per-parameter and --tuned must be greater than zero")
     config, storage = open_run(given.config, given.overrides)
     storage.check_writable()
     records = stages.find(config, storage, "train")
@@ -41,10 +47,20 @@ def command(arguments: Sequence[str] | None) -> int:
 
     from jobs.on_ray.cluster import connect  # here: what is wrong needs no Ray
     from jobs.on_ray.ladder import measure_with_ray
+    from jobs.on_ray.signals import Interrupted, raise_on_signals
 
-    ladder = Ladder(tuple(sorted(set(given.sizes))), given.rates, given.batches, given.seeds)
-    with connect(config):
-        climbed = climb(ladder, measure_with_ray(config, dataset, given.tokens_per_parameter))
+    sizes, rates = tuple(sorted(set(given.sizes))), tuple(sorted(set(given.rates)))
+    ladder = Ladder(sizes, rates, given.batches, given.seeds, given.tuned)
+    try:
+        with connect(config):
+            raise_on_signals()
+            climbed = climb(ladder, measure_with_ray(config, dataset, given.tokens_per_parameter))
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except Held as error:
+        print(f"error: {error}", file=sys.stderr)
+        return HELD
     for line in lines(climbed):
         print(line)
     folder = f"ladders/{config.run_id}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import uuid
 from collections.abc import Sequence
 
 import ray
@@ -9,36 +11,38 @@ import ray
 from jobs.on_ray.task import result_of, wants_gpu
 from pipeline.config.schema import RunConfig
 from pipeline.ladder.climb import Measure
-from pipeline.ladder.rungs import Rung, configure
+from pipeline.ladder.rungs import Measured, Rung, configure
 from pipeline.manifest import DatasetManifest
 
 
 def measure_with_ray(recipe: RunConfig, dataset: DatasetManifest, tokens_per_parameter: float) -> Measure:
     """On the connected cluster. A rung whose task dies is started again; it goes on from its checkpoint."""
 
-    def measure(rungs: Sequence[Rung]) -> dict[Rung, tuple[float, float]]:
-        task = ray.remote(_execute).options(
-            num_cpus=1, num_gpus=wants_gpu(recipe.cluster), max_retries=recipe.cluster.max_failures
-        )
+    owner = uuid.uuid4().hex  # a task that Ray starts again takes over from its dead self
+
+    def measure(rungs: Sequence[Rung]) -> dict[Rung, Measured]:
+        task = ray.remote(_execute)
+        needs = {"num_cpus": 1, "num_gpus": wants_gpu(recipe.cluster), "max_retries": recipe.cluster.max_failures}
         largest_first = sorted(rungs, key=lambda rung: -rung.hidden)
         waiting = {}
         for rung in largest_first:
             config = configure(recipe, rung, tokens_per_parameter, dataset.digest)
-            waiting[task.options(name=rung.name).remote(config.model_dump(mode="json"), dataset.identity)] = rung
-        found: dict[Rung, tuple[float, float]] = {}
+            values = config.model_dump(mode="json")
+            waiting[task.options(name=rung.name, **needs).remote(values, dataset.identity, owner)] = rung
+        found: dict[Rung, Measured] = {}
         while waiting:
             (done,), _ = ray.wait(list(waiting))
             rung = waiting.pop(done)
             found[rung] = result_of(done)
-            print(
-                f"{rung.name}: held-out loss {found[rung][1]:.4f}, {len(waiting)} runs left of this round", flush=True
-            )
+            loss = found[rung].loss
+            said = f"held-out loss {loss:.4f}" if math.isfinite(loss) else "diverged"
+            print(f"{rung.name}: {said}, {len(waiting)} runs left of this round", flush=True)
         return found
 
     return measure
 
 
-def _execute(values: dict[str, object], dataset_identity: str) -> tuple[float, float]:
+def _execute(values: dict[str, object], dataset_identity: str, owner: str) -> Measured:
     from pipeline.ladder.run import execute  # here: torch, where the work is done
 
-    return execute(values, dataset_identity)
+    return execute(values, dataset_identity, owner)

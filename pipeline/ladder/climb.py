@@ -1,49 +1,60 @@
 """Which runs a ladder needs, in three rounds, each decided by the one before.
 
-    rates      at the TUNED smallest sizes, each optimizer at each rate of the sweep, one seed
+    rates      at the smallest sizes (`tuned` of them), each optimizer at each rate of the sweep, one seed; a sweep whose best rate
+               is its end goes on there
     batches    at the smallest size and its best rate, each batch, if there are several
-    seeds      every size, optimizer and seed at the rate that a power law through the best ones gives, and the best batch
+    seeds      every size, optimizer and seed: at its own best rate where that was swept, else at the rate that a power law through
+               the best ones gives, as a large run's would be; and at the best batch
 
-Best rates beyond the tuned sizes are extrapolated, as a large run's would be.
+Runs of a size, batch and seed start from the same weights and see the same rows, whatever their optimizer and rate. That is asserted.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.ladder.fit import Fit, Interval, Point, best, extrapolate, fit, middle, share
-from pipeline.ladder.rungs import OPTIMIZERS, Rung
+from pipeline.ladder.fit import Fit, Interval, Point, extrapolate, fit, middle, share
+from pipeline.ladder.rungs import OPTIMIZERS, Measured, Rung
+from pipeline.ladder.sweep import best, beyond
 
-TUNED = 2
-Measure = Callable[[Sequence[Rung]], dict[Rung, tuple[float, float]]]  # FLOPs and loss of each
+WIDER = 10  # times that a sweep goes on
+Measure = Callable[[Sequence[Rung]], dict[Rung, Measured]]
 
 
 @dataclass(frozen=True)
 class Ladder:
     """What was asked for."""
 
-    sizes: tuple[int, ...]
+    sizes: tuple[int, ...]  # ascending
     rates: tuple[float, ...]  # times the recipe's
     batches: tuple[float, ...]
     seeds: int
+    tuned: int = 2  # of the smallest sizes
 
 
 @dataclass(frozen=True)
 class Climbed:
-    measured: dict[Rung, tuple[float, float]]
-    points: dict[str, list[Point]]  # by optimizer, at its best settings
+    measured: dict[Rung, Measured]
+    seeds: dict[str, list[Rung]]  # by optimizer: the runs at its best settings, which are fitted
     fits: dict[str, Fit]
     rates: dict[str, dict[int, float]]  # by optimizer and size, times the recipe's
     batch: dict[str, float]
     share: Interval  # of AdamW's FLOPs that Muon needs
     at: float  # FLOPs, where the share is taken
 
+    def points(self, optimizer: str) -> list[Point]:
+        return _points(self.seeds[optimizer], self.measured)
+
     def record(self) -> dict[str, Any]:
         return {
-            "runs": [{"rung": rung.name, "flops": f, "loss": loss} for rung, (f, loss) in self.measured.items()],
+            "runs": [
+                {"rung": rung.name, "flops": found.flops, "loss": found.loss if math.isfinite(found.loss) else None}
+                for rung, found in self.measured.items()
+            ],
             "laws": {
                 name: {"coefficient": fit.law.coefficient, "exponent": fit.law.exponent, "low": fit.exponent.low, "high": fit.exponent.high}
                 for name, fit in self.fits.items()
@@ -59,35 +70,78 @@ class Climbed:
 
 def climb(ladder: Ladder, measure: Measure) -> Climbed:
     """Raises ValueError for a ladder that cannot be fitted."""
-    measured: dict[Rung, tuple[float, float]] = {}
+    measured: dict[Rung, Measured] = {}
 
     def run(rungs: Sequence[Rung]) -> None:
-        measured.update(measure([rung for rung in rungs if rung not in measured]))
+        measured.update(measure([rung for rung in dict.fromkeys(rungs) if rung not in measured]))
 
-    tuned = ladder.sizes[:TUNED]
-    run([Rung(name, size, rate) for size in tuned for rate in ladder.rates for name in OPTIMIZERS])
-    rates: dict[str, dict[int, float]] = {}
-    for name in OPTIMIZERS:
-        found = {
-            size: best(ladder.rates, [measured[Rung(name, size, rate)][1] for rate in ladder.rates]) for size in tuned
-        }
-        rates[name] = {
-            size: found[size] if size in found else extrapolate(list(map(float, found)), list(found.values()), size)
-            for size in ladder.sizes
-        }
+    def losses(rungs: Sequence[Rung]) -> list[float]:
+        return [measured[rung].loss for rung in rungs]
+
+    rates = _best_rates(ladder, run, losses)
     small = ladder.sizes[0]
     batch = dict.fromkeys(OPTIMIZERS, ladder.batches[0])
     if len(ladder.batches) > 1:
-        run([Rung(name, small, rates[name][small], each) for each in ladder.batches for name in OPTIMIZERS])
-        for name in OPTIMIZERS:
-            losses = [measured[Rung(name, small, rates[name][small], each)][1] for each in ladder.batches]
-            batch[name] = ladder.batches[losses.index(min(losses))]
-    last = {
+        tried = {
+            name: [Rung(name, small, rates[name][small], each) for each in ladder.batches] for name in OPTIMIZERS
+        }
+        run([rung for rungs in tried.values() for rung in rungs])
+        for name, rungs in tried.items():
+            batch[name] = min(rungs, key=lambda rung: measured[rung].loss).batch
+    seeds = {
         name: [Rung(name, size, rates[name][size], batch[name], seed) for size in ladder.sizes for seed in range(ladder.seeds)]
         for name in OPTIMIZERS
     }  # fmt: skip
-    run([rung for rungs in last.values() for rung in rungs])
-    points = {name: [Point(*measured[rung], rung.seed) for rung in rungs] for name, rungs in last.items()}
-    fits = {name: fit(found) for name, found in points.items()}
-    at = middle(points["adamw"])
-    return Climbed(measured, points, fits, rates, batch, share(fits["muon"], fits["adamw"], at), at)
+    run([rung for rungs in seeds.values() for rung in rungs])
+    _check_pairs(measured)
+    fits = {name: fit(_points(rungs, measured)) for name, rungs in seeds.items()}
+    at = middle(_points(seeds["adamw"], measured))
+    return Climbed(measured, seeds, fits, rates, batch, share(fits["muon"], fits["adamw"], at), at)
+
+
+def _best_rates(
+    ladder: Ladder, run: Callable[[Sequence[Rung]], None], losses: Callable[[Sequence[Rung]], list[float]]
+) -> dict[str, dict[int, float]]:
+    """By optimizer and size. Raises ValueError for a sweep that begins too far away."""
+    tried = {(name, size): list(ladder.rates) for size in ladder.sizes[: ladder.tuned] for name in OPTIMIZERS}
+
+    def rungs(name: str, size: int) -> list[Rung]:
+        return [Rung(name, size, rate) for rate in tried[name, size]]
+
+    for _ in range(WIDER + 1):
+        run([rung for key in tried for rung in rungs(*key)])
+        further = {key: rate for key in tried if (rate := beyond(tried[key], losses(rungs(*key)))) is not None}
+        for key, rate in further.items():
+            tried[key].append(rate)
+        if not further:
+            break
+    else:
+        (name, size), rate = next(iter(further.items()))
+        raise ValueError(f"--rates: {name} at hidden size {size} is still better at its last rate, {rate:g} times the recipe's; begin there")
+    found: dict[str, dict[int, float]] = {}
+    for name in OPTIMIZERS:
+        own = {size: best(tried[name, size], losses(rungs(name, size))) for size in ladder.sizes[: ladder.tuned]}
+        law = list(map(float, own)), list(own.values())
+        found[name] = {size: own[size] if size in own else extrapolate(*law, size) for size in ladder.sizes}
+    return found
+
+
+def _points(rungs: Sequence[Rung], measured: dict[Rung, Measured]) -> list[Point]:
+    """Raises ValueError for a run that diverged."""
+    for rung in rungs:
+        if not math.isfinite(measured[rung].loss):
+            raise ValueError(f"{rung.name} diverged at the rate that the smaller sizes give: raise --tuned, so that its size is swept as well")
+    return [Point(measured[rung].flops, measured[rung].loss, rung.seed) for rung in rungs]
+
+
+def _check_pairs(measured: dict[Rung, Measured]) -> None:
+    """The loss of the first step, before any update, is a function of initial weights and data alone."""
+    first: dict[tuple[int, float, int], tuple[Rung, Measured]] = {}
+    for rung, found in measured.items():
+        if found.beginning is None:
+            continue
+        other, its = first.setdefault((rung.hidden, rung.batch, rung.seed), (rung, found))
+        assert its.beginning is not None
+        same = math.isclose(found.beginning.loss, its.beginning.loss, rel_tol=1e-4)
+        assert same, f"{rung.name} and {other.name} start from different weights"
+        assert found.beginning.order_digest == its.beginning.order_digest, f"{rung.name} and {other.name} see different data"

@@ -13,8 +13,7 @@ The share of FLOPs that optimizer A needs for the loss that B reaches with C is 
 
 at the geometric mean of the compute that was measured, where both lines are known best. The paper's is 0.52.
 
-The best learning rate of a size is the vertex of a parabola in log rate through the best swept one and its neighbours, and over sizes a
-power law in C, as in section 3.1 of the paper's appendix and DeepSeek LLM (arXiv 2401.02954, section 3.1).
+The best learning rate (sweep.py) is taken to be a power law of size, as DeepSeek LLM has it of C (arXiv 2401.02954, section 3.1).
 """
 
 from __future__ import annotations
@@ -102,28 +101,11 @@ def share(ours: Fit, peer: Fit, flops: float) -> Interval:
     return _interval(of(ours.law, peer.law), drawn)
 
 
-def best(settings: Sequence[float], losses: Sequence[float]) -> float:
-    """The setting (a rate, a batch) of least loss: the vertex of the parabola in its logarithm through the best and its neighbours.
-
-    The best itself where it is at an end, or there is no vertex between the neighbours.
-    """
-    order = np.argsort(settings)
-    x, y = np.log(np.array(settings, float)[order]), np.array(losses, float)[order]
-    at = int(np.argmin(y))
-    if at in (0, len(x) - 1):
-        return float(np.exp(x[at]))
-    bend, slope, _ = np.polyfit(x[at - 1 : at + 2] - x[at], y[at - 1 : at + 2], 2)
-    if bend <= 0:
-        return float(np.exp(x[at]))
-    vertex = float(np.clip(x[at] - slope / (2 * bend), x[at - 1], x[at + 1]))
-    return float(np.exp(vertex))
-
-
-def extrapolate(flops: Sequence[float], settings: Sequence[float], wanted: float) -> float:
-    """The best setting at another compute, by a power law through the best ones of measured sizes; of one size its own."""
-    if len(set(flops)) < 2:
+def extrapolate(sizes: Sequence[float], settings: Sequence[float], wanted: float) -> float:
+    """The best setting at another size, by a power law through the best ones of measured sizes; of one size its own."""
+    if len(set(sizes)) < 2:
         return float(settings[0])
-    slope, offset = np.polyfit(np.log(flops), np.log(settings), 1)
+    slope, offset = np.polyfit(np.log(sizes), np.log(settings), 1)
     return float(np.exp(offset + slope * np.log(wanted)))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import warnings
 from typing import Any
 
@@ -10,18 +12,24 @@ import torch
 from pipeline.config.load import validate
 from pipeline.evaluation.heldout import evaluate
 from pipeline.file_index import read_dataset
-from pipeline.ladder.rungs import flops
+from pipeline.ladder.rungs import Beginning, Measured, flops
 from pipeline.storage import open_storage
+from pipeline.training.guard import RunDiverged
 from pipeline.training.trainer import train
 
 
-def execute(values: dict[str, Any], dataset_identity: str) -> tuple[float, float]:
-    """(training FLOPs, held-out loss in nats per token). What is done already is not done again."""
+def execute(values: dict[str, Any], dataset_identity: str, owner: str) -> Measured:
+    """What is done already is not done again. `owner`: as of `trainer.train`."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # a rung is one process
     config = validate(values)
     storage = open_storage(config.storage)
     dataset = read_dataset(storage, dataset_identity)
-    manifest = train(config, dataset, storage, report=lambda _: None)
+    try:
+        manifest = train(config, dataset, storage, report=lambda _: None, owner=owner)
+    except RunDiverged:
+        return Measured(flops(config), math.inf, None)
     score = evaluate(config, dataset, manifest.checkpoint, storage, report=lambda _: None)
-    return flops(config), score.overall.loss
+    first = json.loads(storage.read(manifest.metrics[0].path).splitlines()[0])
+    assert first["step"] == 1, first
+    return Measured(flops(config), score.overall.loss, Beginning(first["loss"], manifest.checkpoint.order_digest))

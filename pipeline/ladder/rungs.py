@@ -19,6 +19,23 @@ OPTIMIZERS = ("muon", "adamw")
 
 
 @dataclass(frozen=True)
+class Beginning:
+    """What runs must have in common that are compared."""
+
+    loss: float  # of the first training step
+    order_digest: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run came to."""
+
+    flops: float  # of its training
+    loss: float  # held out, nats per token; infinite: it diverged
+    beginning: Beginning | None  # None: it diverged
+
+
+@dataclass(frozen=True)
 class Rung:
     """One run."""
 
@@ -52,7 +69,13 @@ def at_size(model: ModelConfig, hidden: int) -> dict[str, int]:
 
 
 def configure(recipe: RunConfig, rung: Rung, tokens_per_parameter: float, dataset_digest: str) -> RunConfig:
-    """The run of a rung, in one process. Its name holds a digest of all that decides its loss, so what is done is found again."""
+    """The run of a rung, in one process. Its name holds a digest of all that decides its loss, so what is done is found again.
+
+    Raises ConfigError for a size or a recipe that no ladder can have.
+    """
+    for key in ("initial_weights", "start_from"):
+        if getattr(recipe.training, key) is not None:
+            raise ConfigError(f"training.{key}: runs of a ladder have other sizes and start afresh; set it to null")
     values: dict[str, Any] = recipe.model_dump(mode="json")
     values["model"] |= at_size(recipe.model, rung.hidden)
     model = ModelConfig.model_validate(values["model"])
@@ -73,21 +96,23 @@ def configure(recipe: RunConfig, rung: Rung, tokens_per_parameter: float, datase
         for stage in schedule["learning_rate"]
     ]
     schedule["bias_rate"] = [until(stage) for stage in schedule["bias_rate"]]
+    values["corpus"]["mixture"] = [until(stage) for stage in values["corpus"]["mixture"]]
     schedule["global_batch"] = [{"until_tokens": total, "sequences": sequences}]
-    for kind in ("learning_rate", "bias_rate"):
-        schedule[kind][-1]["until_tokens"] = total
+    for stages in (schedule["learning_rate"], schedule["bias_rate"], values["corpus"]["mixture"]):
+        if stages:
+            stages[-1]["until_tokens"] = max(total, stages[-1]["until_tokens"])
     values["optimizer"]["name"] = rung.optimizer
     values["seed"] = recipe.seed + rung.seed
     values["parallelism"] = {}
     micro = max(size for size in range(1, recipe.training.micro_batch + 1) if sequences % size == 0)
-    values["training"] |= {"micro_batch": micro, "log_every": max(1, steps // 20), "profile": None}
-    values["checkpoint"] |= {"every_steps": max(1, steps), "keep": 1, "async_save": False, "keep_every": None}
+    values["training"] |= {"micro_batch": micro, "log_every": max(1, steps // 20), "profile": None, "recompute_every": None}
+    values["checkpoint"] |= {"keep": 1, "keep_every": None}
     values["evaluation"] |= {"follow": False, "tasks": [], "checkpoint": "last"}
     values["publishing"] |= {"gates": [], "average_last": None}
     values["tracking"] = {}
     decisive = {
         key: values[key] for key in ("seed", "model", "optimizer", "schedule", "training", "data", "evaluation")
-    }
+    } | {"mixture": values["corpus"]["mixture"]}
     digest = digest_of({"rung": asdict(rung), "dataset": dataset_digest, "settings": decisive})
     return validate({**values, "run_id": f"ladder-{digest[:16]}"})
 

@@ -1,4 +1,4 @@
-"""What a ladder found: lines for people, and a plot of loss over compute beside the paper's claim."""
+"""What a ladder found: tables for people, and a plot of loss over compute beside the paper's claim."""
 
 from __future__ import annotations
 
@@ -12,22 +12,54 @@ from matplotlib.figure import Figure
 
 from pipeline.ladder.climb import Climbed
 from pipeline.ladder.fit import LEVEL, PAPER_SHARE
+from pipeline.ladder.rungs import OPTIMIZERS, Rung
 
 COLOURS = {"muon": "#2563eb", "adamw": "#d9480f"}
 TITLES = {"muon": "Muon", "adamw": "AdamW"}
 
 
 def lines(climbed: Climbed) -> Iterator[str]:
+    """Two tables in Markdown, of held-out losses (nats per token), and the fit."""
+    yield from _sweeps(climbed)
+    yield ""
+    yield from _sizes(climbed)
+    yield ""
     for name, fit in climbed.fits.items():
-        rates = ", ".join(f"d={size}: {rate:.3g}" for size, rate in climbed.rates[name].items())
         yield (
             f"{TITLES[name]:<6} L = {fit.law.coefficient:.4g} C^-{fit.law.exponent:.4f}, exponent {fit.exponent}; "
-            f"rate times the recipe's: {rates}; batch: {climbed.batch[name]:g}"
+            f"batch times the recipe's: {climbed.batch[name]:g}"
         )
     yield (
         f"share of AdamW's FLOPs that Muon needs for the same loss at {climbed.at:.2g} FLOPs: {climbed.share} ({LEVEL:.0%} interval); "
         f"the paper's, of far larger runs, is {PAPER_SHARE}"
     )
+
+
+def _sweeps(climbed: Climbed) -> Iterator[str]:
+    """One seed, the first batch of the recipe's: at equal rates, too, and what each optimizer makes of others."""
+    swept = [rung for rung in climbed.measured if rung not in {each for rungs in climbed.seeds.values() for each in rungs}]
+    rates = sorted({rung.rate for rung in swept if rung.batch == swept[0].batch})
+    yield "| swept: d | optimizer | " + " | ".join(f"{rate:g}" for rate in rates) + " |"
+    yield "|--:|---|" + "--:|" * len(rates)
+    for size in dict.fromkeys(rung.hidden for rung in swept):
+        for name in OPTIMIZERS:
+            found = [climbed.measured.get(Rung(name, size, rate, swept[0].batch)) for rate in rates]
+            losses = ["" if each is None else f"{each.loss:.3f}" for each in found]
+            yield f"| {size} | {TITLES[name]} | " + " | ".join(losses) + " |"
+
+
+def _sizes(climbed: Climbed) -> Iterator[str]:
+    """Mean of the seeds, and half their range."""
+    yield "| d | FLOPs | " + " | ".join(f"{TITLES[name]} | at rate" for name in OPTIMIZERS) + " | ratio |"
+    yield "|--:|--:|" + "--:|--:|" * len(OPTIMIZERS) + "--:|"
+    for size in climbed.rates["adamw"]:
+        cells, means = [], []
+        for name in OPTIMIZERS:
+            found = [climbed.measured[rung] for rung in climbed.seeds[name] if rung.hidden == size]
+            losses = [each.loss for each in found]
+            means.append(sum(losses) / len(losses))
+            cells.append(f"{means[-1]:.3f} ± {(max(losses) - min(losses)) / 2:.3f} | {climbed.rates[name][size]:.3g}")
+        yield f"| {size} | {found[0].flops:.2e} | {' | '.join(cells)} | {means[0] / means[1]:.3f} |"
 
 
 def plot(climbed: Climbed) -> bytes:
@@ -36,7 +68,8 @@ def plot(climbed: Climbed) -> bytes:
         matplotlib.rcdefaults()
         figure = Figure(figsize=(7.2, 4.4), dpi=110, layout="constrained")
         axes = figure.subplots()
-        for name, points in climbed.points.items():
+        for name in OPTIMIZERS:
+            points = climbed.points(name)
             flops = np.array([point.flops for point in points])
             grid = np.geomspace(flops.min(), flops.max(), 40)
             bands = [climbed.fits[name].band(float(each)) for each in grid]
@@ -46,7 +79,7 @@ def plot(climbed: Climbed) -> bytes:
             axes.plot(grid, [b.value for b in bands], color=COLOURS[name], label=f"{TITLES[name]}, fitted")
             axes.plot(flops, [point.loss for point in points], "o", color=COLOURS[name], markersize=4)
         peer = climbed.fits["adamw"].law
-        spent = [point.flops for point in climbed.points["adamw"]]
+        spent = [point.flops for point in climbed.points("adamw")]
         flops = np.geomspace(min(spent), max(spent), 40)
         axes.plot(
             flops * PAPER_SHARE,
