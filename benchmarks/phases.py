@@ -11,25 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import statistics
-import tempfile
 import time
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from pipeline.config.load import load_config
+from benchmarks.demo_step import demo_step
 from pipeline.parallel.exposed import HostClock
-from pipeline.parallel.mesh import build_meshes
-from pipeline.training.batches import MicroBatch, StepBatch
-from pipeline.training.guard import Guard
 from pipeline.training.phases import Stopwatch
-from pipeline.training.step import Step
 from pipeline.training.times import TimesOfRanks
-from pipeline.training.trainer import build
+from tests.distributed import run_distributed
 
 TARGET = 1.01
 
@@ -44,25 +36,13 @@ class Counted(HostClock):
         return super().mark()
 
 
-def rank_of(rank: int, ranks: int, steps: int, store: str, answers: Any) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    config = load_config("debug", [f"parallelism={{shard: {ranks}, ep: {ranks}}}"])
-    device, training = torch.device("cpu"), config.training
-    meshes = build_meshes(config.parallelism, "cpu")
-    model, optimizer = build(config, meshes, device)
-    step = Step(model, optimizer, Guard(device), meshes, config.optimizer, device)
-    generator = torch.Generator().manual_seed(rank)
-    shape = (training.micro_batch, training.sequence_length)
-    micro_batches = []
-    for _ in range(config.schedule.global_batch[0].sequences // (ranks * training.micro_batch)):
-        tokens = torch.randint(config.model.vocab_size, shape, generator=generator)
-        micro_batches.append(MicroBatch(tokens, tokens, [training.sequence_length] * training.micro_batch, None))
-    batch = StepBatch(micro_batches, sum(micro.labels_BS.numel() for micro in micro_batches))
-
+def times_of_rank(steps: int) -> tuple[dict[str, list[float]], float, float, list[float]]:
+    """CPU seconds by kind, marks a step, seconds of a mark, and seconds of reading and telling the times, a step each."""
+    ranks = dist.get_world_size()
+    demo = demo_step(ep=ranks)
+    step, meshes, batch = demo.step, demo.meshes, demo.batch
     clock = Counted()
-    stopwatch = Stopwatch(device, meshes.exposed)
+    stopwatch = Stopwatch(torch.device("cpu"), meshes.exposed)
     stopwatch._clock = clock
     told = TimesOfRanks(ranks)
     seconds: dict[str, list[float]] = {"plain": [], "measured": []}
@@ -91,9 +71,7 @@ def rank_of(rank: int, ranks: int, steps: int, store: str, answers: Any) -> None
     at = time.process_time()
     for _ in range(10_000):
         clock.mark()
-    answers.put((seconds, (clock.marks - 10_000) / (steps + 1), (time.process_time() - at) / 10_000, extra))
-    dist.barrier()
-    dist.destroy_process_group()
+    return seconds, (clock.marks - 10_000) / (steps + 1), (time.process_time() - at) / 10_000, extra
 
 
 def main() -> None:
@@ -101,16 +79,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=12)
     given = parser.parse_args()
-    spawn = multiprocessing.get_context("spawn")
-    answers = spawn.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = given.ranks, given.steps, f"{folder}/store", answers
-        processes = [spawn.Process(target=rank_of, args=(rank, *arguments)) for rank in range(given.ranks)]
-        for process in processes:
-            process.start()
-        found = [answers.get(timeout=900) for _ in processes]
-        for process in processes:
-            process.join()
+    found = run_distributed(times_of_rank, given.ranks, given.steps, timeout=900.0)
     plain, measured = (
         sum(statistics.median(each[0][kind][1:]) for each in found) / given.ranks for kind in ("plain", "measured")
     )

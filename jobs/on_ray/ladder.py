@@ -23,9 +23,10 @@ def measure_with_ray(recipe: RunConfig, dataset: DatasetManifest, tokens_per_par
     def measure(rungs: Sequence[Rung]) -> dict[Rung, Measured]:
         task = ray.remote(_execute)
         needs = {"num_cpus": 1, "num_gpus": wants_gpu(recipe.cluster), "max_retries": recipe.cluster.max_failures}
-        largest_first = sorted(rungs, key=lambda rung: -rung.hidden)
+        # a seed of all sizes before the next one: what is there if the command is stopped can be fitted
+        ordered = sorted(rungs, key=lambda rung: (rung.seed, -rung.hidden))
         waiting = {}
-        for rung in largest_first:
+        for rung in ordered:
             config = configure(recipe, rung, tokens_per_parameter, dataset.digest)
             values = config.model_dump(mode="json")
             waiting[task.options(name=rung.name, **needs).remote(values, dataset.identity, owner)] = rung

@@ -6,12 +6,11 @@ A page is for people: a storage that is away is said once, and the stage goes on
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 
 from jobs.on_ray.gauges import WATCHERS
+from pipeline.background import Background
 from pipeline.report.page import write_page
 from pipeline.report.run import Run, RunReader
 from pipeline.storage import Storage
@@ -21,31 +20,22 @@ WRITE_S, SELDOM_S = 15.0, 120.0  # between two pages: of a young run, and of one
 PATIENCE_S = 20.0  # for the last page
 
 
-class LivePage:
+class LivePage(Background):
     """Looks at the run while its `with` block runs. `seen` is told of every look (gauges)."""
 
     def __init__(self, storage: Storage, run_id: str, seen: Callable[[Run], None] | None = None) -> None:
+        super().__init__("page", patience_s=PATIENCE_S, first_s=LOOK_S)
         self._storage, self._run_id, self._seen = storage, run_id, seen
         self._reader = RunReader(storage, run_id)
-        self._ended = threading.Event()
         self._away = False
         self._began, self._written = time.monotonic(), float("-inf")
-        self._thread = threading.Thread(target=self._run, name="page", daemon=True)
 
-    def __enter__(self) -> LivePage:
-        self._thread.start()
-        return self
+    def work(self) -> float:
+        now = time.monotonic()
+        self._look(write=now - self._written >= min(max(WRITE_S, (now - self._began) / 100), SELDOM_S))
+        return LOOK_S
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ended.set()
-        self._thread.join(PATIENCE_S)
-
-    def _run(self) -> None:
-        while not self._ended.wait(LOOK_S):
-            now = time.monotonic()
-            self._look(write=now - self._written >= min(max(WRITE_S, (now - self._began) / 100), SELDOM_S))
+    def finish(self) -> None:
         self._look(write=True)
 
     def _look(self, *, write: bool) -> None:

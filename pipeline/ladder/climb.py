@@ -23,6 +23,7 @@ from pipeline.ladder.sweep import best, beyond
 
 WIDER = 10  # times that a sweep goes on
 Measure = Callable[[Sequence[Rung]], dict[Rung, Measured]]
+Run, Losses = Callable[[Sequence[Rung]], None], Callable[[Sequence[Rung]], list[float]]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Ladder:
 @dataclass(frozen=True)
 class Climbed:
     measured: dict[Rung, Measured]
+    swept: dict[str, dict[int, list[float]]]  # rates by optimizer and size, times the recipe's, at its first batch
     seeds: dict[str, list[Rung]]  # by optimizer: the runs at its best settings, which are fitted
     fits: dict[str, Fit]
     rates: dict[str, dict[int, float]]  # by optimizer and size, times the recipe's
@@ -56,12 +58,12 @@ class Climbed:
                 for rung, found in self.measured.items()
             ],
             "laws": {
-                name: {"coefficient": fit.law.coefficient, "exponent": fit.law.exponent, "low": fit.exponent.low, "high": fit.exponent.high}
+                name: {"coefficient": fit.law.coefficient, "exponent": fit.exponent.record()}
                 for name, fit in self.fits.items()
             },
             "rates": {name: {str(size): rate for size, rate in sizes.items()} for name, sizes in self.rates.items()},
             "batch": self.batch,
-            "share": {"value": self.share.value, "low": self.share.low, "high": self.share.high, "at_flops": self.at},
+            "share": {**self.share.record(), "at_flops": self.at},
         }  # fmt: skip
 
     def to_json(self) -> bytes:
@@ -78,15 +80,16 @@ def climb(ladder: Ladder, measure: Measure) -> Climbed:
     def losses(rungs: Sequence[Rung]) -> list[float]:
         return [measured[rung].loss for rung in rungs]
 
-    rates = _best_rates(ladder, run, losses)
+    tried = _sweep(ladder, run, losses)
+    rates = _best_rates(ladder, tried, losses)
     small = ladder.sizes[0]
     batch = dict.fromkeys(OPTIMIZERS, ladder.batches[0])
     if len(ladder.batches) > 1:
-        tried = {
+        batches = {
             name: [Rung(name, small, rates[name][small], each) for each in ladder.batches] for name in OPTIMIZERS
         }
-        run([rung for rungs in tried.values() for rung in rungs])
-        for name, rungs in tried.items():
+        run([rung for rungs in batches.values() for rung in rungs])
+        for name, rungs in batches.items():
             batch[name] = min(rungs, key=lambda rung: measured[rung].loss).batch
     seeds = {
         name: [Rung(name, size, rates[name][size], batch[name], seed) for size in ladder.sizes for seed in range(ladder.seeds)]
@@ -96,41 +99,52 @@ def climb(ladder: Ladder, measure: Measure) -> Climbed:
     _check_pairs(measured)
     fits = {name: fit(_points(rungs, measured)) for name, rungs in seeds.items()}
     at = middle(_points(seeds["adamw"], measured))
-    return Climbed(measured, seeds, fits, rates, batch, share(fits["muon"], fits["adamw"], at), at)
+    return Climbed(measured, tried, seeds, fits, rates, batch, share(fits["muon"], fits["adamw"], at), at)
+
+
+def _sweep(ladder: Ladder, run: Run, losses: Losses) -> dict[str, dict[int, list[float]]]:
+    """Raises ValueError for one that begins too far away."""
+    tried = {name: {size: list(ladder.rates) for size in ladder.sizes[: ladder.tuned]} for name in OPTIMIZERS}
+    for _ in range(WIDER + 1):
+        run([rung for name, sizes in tried.items() for size in sizes for rung in _at_rates(name, size, sizes[size])])
+        further = {
+            (name, size): rate
+            for name, sizes in tried.items()
+            for size, rates in sizes.items()
+            if (rate := beyond(rates, losses(_at_rates(name, size, rates)))) is not None
+        }
+        if not further:
+            return tried
+        for (name, size), rate in further.items():
+            tried[name][size].append(rate)
+    raise ValueError(
+        f"--rates: {name} at hidden size {size} is still best at the end of its sweep; begin at {rate:g} times the recipe's"
+    )
 
 
 def _best_rates(
-    ladder: Ladder, run: Callable[[Sequence[Rung]], None], losses: Callable[[Sequence[Rung]], list[float]]
+    ladder: Ladder, tried: dict[str, dict[int, list[float]]], losses: Losses
 ) -> dict[str, dict[int, float]]:
-    """By optimizer and size. Raises ValueError for a sweep that begins too far away."""
-    tried = {(name, size): list(ladder.rates) for size in ladder.sizes[: ladder.tuned] for name in OPTIMIZERS}
-
-    def rungs(name: str, size: int) -> list[Rung]:
-        return [Rung(name, size, rate) for rate in tried[name, size]]
-
-    for _ in range(WIDER + 1):
-        run([rung for key in tried for rung in rungs(*key)])
-        further = {key: rate for key in tried if (rate := beyond(tried[key], losses(rungs(*key)))) is not None}
-        for key, rate in further.items():
-            tried[key].append(rate)
-        if not further:
-            break
-    else:
-        (name, size), rate = next(iter(further.items()))
-        raise ValueError(f"--rates: {name} at hidden size {size} is still better at its last rate, {rate:g} times the recipe's; begin there")
-    found: dict[str, dict[int, float]] = {}
-    for name in OPTIMIZERS:
-        own = {size: best(tried[name, size], losses(rungs(name, size))) for size in ladder.sizes[: ladder.tuned]}
+    """By optimizer and size."""
+    found = {}
+    for name, sizes in tried.items():
+        own = {size: best(rates, losses(_at_rates(name, size, rates))) for size, rates in sizes.items()}
         law = list(map(float, own)), list(own.values())
         found[name] = {size: own[size] if size in own else extrapolate(*law, size) for size in ladder.sizes}
     return found
+
+
+def _at_rates(name: str, size: int, rates: Sequence[float]) -> list[Rung]:
+    return [Rung(name, size, rate) for rate in rates]
 
 
 def _points(rungs: Sequence[Rung], measured: dict[Rung, Measured]) -> list[Point]:
     """Raises ValueError for a run that diverged."""
     for rung in rungs:
         if not math.isfinite(measured[rung].loss):
-            raise ValueError(f"{rung.name} diverged at the rate that the smaller sizes give: raise --tuned, so that its size is swept as well")
+            raise ValueError(
+                f"{rung.name} diverged at the rate that the smaller sizes give: raise --tuned, so that its size is swept as well"
+            )
     return [Point(measured[rung].flops, measured[rung].loss, rung.seed) for rung in rungs]
 
 
@@ -144,4 +158,6 @@ def _check_pairs(measured: dict[Rung, Measured]) -> None:
         assert its.beginning is not None
         same = math.isclose(found.beginning.loss, its.beginning.loss, rel_tol=1e-4)
         assert same, f"{rung.name} and {other.name} start from different weights"
-        assert found.beginning.order_digest == its.beginning.order_digest, f"{rung.name} and {other.name} see different data"
+        assert found.beginning.order_digest == its.beginning.order_digest, (
+            f"{rung.name} and {other.name} see different data"
+        )

@@ -5,7 +5,7 @@ Muon and 2.608 C^-0.054 for AdamW, C in PFLOP/s-days): a straight line of log L 
 several seeds are all used, so their spread is in the residuals.
 
 Intervals come from a bootstrap of seeds inside each size: sizes are what was chosen, seeds are what chance did. With one seed the
-residuals of the line are resampled instead.
+residuals of the line are resampled instead; of one seed at two sizes there are none, and no interval.
 
 The share of FLOPs that optimizer A needs for the loss that B reaches with C is C_A / C, where L_A(C_A) = L_B(C):
 
@@ -19,7 +19,7 @@ The best learning rate (sweep.py) is taken to be a power law of size, as DeepSee
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,11 +42,14 @@ class Point:
 @dataclass(frozen=True)
 class Interval:
     value: float
-    low: float
-    high: float
+    low: float | None  # None: nothing to tell it by
+    high: float | None
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g})"
+        return f"{self.value:.3g} " + ("(no interval)" if self.low is None else f"({self.low:.3g} to {self.high:.3g})")
+
+    def record(self) -> dict[str, float | None]:
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,9 @@ def fit(points: Sequence[Point], seed: int = 0) -> Fit:
     (law,) = _lines(x, y[None])
     if law.exponent <= 0:
         raise ValueError("loss does not fall with compute: train the larger sizes longer, or tune their rate")
-    laws = tuple(_lines(x, _draws(x, y, [len(by_compute[f]) for f in sorted(by_compute)], law, seed)))
+    seeds = [len(by_compute[flops]) for flops in sorted(by_compute)]
+    told = min(seeds) > 1 or len(seeds) > 2
+    laws = tuple(_lines(x, _draws(x, y, seeds, law, seed))) if told else ()
     return Fit(law, _interval(law.exponent, [each.exponent for each in laws]), laws)
 
 
@@ -134,5 +139,7 @@ def _draws(x: Array, y: Array, seeds: Sequence[int], law: PowerLaw, seed: int) -
 
 
 def _interval(value: float, drawn: Sequence[float]) -> Interval:
+    if not drawn:
+        return Interval(value, None, None)
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(value, float(low), float(high))

@@ -105,7 +105,12 @@ def configure(recipe: RunConfig, rung: Rung, tokens_per_parameter: float, datase
     values["seed"] = recipe.seed + rung.seed
     values["parallelism"] = {}
     micro = max(size for size in range(1, recipe.training.micro_batch + 1) if sequences % size == 0)
-    values["training"] |= {"micro_batch": micro, "log_every": max(1, steps // 20), "profile": None, "recompute_every": None}
+    values["training"] |= {
+        "micro_batch": micro,
+        "log_every": max(1, steps // 20),
+        "profile": None,
+        "recompute_every": None,
+    }
     values["checkpoint"] |= {"keep": 1, "keep_every": None}
     values["evaluation"] |= {"follow": False, "tasks": [], "checkpoint": "last"}
     values["publishing"] |= {"gates": [], "average_last": None}

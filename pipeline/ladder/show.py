@@ -36,14 +36,13 @@ def lines(climbed: Climbed) -> Iterator[str]:
 
 
 def _sweeps(climbed: Climbed) -> Iterator[str]:
-    """One seed, the first batch of the recipe's: at equal rates, too, and what each optimizer makes of others."""
-    swept = [rung for rung in climbed.measured if rung not in {each for rungs in climbed.seeds.values() for each in rungs}]
-    rates = sorted({rung.rate for rung in swept if rung.batch == swept[0].batch})
+    """One seed, the recipe's batch: what each optimizer makes of a rate, so also both at equal ones."""
+    rates = sorted({rate for sizes in climbed.swept.values() for tried in sizes.values() for rate in tried})
     yield "| swept: d | optimizer | " + " | ".join(f"{rate:g}" for rate in rates) + " |"
     yield "|--:|---|" + "--:|" * len(rates)
-    for size in dict.fromkeys(rung.hidden for rung in swept):
+    for size in climbed.swept["adamw"]:
         for name in OPTIMIZERS:
-            found = [climbed.measured.get(Rung(name, size, rate, swept[0].batch)) for rate in rates]
+            found = [climbed.measured.get(Rung(name, size, rate)) for rate in rates]
             losses = ["" if each is None else f"{each.loss:.3f}" for each in found]
             yield f"| {size} | {TITLES[name]} | " + " | ".join(losses) + " |"
 
@@ -73,9 +72,9 @@ def plot(climbed: Climbed) -> bytes:
             flops = np.array([point.flops for point in points])
             grid = np.geomspace(flops.min(), flops.max(), 40)
             bands = [climbed.fits[name].band(float(each)) for each in grid]
-            axes.fill_between(
-                grid, [b.low for b in bands], [b.high for b in bands], color=COLOURS[name], alpha=0.15, lw=0
-            )
+            if climbed.fits[name].laws:
+                low, high = [band.low for band in bands], [band.high for band in bands]
+                axes.fill_between(grid, low, high, color=COLOURS[name], alpha=0.15, lw=0)
             axes.plot(grid, [b.value for b in bands], color=COLOURS[name], label=f"{TITLES[name]}, fitted")
             axes.plot(flops, [point.loss for point in points], "o", color=COLOURS[name], markersize=4)
         peer = climbed.fits["adamw"].law

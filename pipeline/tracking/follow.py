@@ -8,10 +8,10 @@ answer is said once, until it does.
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from types import TracebackType
 
+from pipeline.background import Background
 from pipeline.config.schema import RunConfig
 from pipeline.storage import Storage
 from pipeline.tracking.names import named
@@ -27,37 +27,23 @@ class Trackers:
     """All that `tracking.trackers` names, while the `with` block lasts. On rank 0."""
 
     def __init__(self, config: RunConfig, storage: Storage) -> None:
-        self._ended = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._follow, args=(Sender(name, config, storage),), name=name, daemon=True)
-            for name in config.tracking.trackers
-        ]
+        self._following = [_Following(Sender(name, config, storage)) for name in config.tracking.trackers]
 
     def __enter__(self) -> Trackers:
-        for thread in self._threads:
-            thread.start()
+        for each in self._following:
+            each.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._ended.set()
+        for each in self._following:
+            each.end()
         deadline = time.monotonic() + PATIENCE_S
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-            if thread.is_alive():
-                print(
-                    f"{thread.name} has not got the last records; moonlight track sends them",
-                    file=sys.stderr,
-                    flush=True,
-                )
-
-    def _follow(self, sender: Sender) -> None:
-        wait = 0.0
-        while not self._ended.wait(wait):
-            wait = EVERY_S if sender.send() else RETRY_S
-        sender.send()
-        sender.close()
+        for each in self._following:
+            if not each.join(max(0.0, deadline - time.monotonic())):
+                what = f"{each.name} has not got the last records; moonlight track sends them"
+                print(what, file=sys.stderr, flush=True)
 
 
 class Sender:
@@ -109,3 +95,18 @@ class Sender:
         if new:
             tracker.flush()
             self.sent += len(new)
+
+
+class _Following(Background):
+    """One tracker."""
+
+    def __init__(self, sender: Sender) -> None:
+        super().__init__(sender.name, patience_s=PATIENCE_S)
+        self._sender = sender
+
+    def work(self) -> float:
+        return EVERY_S if self._sender.send() else RETRY_S
+
+    def finish(self) -> None:
+        self._sender.send()
+        self._sender.close()

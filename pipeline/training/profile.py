@@ -13,7 +13,6 @@ import contextlib
 import pickle
 import sys
 import tempfile
-import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +22,7 @@ from botocore.exceptions import BotoCoreError
 from torch.cuda._memory_viz import _profile_to_snapshot
 from torch.profiler import ProfilerActivity
 
+from pipeline.background import Background
 from pipeline.config.schema import RunConfig
 from pipeline.manifest import DamagedRecord
 from pipeline.storage import Storage, said_by_storage
@@ -32,28 +32,22 @@ from pipeline.training.profiles import Request, profile_folder, read_request
 EVENTS = 200_000  # of the CUDA allocator that are remembered
 
 
-class Profiler:
+class Profiler(Background):
     """Of one rank: `with Profiler(...) as profiler`, then `before` and `after` every step."""
 
     def __init__(self, config: RunConfig, storage: Storage, rank: int, device: torch.device) -> None:
+        super().__init__("profile-requests", patience_s=profiles.LOOK_S)
         self._run_id, self._storage, self._rank, self._device = config.run_id, storage, rank, device
         wanted = config.training.profile
         self._wanted = None if wanted is None else Request(steps=wanted.steps, ranks=wanted.ranks)
         self._asked: Request | None = None
         self._running: Any = None
         self._first = self._last = 0
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="profile-requests", daemon=True)
-
-    def __enter__(self) -> Profiler:
-        self._thread.start()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._ended.set()
-        self._thread.join(profiles.LOOK_S)
+        super().__exit__(kind, error, trace)
         if self._running is not None:
             self._stop()
 
@@ -71,13 +65,11 @@ class Profiler:
         if self._running is not None and step >= self._last:
             self._stop()
 
-    def _look(self) -> None:
-        while not self._ended.is_set():
-            with contextlib.suppress(
-                OSError, BotoCoreError, DamagedRecord
-            ):  # storage is away: a later look may find one
-                self._asked = read_request(self._storage, self._run_id)
-            self._ended.wait(profiles.LOOK_S)
+    def work(self) -> float:
+        """Looks for requests. Where storage is away a later look may find one."""
+        with contextlib.suppress(OSError, BotoCoreError, DamagedRecord):
+            self._asked = read_request(self._storage, self._run_id)
+        return profiles.LOOK_S
 
     def _start(self) -> None:
         cuda = self._device.type == "cuda"

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from jobs import ladder as command
 from pipeline.config.load import ConfigError, load_config
-from pipeline.ladder.climb import Ladder, climb
-from pipeline.ladder.rungs import Rung, configure, flops
+from pipeline.ladder.climb import Ladder, Measure, climb
+from pipeline.ladder.rungs import Beginning, Measured, Rung, configure, flops
 from pipeline.ladder.show import lines, plot
 from pipeline.model.shapes import count_parameters
 
@@ -20,7 +21,7 @@ RATES = {"muon": 1.3, "adamw": 0.7}  # the best ones at hidden size 64; they fal
 SHARE, EXPONENT = 0.6, 0.1
 
 
-def formula(rungs: Sequence[Rung]) -> dict[Rung, tuple[float, float]]:
+def formula(rungs: Sequence[Rung]) -> dict[Rung, Measured]:
     found = {}
     for rung in rungs:
         compute = 1e9 * rung.hidden**3
@@ -28,18 +29,19 @@ def formula(rungs: Sequence[Rung]) -> dict[Rung, tuple[float, float]]:
         off = math.log(rung.rate / (RATES[rung.optimizer] * (64 / rung.hidden) ** 0.5))
         worse = 0.05 * (rung.batch != 2.0)
         noise = 1e-4 * (rung.seed - 1)
-        found[rung] = compute, 50 * useful**-EXPONENT * (1 + 0.02 * off**2 + worse + noise)
+        loss = 50 * useful**-EXPONENT * (1 + 0.02 * off**2 + worse + noise)
+        found[rung] = Measured(compute, loss, Beginning(8.3 + rung.seed / 10, f"{rung.seed}"))
     return found
 
 
 def test_what_a_ladder_finds(tmp_path: Path) -> None:
     asked: list[Rung] = []
 
-    def measure(rungs: Sequence[Rung]) -> dict[Rung, tuple[float, float]]:
+    def measure(rungs: Sequence[Rung]) -> dict[Rung, Measured]:
         asked.extend(rungs)
         return formula(rungs)
 
-    found = climb(Ladder((64, 128, 256, 512), (0.25, 0.5, 1.0, 2.0, 4.0), (1.0, 2.0), 3), measure)
+    found = climb(Ladder((64, 128, 256, 512), (1.0, 2.0, 4.0), (1.0, 2.0), 3), measure)
     assert found.share.value == pytest.approx(SHARE, rel=0.01)
     assert found.share.low <= found.share.value <= found.share.high
     assert {name: fit.law.exponent for name, fit in found.fits.items()} == pytest.approx(
@@ -50,10 +52,36 @@ def test_what_a_ladder_finds(tmp_path: Path) -> None:
             {size: rate * (64 / size) ** 0.5 for size in (64, 128, 256, 512)}, rel=0.01
         )
     assert found.batch == {"muon": 2.0, "adamw": 2.0}
-    assert len(asked) == len(set(asked)) == 2 * (2 * 5 + 2 + 4 * 3 - 1)  # the best batch at the smallest size was known
-    assert [line.split()[0] for line in lines(found)] == ["Muon", "AdamW", "share"]
+    further = {("muon", 64): [0.5], ("muon", 128): [0.5], ("adamw", 64): [0.5, 0.25], ("adamw", 128): [0.5, 0.25]}
+    assert found.swept == {name: {size: [1.0, 2.0, 4.0, *further[name, size]] for size in (64, 128)} for name in RATES}
+    sweeps = 4 * 3 + 6
+    assert len(asked) == len(set(asked)) == sweeps + 2 * (2 + 4 * 3 - 1)  # the best batch at 64 was known
+    said = list(lines(found))
+    assert said[0] == "| swept: d | optimizer | 0.25 | 0.5 | 1 | 2 | 4 |"
+    assert said[2].startswith("| 64 | Muon |  | 1.")  # not tried at 0.25
+    assert [len(line.split("|")) for line in said[2:6]] == [9] * 4
+    assert [line.split()[0] for line in said[-3:]] == ["Muon", "AdamW", "share"]
     assert plot(found).startswith(b"\x89PNG")
     assert json.loads(found.to_json())["share"]["value"] == found.share.value
+
+
+def test_what_a_ladder_refuses() -> None:
+    def but(changed: Callable[[Rung, Measured], Measured]) -> Measure:
+        return lambda rungs: {rung: changed(rung, each) for rung, each in formula(rungs).items()}
+
+    ladder = Ladder((64, 128, 256), (0.5, 1.0, 2.0), (1.0,), 2)
+    steeper = but(lambda rung, each: replace(each, loss=each.loss / rung.rate))
+    with pytest.raises(
+        ValueError, match=r"--rates: \w+ at hidden size \d+ is still best at the end of its sweep; begin at \d+ times"
+    ):
+        climb(ladder, steeper)
+    lost = but(lambda rung, each: Measured(each.flops, math.inf, None) if rung.hidden == 256 else each)
+    with pytest.raises(ValueError, match=r"muon d=256 .* diverged .*: raise --tuned"):
+        climb(ladder, lost)
+    with pytest.raises(AssertionError, match="start from different weights"):
+        climb(ladder, but(lambda rung, each: replace(each, beginning=Beginning(8 + rung.rate, "0"))))
+    with pytest.raises(AssertionError, match="see different data"):
+        climb(ladder, but(lambda rung, each: replace(each, beginning=Beginning(8.0, rung.optimizer))))
 
 
 def test_rungs_are_the_recipe_at_another_size() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.ladder.fit import LEVEL, PAPER_SHARE, Point, PowerLaw, best, extrapolate, fit, middle, share
+from pipeline.ladder.fit import LEVEL, PAPER_SHARE, Point, PowerLaw, extrapolate, fit, middle, share
 
 COMPUTE = tuple(10.0**exponent for exponent in (12.0, 12.6, 13.3, 14.0))
 laws = st.builds(PowerLaw, st.floats(2, 100), st.floats(0.02, 0.3))
@@ -70,18 +70,10 @@ def test_intervals_cover_what_is_true() -> None:
     assert one.low < one.high
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.floats(-8, -3), st.floats(0.01, 1), st.integers(3, 6))
-def test_the_best_setting_of_a_parabola(at: float, bend: float, count: int) -> None:
-    rates = [math.exp(at) * 2.0 ** (index - count // 2 + 0.3) for index in range(count)]
-    losses = [3 + bend * (math.log(rate) - at) ** 2 for rate in rates]
-    inside = 0 < losses.index(min(losses)) < count - 1
-    assert best(rates, losses) == pytest.approx(math.exp(at) if inside else rates[losses.index(min(losses))], rel=1e-6)
-
-
-def test_an_end_of_a_sweep_is_the_best_known() -> None:
-    assert best([1e-3, 2e-3, 4e-3], [3.0, 2.9, 2.8]) == pytest.approx(4e-3)
-    assert best([4e-3], [3.0]) == pytest.approx(4e-3)
+def test_a_line_through_two_points_has_no_interval() -> None:
+    a, b = (fit([Point(1e12, 4.0 + more, 0), Point(1e13, 3.0, 0)]) for more in (0.0, 0.1))
+    assert (a.exponent.low, a.exponent.high, a.band(5e12).low) == (None, None, None)
+    assert str(share(a, b, 1e12)).endswith("(no interval)")
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
