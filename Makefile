@@ -7,7 +7,7 @@ ROOT ?= store
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: help setup demo test test-long test-faults test-demo lint format benchmarks compare-optimizers clean
+.PHONY: help setup demo test test-long test-faults test-demo lint format benchmarks ladder clean
 
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
@@ -48,8 +48,14 @@ format: $(STAMP) ## Sort imports and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-compare-optimizers: $(STAMP) ## Muon against AdamW on the demo corpus at three sizes (under 40 minutes on 2 cores)
-	$(BIN)/python -m benchmarks.compare_optimizers
+# Small steps, so that small networks make many: 2,048 tokens each.
+LADDER := parallelism={} model.num_attention_heads=8 model.qk_nope_head_dim=24 model.qk_rope_head_dim=8 model.v_head_dim=24 \
+	training.sequence_length=256 'schedule.global_batch=[{until: 100%, sequences: 8}]' checkpoint.every_steps=100 \
+	evaluation.max_tokens_per_source=12000
+ladder: $(STAMP) ## Muon against AdamW on the demo corpus at four sizes (under an hour on 2 cores; the same command goes on)
+	$(BIN)/python -m jobs.prepare --config debug storage.root=$(ROOT)
+	$(BIN)/python -m jobs.ladder --config debug --sizes 64,96,128,160 --seeds 3 --rates 1,2,4 --tuned 3 --tokens-per-parameter 0.25 \
+		storage.root=$(ROOT) $(LADDER)
 
 clean: ## Remove the environment, caches and the demo's results
 	rm -rf $(VENV) $(ROOT) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -14,6 +14,8 @@ from pipeline.ladder.climb import Measure
 from pipeline.ladder.rungs import Measured, Rung, configure
 from pipeline.manifest import DatasetManifest
 
+LOOK_S = 1.0  # without a timeout ray.wait lets no signal's handler run
+
 
 def measure_with_ray(recipe: RunConfig, dataset: DatasetManifest, tokens_per_parameter: float) -> Measure:
     """On the connected cluster. A rung whose task dies is started again; it goes on from its checkpoint."""
@@ -32,12 +34,13 @@ def measure_with_ray(recipe: RunConfig, dataset: DatasetManifest, tokens_per_par
             waiting[task.options(name=rung.name, **needs).remote(values, dataset.identity, owner)] = rung
         found: dict[Rung, Measured] = {}
         while waiting:
-            (done,), _ = ray.wait(list(waiting))
-            rung = waiting.pop(done)
-            found[rung] = result_of(done)
-            loss = found[rung].loss
-            said = f"held-out loss {loss:.4f}" if math.isfinite(loss) else "diverged"
-            print(f"{rung.name}: {said}, {len(waiting)} runs left of this round", flush=True)
+            finished, _ = ray.wait(list(waiting), timeout=LOOK_S)
+            for done in finished:
+                rung = waiting.pop(done)
+                found[rung] = result_of(done)
+                loss = found[rung].loss
+                said = f"held-out loss {loss:.4f}" if math.isfinite(loss) else "diverged"
+                print(f"{rung.name}: {said}, {len(waiting)} runs left of this round", flush=True)
         return found
 
     return measure

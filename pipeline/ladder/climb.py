@@ -23,7 +23,8 @@ from pipeline.ladder.sweep import best, beyond
 
 WIDER = 10  # times that a sweep goes on
 Measure = Callable[[Sequence[Rung]], dict[Rung, Measured]]
-Run, Losses = Callable[[Sequence[Rung]], None], Callable[[Sequence[Rung]], list[float]]
+Run = Callable[[Sequence[Rung]], None]
+Losses = Callable[[Sequence[Rung]], list[float]]
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def plot(climbed: Climbed) -> bytes:
             grid = np.geomspace(flops.min(), flops.max(), 40)
             bands = [climbed.fits[name].band(float(each)) for each in grid]
             if climbed.fits[name].laws:
-                low, high = [band.low for band in bands], [band.high for band in bands]
+                low, high = (np.array([getattr(band, end) for band in bands], float) for end in ("low", "high"))
                 axes.fill_between(grid, low, high, color=COLOURS[name], alpha=0.15, lw=0)
             axes.plot(grid, [b.value for b in bands], color=COLOURS[name], label=f"{TITLES[name]}, fitted")
             axes.plot(flops, [point.loss for point in points], "o", color=COLOURS[name], markersize=4)
