@@ -134,32 +134,48 @@ def measure_loads(layers: int, times: int, folder: str | None, cold: bool) -> No
     """Verified and unverified loads in turn, of files that lie in the page cache or none of which does; each pair in the other order
     than the one before."""
     state = make_state(layers)
-    size = sum(tensor.nbytes for tensor in state.values()) / 1e6
     root = tempfile.mkdtemp(dir=folder, prefix="bench-checkpoint-")
     storage = open_storage(StorageConfig(root=root))
     plain = saver_of(storage, False)
-    took: dict[str, list[Clock]] = {"unverified": [], "verified": []}
     try:
         _, manifest = save(plain, state, 1)
-        load_unverified(state, storage, manifest)
-        pairs = [("unverified", load_unverified), ("verified", load_verified)]
-        for number in range(times):
-            for name, load in pairs if number % 2 else pairs[::-1]:
-                if cold:
-                    forget(Path(root))
-                with Clock() as clock:
-                    load(state, storage, manifest)
-                took[name].append(clock)
+        compare_loads(
+            state, storage, manifest, times, lambda: forget(Path(root)) if cold else None, "cold" if cold else ""
+        )
     finally:
         plain.close()
         shutil.rmtree(root)
+
+
+def compare_loads(
+    state: dict[str, Tensor],
+    storage: Storage,
+    manifest: CheckpointManifest,
+    times: int,
+    before: Callable[[], None],
+    where: str,
+) -> None:
+    """Loads in turn, `before` ahead of each, and their rates."""
+    size = sum(tensor.nbytes for tensor in state.values()) / 1e6
+    took: dict[str, list[Clock]] = {"unverified": [], "verified": []}
+    pairs = [("unverified", load_unverified), ("verified", load_verified)]
+    for _, load in pairs:  # whoever reads first pays for it
+        load(state, storage, manifest)
+    for number in range(times):
+        for name, load in pairs if number % 2 else pairs[::-1]:
+            before()
+            with Clock() as clock:
+                load(state, storage, manifest)
+            took[name].append(clock)
     for unit, seconds in (("MB per CPU-s", lambda each: each.cpu), ("MB/s", lambda each: each.wall)):
         rates = {name: [size / seconds(each) for each in clocks] for name, clocks in took.items()}
         ratios = [verified / plain for verified, plain in zip(rates["verified"], rates["unverified"])]
         print(
-            f"{'cold ' if cold else ''}load of {size:,.0f} MB, {times} times in turn, {unit}: unverified {statistics.median(rates['unverified']):,.0f}, "
+            f"{f'{where} ' if where else ''}load of {size:,.0f} MB, {times} times in turn, {unit}: "
+            f"unverified {statistics.median(rates['unverified']):,.0f}, "
             f"verified {statistics.median(rates['verified']):,.0f}; ratio of pairs {min(ratios):.2f} to {max(ratios):.2f}, "
-            f"median {statistics.median(ratios):.2f}"
+            f"median {statistics.median(ratios):.2f}",
+            flush=True,
         )
 
 
@@ -231,7 +247,7 @@ def serve(pipe: Any) -> None:
     server.stop()
 
 
-def measure_s3(megabytes: int) -> None:
+def measure_s3(megabytes: int, times: int) -> None:
     os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
@@ -251,10 +267,7 @@ def measure_s3(megabytes: int) -> None:
             f"S3, {size:,.0f} MB: a synchronous save {size / whole.wall:,.0f} MB/s; `save` returns after "
             f"{waited:.4f} s, {waited / whole.wall:.2%} of it"
         )
-        for name, load in (("unverified", load_unverified), ("verified", load_verified)):
-            with Clock() as took:
-                load(state, storage, manifest)
-            print(f"S3, load {name}: {size / took.wall:,.0f} MB/s, {size / took.cpu:,.0f} MB per CPU-s")
+        compare_loads(state, storage, manifest, times, lambda: None, "S3,")
     finally:
         ours.send(None)
         process.join()
@@ -266,17 +279,26 @@ def main() -> None:
     made.add_argument("--rounds", type=int, default=3)
     made.add_argument("--folder", help="where to write; default: the temporary folder")
     made.add_argument("--s3", type=int, default=0, metavar="MB")
-    made.add_argument("--loads", type=int, default=0, metavar="TIMES", help="measure loads alone, so often")
+    made.add_argument(
+        "--loads",
+        type=int,
+        default=0,
+        metavar="TIMES",
+        help="measure loads alone, so often; of the S3 server with --s3",
+    )
     made.add_argument("--cold", action="store_true", help="with --loads: nothing of it is in the page cache")
     given = made.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    if given.loads and given.s3:
+        measure_s3(given.s3, given.loads)
+        return
     if given.loads:
         measure_loads(given.layers, given.loads, given.folder, given.cold)
         return
     measure_many(given.folder)
     if given.s3:
-        measure_s3(given.s3)
+        measure_s3(given.s3, given.rounds)
     measure(given.layers, given.rounds, given.folder)
 
 

@@ -305,8 +305,9 @@ def load_tensors(
 def _check_names(
     state: dict[str, Tensor], stored: dict[str, tuple[int, ...]], storage: Storage, manifest: CheckpointManifest
 ) -> None:
+    folder = storage.uri(step_folder(manifest.run_id, manifest.step))
     for name in sorted(state.keys() | stored.keys()):
-        where = f"checkpoint {storage.uri(step_folder(manifest.run_id, manifest.step))}: {name}"
+        where = f"checkpoint {folder}: {name}"
         if name not in stored:
             raise ValueError(
                 f"{where} is missing; expected shape {tuple(state[name].shape)}: was it made by another version?"

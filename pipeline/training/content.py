@@ -57,10 +57,14 @@ def row_bytes(tensor: Tensor) -> int:
 
 def blocks_of(tensor: Tensor) -> Iterator[memoryview]:
     """The bytes of a contiguous CPU tensor without a copy, in blocks of whole rows."""
-    data = as_bytes(tensor)
-    step = max(1, BLOCK // max(1, row_bytes(tensor))) * row_bytes(tensor)
+    data, step = as_bytes(tensor), block_bytes(tensor)
     for start in range(0, len(data), max(1, step)):
         yield data[start : start + step]
+
+
+def block_bytes(tensor: Tensor) -> int:
+    """Bytes of a block: whole rows, as many as BLOCK has room for, or one."""
+    return max(1, BLOCK // max(1, row_bytes(tensor))) * row_bytes(tensor)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -1,17 +1,19 @@
 """Damaged checkpoints: every flip is named, the newest sound checkpoint is used, and what is not used harms nobody."""
 
+import hashlib
 import json
 import random
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from pipeline.evaluation.weights import load_model, stream_tensors
 from pipeline.integrity import read_record
 from pipeline.lease import living
 from pipeline.manifest import DamagedRecord, TrainManifest
 from pipeline.storage import Storage
-from pipeline.training import initial
+from pipeline.training import content, files, initial
 from pipeline.training.checkpoint import load_state
 from pipeline.training.commits import (
     WITHDRAWN,
@@ -233,6 +235,60 @@ def test_a_checkpoint_is_proven_without_a_network(tmp_path):
     (damage,) = check_checkpoint(storage, "tiny", 2).damage
     assert damage.startswith(f"{manifest}: not a sound CheckpointManifest")
     assert "no checkpoint is committed" in check_checkpoint(storage, "tiny", 5).damage[0]
+
+
+def rewrite(root: Path, step: int, change) -> None:
+    """Another `.metadata`, and a manifest that vouches for it."""
+    path = file(root, step, ".metadata")
+    metadata = json.loads(path.read_bytes())
+    change(metadata)
+    path.write_bytes(json.dumps(metadata).encode())
+    manifest = read_manifest(Storage(tiny(str(root)).storage), "tiny", step)
+    size, sha256 = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
+    entries = tuple(
+        each.model_copy(update={"bytes": size}) if each.path.endswith(".metadata") else each for each in manifest.files
+    )
+    changed = manifest.model_copy(update={"files": entries, "metadata_sha256": sha256})
+    file(root, step, "manifest.json").write_bytes(changed.to_json())
+
+
+def as_format_2(metadata, parts: bytes) -> None:
+    """One checksum over the whole of a piece, and no size of blocks."""
+    metadata["format"] = 2
+    for tensor in metadata["tensors"].values():
+        for piece in tensor["pieces"]:
+            start, count = piece[3], piece[4]
+            piece[5:] = [xxhash.xxh3_128_hexdigest(parts[start : start + count])]
+
+
+def test_checkpoints_of_before_blocks_had_their_own_checksums_are_read_and_checked(tmp_path, trained, monkeypatch):
+    monkeypatch.setattr(content, "BLOCK", 256)  # more than one a piece
+    monkeypatch.setattr(files, "BLOCK", 256)
+    reference = trained[1]
+    again(tmp_path)
+    part = file(tmp_path, 6, "__0_0.distcp")
+    rewrite(tmp_path, 6, lambda metadata: as_format_2(metadata, part.read_bytes()))
+    assert check_checkpoint(Storage(tiny(str(tmp_path)).storage), "tiny", 6).damage == ()
+    (tmp_path / train_folder("tiny") / "manifest.json").unlink()
+    watched, manifest = again(tmp_path)
+    assert watched.progress == []
+    assert manifest.checkpoint.content_sha256 == reference.checkpoint.content_sha256
+    flip(part, 8 * 300)
+    (damage,) = check_checkpoint(Storage(tiny(str(tmp_path)).storage), "tiny", 6).damage
+    assert damage.startswith(f"{part}: embed_tokens.weight: bytes 0 to ")
+
+
+def test_a_format_that_is_not_known_is_no_damage(tmp_path, trained):
+    """A newer version's checkpoint is refused; taken for damaged it would be withdrawn."""
+    again(tmp_path)
+    rewrite(tmp_path, 6, lambda metadata: metadata.update(format=99))
+    (tmp_path / train_folder("tiny") / "manifest.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"step-00000006/writer-1/\.metadata: format 99 .* load it with the version"
+    ) as refused:
+        again(tmp_path)
+    assert not isinstance(refused.value, DamagedCheckpoint)
+    assert file(tmp_path, 6, "manifest.json").exists()
 
 
 def resume_on_two(root: str) -> tuple[int, list[int]]:
