@@ -11,8 +11,8 @@ and every other one is a logged step: the line of `metrics/`, the fields of its 
 steps from "first_step" to "last_step", and "time" (UNIX seconds).
 
 A thread writes, every `WRITE_S` and when a checkpoint is taken: training waits for no storage. Of one that is away is told once, and what was not
-written then is written when it is back. `read_journal` puts the attempts in a row: what a later one did again replaces what an
-earlier one had done.
+written then is written when it is back. An attempt that has lost its lease writes nothing more. `read_journal` puts the attempts in
+a row: what a later one did again replaces what an earlier one had done.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from botocore.exceptions import BotoCoreError
 
+from pipeline.lease import LeaseLost
 from pipeline.storage import Storage
 from pipeline.training.commits import train_folder
 from pipeline.training.metrics import StepRecord, TrainProgress
@@ -46,13 +47,23 @@ def journal_folder(run_id: str) -> str:
 class Journal:
     """Of one attempt. Lives on rank 0, from its first step until `close`."""
 
-    def __init__(self, storage: Storage, run_id: str, attempt: int, from_step: int, ranks: int) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        run_id: str,
+        attempt: int,
+        from_step: int,
+        ranks: int,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`check`: asked before each write; raises LeaseLost if somebody has taken the run over."""
         self._storage = storage
         self._prefix = f"{journal_folder(run_id)}/{attempt:06d}-{time.time_ns() // 1_000_000:013d}"
         self._lines: list[bytes] = []  # from the first one of the last part that is not full
         self._part = 0
         self._written = 0  # of these lines
         self._away = False
+        self._check = check
         self._lock = threading.Lock()
         self._ended = False
         self._due = threading.Event()  # to be written now
@@ -94,12 +105,16 @@ class Journal:
             if len(lines) == self._written:
                 return
             try:
+                self._check()
                 self._storage.write(f"{self._prefix}-{self._part:04d}.jsonl", b"".join(lines))
-            except (OSError, BotoCoreError) as error:
+            except (OSError, BotoCoreError, ValueError) as error:  # ValueError: the lease's record is damaged
                 if not self._away:
                     what = f"journal not written ({type(error).__name__}: {error}); training goes on"
                     print(what, file=sys.stderr, flush=True)
                 self._away = True
+                return
+            except LeaseLost:  # the loop finds out for itself
+                self._ended = True
                 return
             self._written, self._away = len(lines), False
             if len(lines) == LINES_PER_FILE:

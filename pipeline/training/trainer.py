@@ -240,7 +240,7 @@ class Run:
         files = MetricsFiles(self.storage, train_folder(config.run_id), at.step, logged) if self.rank == 0 else None
         world = self.meshes.world_size
         if self.rank == 0:
-            self.journal = Journal(self.storage, config.run_id, self.writer.number, at.step, world)
+            self.journal = Journal(self.storage, config.run_id, self.writer.number, at.step, world, self.writer.check)
         slots = at.next_sequence * config.training.sequence_length
         flops = flops_per_token(config.model, config.training.sequence_length)
         pace = Pace(self.tokens_seen, slots, self.steps, config.schedule.total_tokens, flops, world * peak(self.device))

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.schema import RunConfig, StorageConfig
+from pipeline.lease import give_way, hold
 from pipeline.storage import Storage, open_storage
 from pipeline.training import journal
-from pipeline.training.commits import committed
+from pipeline.training.commits import committed, lease_path
 from pipeline.training.journal import Journal, JournalReader, journal_folder, read_journal
 from pipeline.training.metrics import TrainProgress
 from pipeline.training.trainer import TrainingStopped, train
@@ -52,6 +53,21 @@ def test_attempts_in_a_row_are_one_curve(storage: Storage, monkeypatch: pytest.M
         ]
         assert found.repeated == 3
     assert found.steps[-1].items() >= {"tokens": 1800, "bias_rate": 0.001, "load_imbalance": [1.25, 2.0], "tokens_per_second": 900.0}.items()  # fmt: skip
+
+
+def test_a_writer_that_was_taken_for_dead_adds_nothing(storage: Storage, monkeypatch: pytest.MonkeyPatch):
+    """What it trained before it heard of its successor is nobody's: the run's time and steps are the successor's."""
+    monkeypatch.setattr(journal, "WRITE_S", 0.001)
+    path = lease_path("run")
+    with hold(storage, path, what="run run", beat_s=600.0) as lease:  # no heartbeat hears of it first
+        written = Journal(storage, "run", lease.number, 0, 1, lease.check)
+        written.add(record(1, 2.0), progress(1))
+        until(lambda: len(read_journal(storage, "run").steps) == 1)
+        assert give_way(storage, path) is not None
+        written.add(record(2, 2.0), progress(2))
+        written._thread.join(60)
+        written.close()
+    assert [line["step"] for line in read_journal(storage, "run").steps] == [1]
 
 
 def test_torn_lines_are_named_and_left_out(storage: Storage, capsys: pytest.CaptureFixture[str]):
