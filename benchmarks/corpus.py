@@ -1,10 +1,11 @@
-"""Near-duplicates and quality rules against datatrove: recall by overlap, verdicts, and MB of text per CPU-second, in one run.
+"""Near-duplicates and quality rules against datatrove: recall by overlap, verdicts, and MB of text per CPU-second, in one run; and ours
+alone: the search for questions of tasks, and prepare with all rules on.
 
 Distinct real text of this machine, and pairs of documents planted among it that share a stated part of their 5-grams. Both sides read
 the same JSON lines on one core: signatures, bands and clusters; then Gopher's, C4's and FineWeb's rules and personal data. What is
 compared is the clusters (recall of planted pairs by overlap, and how much of the real text is dropped) and the verdicts.
 
-    python -m benchmarks.corpus --megabytes 30 --peer-python /path/to/venv/bin/python
+    python -m benchmarks.corpus --documents 20000 --peer-python /path/to/venv/bin/python
 
 `--peer-python` is an interpreter with datatrove, its `processing` extra and spaCy installed; without it that side is skipped.
 """
@@ -12,31 +13,39 @@ compared is the clusters (recall of planted pairs by overlap, and how much of th
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
 import numpy as np
 
 from benchmarks.prepare import real_texts
+from data_prep.contamination.finder import Finder
+from data_prep.contamination.questions import parse, to_bytes
 from data_prep.near.bands import EDGE, Corpus, band_partitions, find_edges
 from data_prep.near.components import Components, find_components
 from data_prep.near.file import Signatures
-from data_prep.records import UnitManifest
+from data_prep.prepare import prepare
+from data_prep.records import PrepareProgress, UnitManifest
 from data_prep.rules.apply import apply
 from data_prep.tokenize_unit import BATCH_BYTES, document_hash
+from pipeline.config.load import load_config
 from pipeline.config.rules import C4, FineWeb, GopherQuality, GopherRepetition, PersonalData, Rules
-from pipeline.config.schema import NearDuplicates, StorageConfig
+from pipeline.config.schema import Decontamination, NearDuplicates, StorageConfig
 from pipeline.manifest import DocumentCounts, FileEntry
 from pipeline.storage import open_storage
 
 OVERLAPS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 WORDS = 250  # of a planted document
 POINTS = 0.02
+DOCUMENT, SHORTEST = 800, 200  # characters
+QUESTIONS = 16_000  # as many as MMLU and a few more
 RULES = Rules(
     gopher_repetition=GopherRepetition(),
     gopher_quality=GopherQuality(),
@@ -48,8 +57,8 @@ RULES = Rules(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", type=int, default=30, help="real text")
-    parser.add_argument("--pairs", type=int, default=1000, help="planted pairs of each overlap")
+    parser.add_argument("--documents", type=int, default=20_000, help="of real text: files, cut at empty lines")
+    parser.add_argument("--pairs", type=int, default=3000, help="planted pairs of each overlap")
     parser.add_argument("--peer-python", help="an interpreter that has datatrove")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-corpus-") as temporary:
@@ -57,16 +66,19 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace, folder: Path) -> None:
-    texts = [text for _, text in real_texts(arguments.megabytes * 1_000_000)]
+    real = list(itertools.islice(documents(), arguments.documents))
     planted = [text for overlap in OVERLAPS for number in range(arguments.pairs) for text in _pair(number, overlap)]
-    texts = planted + texts
+    texts = planted + real
+    real_mb = sum(len(text.encode()) for text in real) / 1e6
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     path = folder / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": text, "id": str(number)}) + "\n" for number, text in enumerate(texts)))
-    sides = {"ours": _ours(texts, folder)}
+    sides = {"ours": _ours(texts, len(planted), folder)}
     if arguments.peer_python:
         script = str(Path(__file__).with_name("corpus_datatrove.py"))
-        done = subprocess.run([arguments.peer_python, script, str(path)], capture_output=True, text=True)
+        done = subprocess.run(
+            [arguments.peer_python, script, str(path), str(len(planted))], capture_output=True, text=True
+        )
         if done.returncode:
             raise SystemExit(f"datatrove failed:\n{done.stderr[-3000:]}")
         sides["datatrove"] = json.loads(done.stdout.splitlines()[-1])
@@ -84,8 +96,8 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
     theory = [1 - (1 - overlap**8) ** 14 for overlap in OVERLAPS]
     print(f"{'1-(1-s^8)^14':18}" + "".join(f"{100 * found:7.1f}" for found in theory) + "\n")
     results = []
-    for step, least in (("near-duplicates", 5.0), ("rules", 10.0)):
-        rates = {name: megabytes / side["cpu_s"][step] for name, side in sides.items()}
+    for step, least, size in (("near-duplicates", 5.0, megabytes), ("rules", 10.0, real_mb)):
+        rates = {name: size / side["cpu_s"][step] for name, side in sides.items()}
         print(f"{step:18}" + ", ".join(f"{name} {rate:.1f} MB/cpu-s" for name, rate in rates.items()))
         results.append(_result(f"{step} MB/cpu-s", rates["ours"], rates.get("datatrove"), least))
     if "datatrove" in sides:
@@ -104,7 +116,69 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
         print(
             f"                  {Counter(pair for pair in pairs if (pair[0] == '') != (pair[1] == '')).most_common(6)}"
         )
+    for name, rate, least in (
+        *((f"questions by {rule}", real_mb / _questions_s(real, rule), None) for rule in ("ngram", "span")),
+        ("prepare with all rules", real_mb / _prepare_s(real, folder), 15.0),
+    ):
+        print(f"{name:18}{rate:.1f} MB/cpu-s")
+        results.append(
+            {
+                "benchmark": f"{name} MB/cpu-s",
+                "ours": round(rate, 2),
+                "target": least,
+                "met": least is None or rate >= least,
+            }
+        )
     print(json.dumps(results))
+
+
+def documents() -> Iterator[str]:
+    """Real files, cut at empty lines into documents of DOCUMENT characters and more."""
+    for _, text in real_texts(1 << 40):
+        parts, size = list[str](), 0
+        for part in text.split("\n\n"):
+            parts.append(part)
+            size += len(part)
+            if size > DOCUMENT:
+                yield "\n\n".join(parts)
+                parts, size = [], 0
+        if size > SHORTEST:
+            yield "\n\n".join(parts)
+
+
+def _questions_s(texts: list[str], rule: str) -> float:
+    """CPU-seconds of looking for QUESTIONS questions, of the words of these texts."""
+    rng, words = Random(0), sorted({word for text in texts[:200] for word in text.split()})
+    sizes = [8 + number % 5 if number % 8 == 0 else 60 for number in range(QUESTIONS)]
+    asked = [(str(number), [" ".join(rng.choices(words, k=size))]) for number, size in enumerate(sizes)]
+    finder = Finder(parse(to_bytes({"exam": asked})), Decontamination(tasks=("exam",), rule=rule))
+    start = time.process_time()
+    finder.find(texts)
+    return time.process_time() - start
+
+
+def _prepare_s(texts: list[str], folder: Path) -> float:
+    """CPU-seconds of prepare in one process, from the first unit on: without the training of the tokenizer."""
+    (folder / "source").mkdir()
+    (folder / "source" / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    source = {"name": "real", "path": str(folder / "source"), "max_epochs": 1e6}
+    rules = dict.fromkeys(Rules.model_fields, True)
+    config = load_config(
+        "debug",
+        [
+            f"storage.root={folder / 'prepared'}",
+            "corpus=" + json.dumps({"sources": [source], "rules": rules, "max_dropped_fraction": 1.0}),
+            "data.max_padding=1.0",
+        ],
+    )
+    begun = list[float]()
+
+    def report(progress: PrepareProgress) -> None:
+        if progress.phase == "tokenize":
+            begun.append(time.process_time())
+
+    prepare(config, open_storage(config.storage), report=report)
+    return time.process_time() - begun[0]
 
 
 def _result(name: str, ours: float, peer: float | None, least: float) -> dict[str, object]:
@@ -133,17 +207,12 @@ def _pair(number: int, overlap: float) -> tuple[str, str]:
 _SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 
 
-def _ours(texts: list[str], folder: Path) -> dict[str, object]:
+def _ours(texts: list[str], planted: int, folder: Path) -> dict[str, object]:
     storage = open_storage(StorageConfig(root=str(folder / "ours")))
-    batches, size = [list[str]()], 0
-    for text in texts:
-        if size > BATCH_BYTES:
-            batches.append([])
-            size = 0
-        batches[-1].append(text)
-        size += len(text)
+    apply(texts[-1:], RULES)
+    batches = _batches(texts)
     start = time.process_time()
-    verdicts = [outcome.rejected for batch in batches for outcome in apply(batch, RULES)]
+    verdicts = [outcome.rejected for batch in _batches(texts[planted:]) for outcome in apply(batch, RULES)]
     rules_s = time.process_time() - start
     start = time.process_time()
     signatures = Signatures(NearDuplicates())
@@ -161,6 +230,17 @@ def _ours(texts: list[str], folder: Path) -> dict[str, object]:
     pairs = np.frombuffer(storage.read(found.clusters.path), EDGE)
     clusters = [(int(pair["other"]), int(pair["first"])) for pair in pairs]
     return {"clusters": clusters, "verdicts": verdicts, "cpu_s": {"near-duplicates": near_s, "rules": rules_s}}
+
+
+def _batches(texts: list[str]) -> list[list[str]]:
+    batches, size = [list[str]()], 0
+    for text in texts:
+        if size > BATCH_BYTES:
+            batches.append([])
+            size = 0
+        batches[-1].append(text)
+        size += len(text)
+    return batches
 
 
 def _unit(documents: int) -> UnitManifest:

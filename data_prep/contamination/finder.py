@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from data_prep.contamination.questions import Questions
 from data_prep.near.signatures import GROUP_CHARACTERS, word_hashes
-from data_prep.rules.hashing import Hashes, mix, ngrams
+from data_prep.rules.hashing import Hashes, ngrams
 from pipeline.config.schema import Decontamination
 
 Places = NDArray[np.int64]
@@ -88,7 +88,7 @@ class Finder:
 
     def _of(self, n: int, parts: Places) -> _Grams | None:
         first, owner = self.questions.first, self.questions.owner
-        every = mix(ngrams(self.questions.words, n))
+        every = ngrams(self.questions.words, n)
         counts = self._sizes[parts] - n + 1
         part = np.repeat(parts, counts)
         place = np.arange(len(part)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -115,7 +115,7 @@ class Finder:
         at, part, place, length = [], [], [], []
         for grams in self._grams:
             # a gram that lies in two documents is no gram
-            where, gram = grams.find(mix(ngrams(words, grams.n)))
+            where, gram = grams.find(ngrams(words, grams.n))
             document = np.searchsorted(first, where, side="right") - 1
             inside = where + grams.n <= first[document + 1]
             where, gram = where[inside], gram[inside]

@@ -46,13 +46,19 @@ def _verdict(
     ellipses = text.count("...") + text.count("…")
     if ellipses / every > settings.max_symbol_word_ratio:
         return "max_symbol_word_ratio"
-    lines = text.splitlines()
-    bullets = sum(line.lstrip().startswith(("•", "-")) for line in lines) if "•" in text or "-" in text else 0
-    if fraction(bullets, len(lines)) > settings.max_bullet_line_fraction:
-        return "max_bullet_line_fraction"
-    trailing = sum(line.rstrip().endswith(("...", "…")) for line in lines) if ellipses else 0
-    if fraction(trailing, len(lines)) > settings.max_ellipsis_line_fraction:
-        return "max_ellipsis_line_fraction"
+    # a line that begins or ends so has such a sign: where there are too few of them, nobody counts lines
+    ends = text.count("\n")
+    bullets = text.count("•") + text.count("-")
+    if bullets and bullets > settings.max_bullet_line_fraction * ends:
+        lines = text.splitlines()
+        bullets = sum(line.lstrip().startswith(("•", "-")) for line in lines)
+        if fraction(bullets, len(lines)) > settings.max_bullet_line_fraction:
+            return "max_bullet_line_fraction"
+    if ellipses and ellipses > settings.max_ellipsis_line_fraction * ends:
+        lines = text.splitlines()
+        trailing = sum(line.rstrip().endswith(("...", "…")) for line in lines)
+        if fraction(trailing, len(lines)) > settings.max_ellipsis_line_fraction:
+            return "max_ellipsis_line_fraction"
     if alphabetic / every < settings.min_alphabetic_word_fraction:
         return "min_alphabetic_word_fraction"
     return "min_stop_words" if stops < settings.min_stop_words else ""

@@ -10,17 +10,13 @@ only these places are looked at.
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.rules.group import Group, fraction
-from data_prep.rules.hashing import RADIX, mix, ngrams
+from data_prep.rules.hashing import RADIX, mix, powers
 from pipeline.config.rules import GopherRepetition
 
-_PARAGRAPHS = re.compile(r"\n{2,}")
-_LINES = re.compile(r"\n+")
 TOP, DUPLICATE = (2, 3, 4), (5, 6, 7, 8, 9, 10)
 
 Places = NDArray[np.int64]
@@ -47,19 +43,33 @@ def _mark(found: list[str], failing: list[int], name: str) -> None:
 
 
 def _by_lines(text: str, settings: GopherRepetition) -> str:
-    paragraphs = _PARAGRAPHS.split(text.strip())
+    paragraphs = _paragraphs(text)
     count, characters = duplicates(paragraphs)
     if count / len(paragraphs) > settings.max_duplicate_paragraph_fraction:
         return "max_duplicate_paragraph_fraction"
     if fraction(characters, len(text)) > settings.max_duplicate_paragraph_character_fraction:
         return "max_duplicate_paragraph_character_fraction"
-    lines = _LINES.split(text)
+    lines = _lines(text)
     count, characters = duplicates(lines)
     if count / len(lines) > settings.max_duplicate_line_fraction:
         return "max_duplicate_line_fraction"
     if fraction(characters, len(text)) > settings.max_duplicate_line_character_fraction:
         return "max_duplicate_line_character_fraction"
     return ""
+
+
+def _paragraphs(text: str) -> list[str]:
+    """re.split(r"\\n{2,}", text.strip())"""
+    text = text.strip()
+    while "\n\n\n" in text:
+        text = text.replace("\n\n\n", "\n\n")
+    return text.split("\n\n")
+
+
+def _lines(text: str) -> list[str]:
+    """re.split(r"\\n+", text)"""
+    lines = list(filter(None, text.split("\n")))
+    return [""] * text.startswith("\n") + lines + [""] * text.endswith("\n") if text else [""]
 
 
 def duplicates(parts: list[str]) -> tuple[int, int]:
@@ -76,6 +86,11 @@ class _Grams:
     def __init__(self, group: Group) -> None:
         words = group.words
         self._words, self._first = group.hashes, words.first
+        self._powers, inverse = powers(len(self._words))
+        self._sums = np.zeros(
+            len(self._words) + 1, np.uint64
+        )  # an n-gram's hash is a difference of two, moved to one place
+        np.cumsum(self._words * inverse, out=self._sums[1:])
         self._text = np.repeat(np.arange(len(group)), np.diff(words.first))
         self._salt = mix(np.arange(1, len(group) + 1, dtype=np.uint64) * RADIX)[
             self._text
@@ -106,14 +121,22 @@ class _Grams:
     def duplicate(self, n: int, limit: float, passing: NDArray[np.bool_]) -> list[int]:
         """Of the passing texts those of whose characters more than the limit are in repeated n-grams that do not overlap."""
         places, begins, count = self._repetitions(n)
-        group = np.repeat(np.arange(len(begins)), count)
         later = np.ones(len(places), bool)
         later[begins] = False
-        order = np.argsort(places)
-        places, group, later = places[order], group[order], later[order]
-        most = np.bincount(self._text[places], np.where(later, self._size(places, n), 0), len(self._lengths))
+        repeats = np.sort(places[later])
+        # what repeats cover is the most that the walk can count
+        stops = np.minimum(repeats + n, np.append(repeats[1:], len(self._words)))
+        covered = self._characters[stops] - self._characters[repeats]
+        most = np.bincount(self._text[repeats], covered, len(self._lengths))
+        near = passing & (most > limit * self._lengths)
+        if not near.any():
+            return []
+        group = np.repeat(np.arange(len(begins)), count)
+        own = np.flatnonzero(near[self._text[places]])
+        own = own[np.argsort(places[own])]
+        places, group = places[own], group[own]
         failing = []
-        for number in np.flatnonzero(passing & (most > limit * self._lengths)).tolist():
+        for number in np.flatnonzero(near).tolist():
             low, high = np.searchsorted(places, self._first[number : number + 2])
             length = int(self._lengths[number])
             if self._walk(places[low:high], group[low:high].tolist(), n, limit, length):
@@ -139,13 +162,9 @@ class _Grams:
         """Places of repeated n-grams, those of equal ones together and ascending; where each n-gram's begin, and how many they are."""
         if self._repeated is None:
             places = np.flatnonzero(self._left >= n)
-            hashes = ngrams(self._words, n)[places]
         else:
             places = self._repeated[self._left[self._repeated] >= n]
-            hashes = self._words[places].copy()
-            for more in range(1, n):
-                hashes *= RADIX
-                hashes += self._words[places + more]
+        hashes = (self._sums[places + n] - self._sums[places]) * self._powers[places]
         bits = np.uint64(len(self._words).bit_length())
         keys = (hashes ^ self._salt[places]) >> bits << bits | places.astype(np.uint64)
         keys.sort()

@@ -67,18 +67,29 @@ def ngrams(words: Hashes, n: int) -> Hashes:
             found *= RADIX
             found += words[place : len(words) - n + 1 + place]
         return found
-    powers, inverse = _powers()
-    sums = np.cumsum(words * inverse[: len(words)], dtype=np.uint64)
+    forth, back = powers(len(words))
+    sums = np.cumsum(words * back, dtype=np.uint64)
     found = sums[n - 1 :].copy()
     found[1:] -= sums[: len(words) - n]
-    found *= powers[n - 1 : len(words)]
+    found *= forth[n - 1 :]
     return found
 
 
+def powers(count: int) -> tuple[Hashes, Hashes]:
+    """RADIX^i and RADIX^-i for i below `count`."""
+    if count > POWERS:
+        return _powers(count)
+    found, inverse = _kept_powers()
+    return found[:count], inverse[:count]
+
+
 @cache
-def _powers() -> tuple[Hashes, Hashes]:
-    """RADIX^i and RADIX^-i for i below POWERS."""
-    steps = np.empty((2, POWERS), np.uint64)
+def _kept_powers() -> tuple[Hashes, Hashes]:
+    return _powers(POWERS)
+
+
+def _powers(count: int) -> tuple[Hashes, Hashes]:
+    steps = np.empty((2, count), np.uint64)
     steps[:, 0], steps[0, 1:], steps[1, 1:] = 1, RADIX, pow(int(RADIX), -1, 1 << 64)
-    powers, inverse = np.multiply.accumulate(steps, axis=1, dtype=np.uint64)
-    return powers, inverse
+    found, inverse = np.multiply.accumulate(steps, axis=1, dtype=np.uint64)
+    return found, inverse
