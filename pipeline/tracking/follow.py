@@ -2,13 +2,14 @@
 
 Training neither knows nor waits for them. The run's storage is the source, so a tracker whose server was away, that was killed with
 the run, or that was only named later gets all that it lacks, each step once; what it has is asked of itself. That it does not
-answer is said once, until it does.
+answer is said once, until it does. A trainer that was taken for dead sends nothing more: its successor does.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from pipeline.background import Background
@@ -26,8 +27,9 @@ PATIENCE_S = 30.0  # for the last records of a run
 class Trackers:
     """All that `tracking.trackers` names, while the `with` block lasts. On rank 0."""
 
-    def __init__(self, config: RunConfig, storage: Storage) -> None:
-        self._following = [_Following(Sender(name, config, storage)) for name in config.tracking.trackers]
+    def __init__(self, config: RunConfig, storage: Storage, check: Callable[[], None]) -> None:
+        """`check`: asked before each sending; raises LeaseLost if somebody has taken the run over."""
+        self._following = [_Following(Sender(name, config, storage, check)) for name in config.tracking.trackers]
 
     def __enter__(self) -> Trackers:
         for each in self._following:
@@ -49,16 +51,19 @@ class Trackers:
 class Sender:
     """Of a run's records to one tracker."""
 
-    def __init__(self, name: str, config: RunConfig, storage: Storage) -> None:
-        self.name, self._config, self._storage = name, config, storage
+    def __init__(
+        self, name: str, config: RunConfig, storage: Storage, check: Callable[[], None] = lambda: None
+    ) -> None:
+        self.name, self._config, self._storage, self._check = name, config, storage, check
         self._records = Records(storage, config.run_id)
         self._tracker: Tracker | None = None
         self._away = False
         self.sent = 0  # records
 
     def send(self) -> bool:
-        """What the tracker lacks; False if it, or storage, does not answer."""
+        """What the tracker lacks; False if it, or storage, does not answer, or if `check` raises."""
         try:
+            self._check()
             records = self._records.read()
             if records and self._tracker is None:
                 self._tracker = open_tracker(self.name, self._config, self._storage)

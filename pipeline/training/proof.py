@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pipeline.manifest import DamagedRecord
 from pipeline.storage import Storage
-from pipeline.training.commits import DamagedCheckpoint, incomplete, read_manifest, step_folder
+from pipeline.training.commits import incomplete, read_manifest, step_folder
 from pipeline.training.files import CheckpointReader
 
 
@@ -35,6 +35,6 @@ def check_checkpoint(storage: Storage, run_id: str, step: int) -> CheckpointRepo
             size += count
             if what and not (why and path in why):  # a file that is missing is named once
                 damage.append(what)
-    except DamagedCheckpoint as error:
+    except ValueError as error:  # damage, or another version's format
         damage.append(str(error))
     return CheckpointReport(step, size, tuple(dict.fromkeys(damage)))

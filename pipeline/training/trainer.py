@@ -112,7 +112,7 @@ def train(
             config.training.step_timeout_s, storage, hangs, *ranks, collectives=recorded
         ) as watchdog,  # over closing, too: a save may wait for a dead rank
         sole_writer(storage, config.run_id, owner) as writer,
-        contextlib.nullcontext() if ranks[0] else Trackers(config, storage),
+        contextlib.nullcontext() if ranks[0] else Trackers(config, storage, writer.check),
     ):
         while True:
             watchdog.enter("start", 0)

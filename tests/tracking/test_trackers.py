@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from jobs import track
 from pipeline.config.load import ConfigError, dump_yaml
 from pipeline.config.schema import RunConfig, StorageConfig
+from pipeline.lease import give_way, hold
 from pipeline.storage import Storage, open_storage
 from pipeline.tracking import follow
 from pipeline.tracking import tensorboard as tensorboard_tracker
@@ -30,6 +31,7 @@ from pipeline.tracking.names import NAMES, named
 from pipeline.tracking.records import Records
 from pipeline.tracking.tracker import RunName, check, run_name
 from pipeline.training import journal
+from pipeline.training.commits import lease_path
 from pipeline.training.journal import Journal, journal_folder
 from pipeline.training.left_out import Detour, LeftOut, left_out_path
 from pipeline.training.trainer import train
@@ -211,6 +213,26 @@ def test_a_server_that_is_away_is_said_once_and_caught_up_with(
     assert not sender.send()
     assert capsys.readouterr().err == said  # it was back in between
     written.close()
+
+
+def test_a_trainer_that_was_taken_for_dead_sends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its successor sends what the run has since become, and a tracker would show it twice."""
+    server = Away()
+    monkeypatch.setitem(sys.modules, "pipeline.tracking.away", server.module())
+    storage, path = open_storage(StorageConfig(root=str(tmp_path))), lease_path("tiny")
+    written = Journal(storage, "tiny", 1, 0, ranks=1)
+    written.add(record(1, 2.0), progress(1))
+    written.close()
+    with hold(storage, path, what="run tiny", beat_s=600.0) as lease:  # no heartbeat hears of it first
+        sender = Sender("away", run_of(tmp_path), storage, lease.check)
+        assert give_way(storage, path) is not None
+        assert not sender.send()
+        assert server.kept == {}
+    assert "(LeaseLost: run tiny has been taken over by" in capsys.readouterr().err
+    assert Sender("away", run_of(tmp_path), storage).send()
+    assert sorted(server.kept) == [1]
 
 
 def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_root: StorageConfig) -> None:

@@ -289,6 +289,7 @@ def test_a_format_that_is_not_known_is_no_damage(tmp_path, trained):
         again(tmp_path)
     assert not isinstance(refused.value, DamagedCheckpoint)
     assert file(tmp_path, 6, "manifest.json").exists()
+    assert check_checkpoint(Storage(tiny(str(tmp_path)).storage), "tiny", 6).damage == (str(refused.value),)
 
 
 def resume_on_two(root: str) -> tuple[int, list[int]]:
