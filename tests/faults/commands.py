@@ -21,6 +21,7 @@ from jobs.on_ray import keeper
 from jobs.on_ray.local import PREFIX
 from tests.faults.runs import LIMIT_S, Log, Place, now, plain_environment
 from tests.faults.table import REPOSITORY
+from tests.signals import heed_sigint
 
 KINDS = {
     "worker": re.compile("RayTrainWorker"),
@@ -45,6 +46,7 @@ class Command:
             text=True,
             errors="replace",
             start_new_session=True,
+            preexec_fn=heed_sigint,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -20,6 +20,7 @@ import pytest
 from jobs.boards.board import BOARDS, board, write
 from jobs.dashboards import main
 from tests.k8s.manifests import REPOSITORY
+from tests.signals import heed_sigint
 
 ON_KUBERNETES = "cluster"  # the board of series that only KubeRay, Kueue and GPUs have
 PATIENCE_S = 300.0
@@ -107,7 +108,10 @@ def prometheus(tmp_path: Path) -> Iterator[str]:
                 [sys.executable, "-m", "jobs.dashboards", "--prometheus-port", str(port)],
             ]
             with (tmp_path / "log").open("w") as log:
-                running = [subprocess.Popen(each, stdout=log, stderr=log, cwd=REPOSITORY) for each in commands]
+                running = [
+                    subprocess.Popen(each, stdout=log, stderr=log, cwd=REPOSITORY, preexec_fn=heed_sigint)
+                    for each in commands
+                ]
                 try:
                     yield f"http://127.0.0.1:{port}"
                 finally:

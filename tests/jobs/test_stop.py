@@ -17,6 +17,7 @@ from jobs.on_ray.stop import run_until_signal
 from pipeline.config.schema import StorageConfig
 from pipeline.storage import open_storage
 from pipeline.training.commits import committed
+from tests.signals import heed_sigint
 
 
 class Flag:
@@ -85,7 +86,9 @@ def test_a_stopped_pipeline_goes_on_from_its_checkpoint(tmp_path: Path, number: 
     command = [sys.executable, "-m", "jobs.pipeline", "--config", "debug", *settings]
     log = tmp_path / "log"
     with log.open("w") as out:
-        first = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        first = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=heed_sigint
+        )
         storage = open_storage(StorageConfig(root=str(tmp_path)))
         while not committed(storage, "debug"):
             assert first.poll() is None, log.read_text()

@@ -35,6 +35,7 @@ from tests.k8s.played_cluster import Cluster
 from tests.k8s.rbac import User, service_account
 from tests.k8s.rules.kueue import _requests
 from tests.k8s.rules.policies import denials
+from tests.signals import heed_sigint
 
 IMAGE = "registry.example.com/moonlight@sha256:" + "c" * 64
 
@@ -333,7 +334,7 @@ def test_a_signal_in_the_middle_leaves_nothing(name: str, tmp_path: Path) -> Non
         cwd=REPOSITORY,
         env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"), "PYTHONPATH": str(REPOSITORY)},
         capture_output=True, text=True, check=False,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs inherit that it is ignored
+        preexec_fn=heed_sigint,
     )  # fmt: skip
     assert done.returncode == 128 + signal.SIGINT, done.stderr
     assert "the kit itself" in done.stdout
