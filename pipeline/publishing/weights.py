@@ -1,9 +1,8 @@
 """One published weight file, from the checkpoint's pieces to storage, read back and compared.
 
-Whoever writes a file holds one tensor of the checkpoint in the published dtype and one of its stored pieces; an expert stack
-counts as one tensor, because a piece of it holds many experts. Every byte that is read is checked (`CheckpointReader`), and every byte
-that was written is read again: the sums of the tensors and of the header, computed while writing, are those of what is in
-storage, or the file is refused.
+Bytes are read, checked (`CheckpointReader`), rounded, hashed and written in blocks that stay in a core's cache, so that whoever writes a
+file holds none of its tensors. A checksum that is wrong at the end of a piece leaves no file. Every byte that was written is read
+again: the sums of the tensors and of the header, computed while writing, are those of what is in storage, or the file is refused.
 """
 
 from __future__ import annotations
@@ -12,13 +11,12 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from math import prod
+from operator import itemgetter
 
-import torch
 import xxhash
 
 from pipeline.manifest import FileEntry
-from pipeline.publishing.layout import Placed, WeightFile
+from pipeline.publishing.layout import WeightFile
 from pipeline.storage import Storage
 from pipeline.training.content import BLOCK, as_bytes
 from pipeline.training.files import CheckpointReader
@@ -32,20 +30,6 @@ class Written:
     xxh3: dict[str, str]
 
 
-class Room:
-    """Memory that is used again: fresh pages for every tensor cost more than filling them."""
-
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-
-    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Uninitialised; valid until the next call."""
-        size = prod(shape) * dtype.itemsize
-        if self._bytes.numel() < size:
-            self._bytes = torch.empty(size, dtype=torch.uint8)
-        return self._bytes[:size].view(dtype).view(shape)
-
-
 def write_file(file: WeightFile, reader: CheckpointReader, storage: Storage, folder: str) -> Written:
     """Write a weight file of the checkpoint into `folder`, replacing any; read it back.
 
@@ -53,41 +37,40 @@ def write_file(file: WeightFile, reader: CheckpointReader, storage: Storage, fol
     otherwise than it was written, and DamagedCheckpoint.
     """
     path = f"{folder}/{file.name}"
-    sha256, xxh3 = hashlib.sha256(), {file.name: xxhash.xxh3_128_hexdigest(file.header)}
+    sha256, xxh3 = hashlib.sha256(file.header), {file.name: xxhash.xxh3_128_hexdigest(file.header)}
     with storage.stream(path) as out:
-        sha256.update(file.header)
         out.write(file.header)
-        for name, tensor in checkpoint_tensors(file, reader):
+        for name, parts in groupby(checkpoint_bytes(file, reader), key=itemgetter(0)):
             one = xxhash.xxh3_128()
-            for block in blocks(tensor):
-                sha256.update(block)
-                one.update(block)
-                out.write(block)
+            for _, part in parts:
+                sha256.update(part)
+                one.update(part)
+                out.write(part)
             xxh3[name] = one.hexdigest()
     check_file(file, xxh3, storage, folder)
     return Written(FileEntry(path=file.name, bytes=file.nbytes, sha256=sha256.hexdigest()), xxh3)
 
 
-def checkpoint_tensors(file: WeightFile, reader: CheckpointReader) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of a file in order, in the published dtype; a tensor is valid until the next one is asked for."""
-    room = Room()
-    for _, group in groupby(file.tensors, key=lambda tensor: tensor.source):
-        yield from _read(list(group), reader, room)
-
-
-def _read(tensors: list[Placed], reader: CheckpointReader, room: Room) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors of one file that come from one of the checkpoint's: itself, or consecutive experts."""
-    first = tensors[0]
-    if first.expert is None:
-        whole = room.tensor(first.shape, first.dtype)
-        reader.read_box(first.source, whole, [0] * whole.dim())
-        yield first.name, whole
-        return
-    assert [tensor.expert for tensor in tensors] == list(range(first.expert, first.expert + len(tensors)))
-    stack = room.tensor((len(tensors), *first.shape), first.dtype)
-    reader.read_box(first.source, stack, [first.expert, 0, 0])
-    for tensor, matrix in zip(tensors, stack):
-        yield tensor.name, matrix
+def checkpoint_bytes(file: WeightFile, reader: CheckpointReader) -> Iterator[tuple[str, memoryview]]:
+    """(name of a tensor, the bytes of it that come next) of a file in order, in the published dtype; valid until the next ones are
+    asked for. Raises as `CheckpointReader.box` does."""
+    for source, group in groupby(file.tensors, key=lambda tensor: tensor.source):
+        tensors = list(group)
+        first = tensors[0]
+        shape, offsets = first.shape, [0] * len(first.shape)
+        if first.expert is not None:  # consecutive experts
+            assert [tensor.expert for tensor in tensors] == list(range(first.expert, first.expert + len(tensors)))
+            shape, offsets = (len(tensors), *first.shape), [first.expert, *offsets]
+        inside = 0  # of the tensor at hand
+        for vector in reader.box(source, shape, offsets, first.dtype):
+            data = as_bytes(vector)
+            while data:
+                part = data[: tensors[0].nbytes - inside]
+                yield tensors[0].name, part
+                data, inside = data[len(part) :], inside + len(part)
+                if inside == tensors[0].nbytes:
+                    tensors.pop(0)
+                    inside = 0
 
 
 def check_file(file: WeightFile, xxh3: dict[str, str], storage: Storage, folder: str) -> None:
@@ -111,10 +94,3 @@ def check_file(file: WeightFile, xxh3: dict[str, str], storage: Storage, folder:
                 )
         if source.read(1):
             raise ValueError(f"{storage.uri(path)}: longer than it was written; who else writes there? Publish again")
-
-
-def blocks(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """The bytes of a contiguous tensor in pieces that stay in a core's cache."""
-    data = as_bytes(tensor)
-    for start in range(0, len(data), BLOCK):
-        yield data[start : start + BLOCK]

@@ -18,9 +18,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -49,26 +49,14 @@ from torch.futures import Future as TorchFuture
 from pipeline.manifest import CheckpointManifest, StoredFile
 from pipeline.storage import Storage
 from pipeline.training.commits import DamagedCheckpoint, parts_of
-from pipeline.training.content import BLOCK, RowSum, as_bytes, block_bytes, blocks_of, content_digest, row_bytes
+from pipeline.training.content import RowSum, as_bytes, block_bytes, blocks_of, content_digest, row_bytes
+from pipeline.training.pieces import Piece, PieceReader, Read, runs_of_box
 
 METADATA = ".metadata"
 FORMAT = 3
 READABLE = (2, FORMAT)
 PARALLEL_READS = 8  # requests to S3 at a time
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Where a box of a tensor lies, and what its bytes are."""
-
-    file: str
-    start: int
-    bytes: int
-    xxh3: str
-    block: int = (
-        0  # bytes of a block, the last one may be shorter; 0: one checksum that went from block to block (format 2)
-    )
-    row_sum: int = 0  # its share of the tensor's sum (content.py); known while saving
+WINDOW = 32 * 2**20  # bytes of a piece that one request to S3 asks for where a box is read from front to back
 
 
 class CheckpointWriter(StorageWriter):
@@ -161,7 +149,6 @@ class CheckpointReader(StorageReader):
         self._folder = parts_of(manifest)
         self._expected = manifest.metadata_sha256
         self._check = check
-        self._buffer = memoryview(b"")  # of `read_box`: the same memory for every piece
         self._metadata: Metadata | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -210,47 +197,57 @@ class CheckpointReader(StorageReader):
         return done
 
     def read_box(self, name: str, target: Tensor, offsets: Sequence[int]) -> None:
-        """Fill `target` with the box of a stored tensor that begins at `offsets`, in the target's dtype. Memory: one piece.
+        """Fill the contiguous `target` with the box of a stored tensor that begins at `offsets`, in the target's dtype. Raises as
+        `box` does."""
+        flat, at = target.view(-1), 0
+        for block in self.box(name, target.shape, offsets, target.dtype):
+            flat[at : at + block.numel()] = block
+            at += block.numel()
 
-        Raises ValueError for a tensor that is not stored or has no such box.
+    def box(self, name: str, shape: Sequence[int], offsets: Sequence[int], dtype: torch.dtype) -> Iterator[Tensor]:
+        """The numbers of a box of a stored tensor from the first to the last, in vectors that are valid until
+        the next one. Memory: a block of each piece at hand; on S3 `WINDOW` bytes of it.
+
+        Raises ValueError for a tensor that is not stored or has no such box, and, at the latest after the last vector,
+        DamagedCheckpoint: who uses them before that must be able to take it back.
         """
         metadata = self.read_metadata()
         facts: Any = metadata.state_dict_metadata.get(name)
         where = f"checkpoint {self._storage.uri(self._folder)}: {name}"
-        ends = [start + size for start, size in zip(offsets, target.shape)]
-        if facts is None or len(facts.size) != target.dim() or any(end > size for end, size in zip(ends, facts.size)):
+        ends = [start + size for start, size in zip(offsets, shape)]
+        if facts is None or len(facts.size) != len(shape) or any(end > size for end, size in zip(ends, facts.size)):
             found = "is missing" if facts is None else f"has shape {list(facts.size)}"
             raise ValueError(
                 f"{where} {found}, expected shape {ends} or more; use the model section that the run was trained with"
             )
+        runs = list(runs_of_box(offsets, shape, [(chunk.offsets, chunk.sizes) for chunk in facts.chunks]))
+        filled = sum(run.count for run in runs)
+        if filled != torch.Size(shape).numel():
+            raise DamagedCheckpoint(
+                f"{where}: its pieces hold {filled:,} of {torch.Size(shape).numel():,} numbers of this part"
+            )
+        stored: torch.dtype = facts.properties.dtype
+        converted = torch.empty(0, dtype=dtype)
         files: dict[str, int] = {}
-        filled = 0
+        pieces: dict[int, PieceReader] = {}
         try:
-            for chunk in facts.chunks:
-                starts = [max(*pair) for pair in zip(chunk.offsets, offsets)]
-                lengths = [
-                    min(offset + size, end) - start
-                    for offset, size, end, start in zip(chunk.offsets, chunk.sizes, ends, starts)
-                ]
-                if any(length <= 0 for length in lengths):
-                    continue
-                piece: Piece = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-                if len(self._buffer) < piece.bytes:
-                    self._buffer = memoryview(bytearray(piece.bytes))
-                data = self._buffer[: piece.bytes]
-                self._fill(piece, name, data, self._source(piece, files))
-                part = torch.frombuffer(data, dtype=facts.properties.dtype).view(chunk.sizes)
-                into = target
-                for dim, (start, length) in enumerate(zip(starts, lengths)):
-                    part = part.narrow(dim, start - chunk.offsets[dim], length)
-                    into = into.narrow(dim, start - offsets[dim], length)
-                into.copy_(part)
-                filled += into.numel()
+            for run in runs:
+                if run.piece not in pieces:
+                    piece: Piece = metadata.storage_data[MetadataIndex(name, facts.chunks[run.piece].offsets)]
+                    pieces[run.piece] = self._open(piece, name, files, WINDOW)
+                start, stop = run.start * stored.itemsize, (run.start + run.count) * stored.itemsize
+                for data in pieces[run.piece].parts(start, stop):
+                    part = torch.frombuffer(data, dtype=stored)
+                    if dtype != stored:
+                        if len(converted) < len(part):
+                            converted = torch.empty(len(part), dtype=dtype)
+                        part = converted[: len(part)].copy_(part)
+                    yield part
+            for reader in pieces.values():
+                reader.finish()
         finally:
             for number in files.values():
                 os.close(number)
-        if filled != target.numel():
-            raise DamagedCheckpoint(f"{where}: its pieces hold {filled:,} of {target.numel():,} numbers of this part")
 
     def verify(self) -> Iterator[tuple[str, int, str]]:
         """Read every piece, whatever layout: (path, bytes, what is wrong or '') of each."""
@@ -261,7 +258,7 @@ class CheckpointReader(StorageReader):
             for index, piece in sorted(places.items(), key=lambda pair: (pair[1].file, pair[1].start)):
                 what = ""
                 try:
-                    self._fill(piece, index.fqn, memoryview(bytearray(piece.bytes)), self._source(piece, files))
+                    self._fill(piece, index.fqn, memoryview(bytearray(piece.bytes)), files)
                 except DamagedCheckpoint as error:
                     what = str(error)
                 yield f"{self._folder}/{piece.file}", piece.bytes, what
@@ -282,12 +279,11 @@ class CheckpointReader(StorageReader):
             for piece, item in wanted:
                 target = planner.resolve_tensor(item).detach()
                 shape, dtype = self._stored(item)
-                source = self._source(piece, files)
                 if target.is_cpu and target.dtype == dtype and target.is_contiguous() and target.nbytes == piece.bytes:
-                    self._fill(piece, item.storage_index.fqn, as_bytes(target), source)
+                    self._fill(piece, item.storage_index.fqn, as_bytes(target), files)
                 else:
                     data = memoryview(bytearray(piece.bytes))
-                    self._fill(piece, item.storage_index.fqn, data, source)
+                    self._fill(piece, item.storage_index.fqn, data, files)
                     _copy(data, shape, dtype, item, target)
                 planner.commit_tensor(item, target)
         finally:
@@ -299,7 +295,7 @@ class CheckpointReader(StorageReader):
 
         def fetch(piece: Piece, item: ReadItem) -> memoryview:
             data = memoryview(bytearray(piece.bytes))
-            self._fill(piece, item.storage_index.fqn, data, self._source(piece, {}))
+            self._fill(piece, item.storage_index.fqn, data, {})
             return data
 
         left, running = iter(wanted), deque[tuple[ReadItem, Future[memoryview]]]()
@@ -314,19 +310,11 @@ class CheckpointReader(StorageReader):
                 _copy(future.result(), *self._stored(item), item, target)
                 planner.commit_tensor(item, target)
 
-    def _source(self, piece: Piece, files: dict[str, int]) -> Callable[[int, memoryview], int]:
-        """A function that fills memory from a byte on and says how far it got."""
+    def _source(self, piece: Piece, files: dict[str, int], window: int) -> Read:
         path = f"{self._folder}/{piece.file}"
         try:
             if self._storage.config.is_s3:
-                data = self._storage.read_range(path, piece.start, piece.start + piece.bytes) if piece.bytes else b""
-
-                def copy(start: int, into: memoryview) -> int:
-                    part = data[start - piece.start : start - piece.start + len(into)]
-                    into[: len(part)] = part
-                    return len(part)
-
-                return copy
+                return _ranges(self._storage, path, piece, window)
             if piece.file not in files:
                 files[piece.file] = os.open(self._storage.key(path), os.O_RDONLY)
         except FileNotFoundError:
@@ -334,28 +322,14 @@ class CheckpointReader(StorageReader):
         number = files[piece.file]
         return lambda start, into: os.preadv(number, [into], start)
 
-    def _fill(self, piece: Piece, tensor: str, into: memoryview, read: Callable[[int, memoryview], int]) -> None:
-        """Read a piece and check it, block by block while it is in the cache."""
+    def _fill(self, piece: Piece, tensor: str, into: memoryview, files: dict[str, int]) -> None:
+        """Read a whole piece and check it, block by block while it is in the cache."""
+        self._open(piece, tensor, files, piece.bytes).into(into)
+
+    def _open(self, piece: Piece, tensor: str, files: dict[str, int], window: int) -> PieceReader:
+        """`files`: those of a folder that are open, by name; `window`: bytes that are asked for at once on S3."""
         where = f"{self._storage.uri(f'{self._folder}/{piece.file}')}: {tensor}"
-        whole, step = xxhash.xxh3_128(), piece.block or BLOCK
-        for start in range(0, piece.bytes, step):
-            block = into[start : start + step]
-            at = 0
-            while at < len(block):
-                count = read(piece.start + start + at, block[at:])
-                if not count:
-                    raise DamagedCheckpoint(
-                        f"{where}: the file ends at byte {piece.start + start + at} inside of it, "
-                        f"{piece.bytes - start - at} bytes are missing"
-                    )
-                at += count
-            if self._check:
-                whole.update(xxhash.xxh3_128_digest(block) if piece.block else block)
-        if self._check and whole.hexdigest() != piece.xxh3:
-            raise DamagedCheckpoint(
-                f"{where}: bytes {piece.start} to {piece.start + piece.bytes} have xxh3 {whole.hexdigest()}, "
-                f"written as {piece.xxh3}"
-            )
+        return PieceReader(piece, self._source(piece, files, window), where, check=self._check)
 
     def _stored(self, item: ReadItem) -> tuple[torch.Size, torch.dtype]:
         """Shape and dtype of the piece that a request reads from."""
@@ -363,6 +337,25 @@ class CheckpointReader(StorageReader):
         facts: Any = self.read_metadata().state_dict_metadata[index.fqn]
         chunk = next(chunk for chunk in _hinted(facts.chunks, index.index) if chunk.offsets == index.offset)
         return chunk.sizes, facts.properties.dtype
+
+
+def _ranges(storage: Storage, path: str, piece: Piece, window: int) -> Read:
+    """Of a piece that is read from front to back, `window` bytes a request, the first one now. Raises FileNotFoundError."""
+
+    def fetch(start: int) -> bytes:
+        return storage.read_range(path, start, min(start + window, piece.start + piece.bytes))
+
+    at, data = piece.start, fetch(piece.start) if piece.bytes else b""
+
+    def read(start: int, into: memoryview) -> int:
+        nonlocal at, data
+        if start >= at + len(data):
+            at, data = start, fetch(start)
+        part = data[start - at : start - at + len(into)]
+        into[: len(part)] = part
+        return len(part)
+
+    return read
 
 
 def _hinted(chunks: list[ChunkStorageMetadata], hint: int | None) -> Iterator[ChunkStorageMetadata]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -21,10 +25,10 @@ from pipeline.publishing import check
 from pipeline.publishing.check import NotTheModel, check_first_layers, check_texts, open_published
 from pipeline.publishing.export import publish, write_here
 from pipeline.publishing.layout import index_of, plan_files, published_dtype
-from pipeline.publishing.weights import check_file, checkpoint_tensors, write_file
+from pipeline.publishing.weights import check_file, checkpoint_bytes, write_file
 from pipeline.storage import Storage
 from pipeline.training.checkpoint import Checkpointer
-from pipeline.training.commits import RunFacts
+from pipeline.training.commits import DamagedCheckpoint, RunFacts
 from pipeline.training.files import CheckpointReader
 from pipeline.training.trainer import build
 from tests.distributed import run_distributed
@@ -46,10 +50,12 @@ def test_wherever_files_are_cut_the_tensors_are_the_checkpoints(run: PublishedRu
     found = {}
     for file in files:
         starts = [0]
-        for name, tensor in checkpoint_tensors(file, reader):
-            found[name] = tensor.clone()
-            assert starts[-1] % tensor.element_size() == 0, "a reader that maps the file could not view it"
-            starts.append(starts[-1] + tensor.nbytes)
+        dtypes = {tensor.name: tensor.dtype for tensor in file.tensors}
+        for name, parts in groupby(checkpoint_bytes(file, reader), key=itemgetter(0)):
+            data = b"".join(bytes(part) for _, part in parts)
+            found[name] = torch.frombuffer(bytearray(data), dtype=dtypes[name]).view(expected[name].shape)
+            assert starts[-1] % dtypes[name].itemsize == 0, "a reader that maps the file could not view it"
+            starts.append(starts[-1] + len(data))
         assert len(file.header) % 8 == 0
         header = json.loads(file.header[8:])
         ends = [header[tensor.name]["data_offsets"][1] for tensor in file.tensors]
@@ -122,6 +128,19 @@ def test_a_box_that_is_not_there_is_named(run: PublishedRun):
         reader.read_box("norm.weight", torch.empty(40), [0])
     with pytest.raises(ValueError, match=r"layers\.9\.norm is missing"):
         reader.read_box("layers.9.norm", torch.empty(1), [0])
+
+
+def test_a_checksum_that_is_wrong_at_the_end_of_a_piece_leaves_no_file(run: PublishedRun, tmp_path: Path):
+    """Its first blocks are written by then."""
+    file = plan_files(run.made.config)[0]
+    storage = Storage(run.made.config.storage.model_copy(update={"root": str(tmp_path)}))
+    reader = CheckpointReader(run.made.storage, run.made.checkpoint)
+    places = reader.read_metadata().storage_data
+    index = next(index for index in places if index.fqn == file.tensors[-1].source)
+    places[index] = replace(places[index], xxh3="0" * 32)
+    with pytest.raises(DamagedCheckpoint, match=rf"{re.escape(index.fqn)}: bytes .* written as 0000"):
+        write_file(file, reader, storage, "out")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_file_that_storage_gives_back_otherwise_is_refused(run: PublishedRun, tmp_path: Path):

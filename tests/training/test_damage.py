@@ -13,7 +13,7 @@ from pipeline.integrity import read_record
 from pipeline.lease import living
 from pipeline.manifest import DamagedRecord, TrainManifest
 from pipeline.storage import Storage
-from pipeline.training import content, files, initial
+from pipeline.training import content, initial, pieces
 from pipeline.training.checkpoint import load_state
 from pipeline.training.commits import (
     WITHDRAWN,
@@ -263,7 +263,7 @@ def as_format_2(metadata, parts: bytes) -> None:
 
 def test_checkpoints_of_before_blocks_had_their_own_checksums_are_read_and_checked(tmp_path, trained, monkeypatch):
     monkeypatch.setattr(content, "BLOCK", 256)  # more than one a piece
-    monkeypatch.setattr(files, "BLOCK", 256)
+    monkeypatch.setattr(pieces, "BLOCK", 256)
     reference = trained[1]
     again(tmp_path)
     part = file(tmp_path, 6, "__0_0.distcp")
