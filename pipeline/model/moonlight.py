@@ -35,7 +35,9 @@ class Moonlight(nn.Module):
     def __init__(self, config: ModelConfig, *, aux_loss_weight: float = 0.0) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Not drawn here, as it is drawn below: on the meta device torch would import its compiler for that, 0.7 CPU seconds a process.
+        embedding_VD = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(embedding_VD, freeze=False)
         self.layers = nn.ModuleList(Block(config, layer, aux_loss_weight) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = Head(config.hidden_size, config.vocab_size)

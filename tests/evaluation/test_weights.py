@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -39,6 +42,15 @@ def test_a_checkpoint_of_another_network_is_named(made: MadeRun):
 
 def test_the_empty_model_takes_no_memory(made: MadeRun):
     assert {parameter.device.type for parameter in empty_model(made.config.model).parameters()} == {"meta"}
+
+
+def test_the_empty_model_brings_no_compiler():
+    """Every worker that writes a file of weights makes one."""
+    code = (
+        "import sys; from pipeline.config.load import load_config; from pipeline.publishing.layout import plan_files; "
+        "plan_files(load_config('debug')); assert not {'torch._dynamo', 'torch._inductor', 'triton'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_moonlight_has_the_published_number_of_parameters():
