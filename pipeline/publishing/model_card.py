@@ -164,7 +164,7 @@ def _results(dataset: DatasetManifest, evaluation: EvaluationManifest) -> str:
 
 
 def _with_error(score: SourceScore) -> str:
-    return f"{score.loss:.3f}" if score.stderr is None else f"{score.loss:.3f} ± {score.stderr:.3f}"
+    return f"{score.loss:.3f}" if score.stderr is None else f"{score.loss:.3f}\u00a0±\u00a0{score.stderr:.3f}"
 
 
 def _task_result(name: str, score: TaskScore) -> dict[str, Any]:

@@ -32,10 +32,11 @@ def loss_plot(train: list[Point], heldout: Point, unigram_entropy: float, title:
         if train:
             axes.plot(*zip(*train), color=TRAIN, linewidth=1.6, label="training loss")
         axes.plot(*heldout, marker="o", markersize=7, linestyle="none", color=HELDOUT, label="held-out loss")
+        highest = all(loss <= heldout[1] for _, loss in train)  # then the legend is above it
         axes.annotate(
             f"{heldout[1]:.3f}",
             heldout,
-            xytext=(-10, 10),
+            xytext=(-10, -14 if highest else 10),
             textcoords="offset points",
             ha="right",
             color=HELDOUT,

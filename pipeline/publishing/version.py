@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.config.schema import TASK_SETTINGS, RunConfig
 from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, digest_of
 
-FORMAT = 4  # enters the version's name: raise it when the same inputs would publish other bytes
+FORMAT = 5  # enters the version's name: raise it when the same inputs would publish other bytes
 MECHANICS = {  # of training: how the same steps are computed and watched
     "micro_batch", "activation_checkpointing", "compile", "reshard_after_forward", "gather_once", "collect_every",
     "max_skipped_steps", "step_timeout_s", "log_every",

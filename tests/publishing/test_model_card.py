@@ -46,7 +46,7 @@ def test_the_table_has_each_source_beside_its_baselines(card: str, run: Publishe
     assert rows["source"][4:] == list(SHOWN)
     assert list(rows)[2:] == [*(source.name for source in run.made.dataset.sources), "**all**"]
     for name, score in scores.items():
-        error = "" if score.stderr is None else f" ± {score.stderr:.3f}"
+        error = "" if score.stderr is None else f"\u00a0±\u00a0{score.stderr:.3f}"
         figures = [
             f"{score.documents:,}",
             f"{score.tokens:,}",
