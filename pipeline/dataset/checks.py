@@ -4,8 +4,11 @@ packed     rows and row groups as announced; tokens below the vocabulary's size;
            row; EOS at the ends of documents only; a piece without EOS (a long document goes on elsewhere) fills its row to
            the end; padding is EOS; token count as announced; no held-out document (leakage.py)
 held-out   no EOS, tokens below the vocabulary's size, positive byte counts, totals as announced
+search     what was found over all sources: clusters of near-duplicates as many as announced, one document left out a pair;
+           of every task as many seen questions as announced
 others     size and SHA-256 (tokenizer, document shards, quarantine, rejected documents)
 records    of the packs and tails that the dataset names by digest: document counts balanced, the unit's record as it was,
+           the files that later steps and versions read of it (indexes of hashes, held-out candidates, signatures, questions seen),
            packed files those of the dataset, no row lost in a tail, one quarantine line per quarantined record,
            of rejected documents that are kept one row for each that was counted
 
@@ -43,6 +46,9 @@ from pipeline.storage import Storage
 PACKS, TAILS = "datasets/packs", "datasets/tails"  # where data_prep commits them: <first two digits>/<id>.json
 
 
+UNIT_FILES = ("index", "candidates", "bands", "seen")  # of a unit's record
+
+
 @dataclass(frozen=True)
 class Finding:
     """Something that is not as the manifest says."""
@@ -58,10 +64,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Task:
-    """One file to check: `source` and `index` find it in the manifest (source -1: the tokenizer's, or all records whose
+    """One file to check: `source` and `index` find it in the manifest (source -1: the tokenizer's, one of `searched`, or all records whose
     name begins with the hexadecimal digit `index`)."""
 
-    kind: Literal["packed", "heldout", "documents", "quarantine", "rejected", "tokenizer", "records"]
+    kind: Literal["packed", "heldout", "documents", "quarantine", "rejected", "tokenizer", "records", "search"]
     source: int
     index: int
 
@@ -92,8 +98,8 @@ def check(
             _check_packed(dataset, heldout, storage, entry, report)
         elif isinstance(entry, HeldoutFile):
             _check_heldout(dataset, storage, entry, report)
-        else:
-            _check_bytes(storage, entry, report)
+        elif _check_bytes(storage, entry, report) and task.kind == "search":
+            report.findings += [Finding(entry.path, None, what) for what in _check_search(dataset, storage, entry)]
     except FileNotFoundError:
         report.findings.append(Finding(entry.path, None, "the file is missing"))
     return report
@@ -133,10 +139,32 @@ def check_block(block: Block, eos_id: int, vocab_size: int) -> tuple[str, int]:
 def _entry(dataset: DatasetManifest, index: FileIndex, task: Task) -> FileEntry:
     if task.kind == "tokenizer":
         return dataset.tokenizer.files[task.index]
+    if task.kind == "search":
+        return searched(dataset)[task.index]
     if task.kind == "heldout":
         return dataset.sources[task.source].heldout[task.index]
     files: Sequence[FileEntry] = getattr(index, task.kind)[task.source]
     return files[task.index]
+
+
+def searched(dataset: DatasetManifest) -> list[FileEntry]:
+    """The files that say what was found over all sources."""
+    near, found = dataset.near_duplicates, dataset.contamination
+    return ([near.duplicates, near.clusters] if near else []) + ([found.questions, found.seen] if found else [])
+
+
+def _check_search(dataset: DatasetManifest, storage: Storage, entry: FileEntry) -> Iterator[str]:
+    """What is wrong with a file whose bytes are those on record."""
+    near, found = dataset.near_duplicates, dataset.contamination
+    if near is not None and entry == near.clusters:
+        pairs = np.frombuffer(storage.read(entry.path), "<u8").reshape(-1, 2)
+        if len(pairs) != near.dropped or len(np.unique(pairs[:, 1])) != near.dropped:
+            yield f"{len(pairs)} documents are left out, the manifest says {near.dropped}"
+    elif found is not None and entry == found.seen:
+        seen = pq.read_table(io.BytesIO(storage.read(entry.path)))["task"].to_pylist()
+        for name, task in found.tasks.items():
+            if seen.count(name) != task.seen:
+                yield f"{seen.count(name)} questions of {name} were seen, the manifest says {task.seen}"
 
 
 def _check_bytes(storage: Storage, entry: FileEntry, report: FileReport) -> bool:
@@ -274,6 +302,9 @@ def _check_pack(storage: Storage, pack: dict[str, Any]) -> Iterator[str]:
         yield f"{path}: {error}"
         return
     yield from _check_rejected(storage, pack, unit)
+    for name in UNIT_FILES:
+        if unit.get(name):
+            yield from _check_file(storage, FileEntry(**unit[name]))
     digest = digest_of({name: value for name, value in unit.items() if value or name not in UNIT_OPTIONAL})
     if digest != pack["unit_digest"]:
         yield f"{path} has digest {digest}, expected {pack['unit_digest']}"
@@ -282,6 +313,16 @@ def _check_pack(storage: Storage, pack: dict[str, Any]) -> Iterator[str]:
         records = sum(unit["counts"]["quarantined"].values())
         if lines != records:
             yield f"{unit['quarantine']['path']} has {lines} lines for {records} quarantined records"
+
+
+def _check_file(storage: Storage, entry: FileEntry) -> Iterator[str]:
+    """Of a unit, that no list of the dataset's files names."""
+    report = FileReport(Task("records", -1, 0), entry.path)
+    try:
+        _check_bytes(storage, entry, report)
+    except FileNotFoundError:
+        yield f"{entry.path}: the file is missing"
+    yield from (f"{entry.path}: {finding.what}" for finding in report.findings)
 
 
 def _check_rejected(storage: Storage, pack: dict[str, Any], unit: dict[str, Any]) -> Iterator[str]:

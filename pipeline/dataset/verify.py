@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from pipeline.dataset.checks import PACKS, FileReport, Finding, Task, check
+from pipeline.dataset.checks import PACKS, FileReport, Finding, Task, check, searched
 from pipeline.dataset.leakage import HeldoutIndex, heldout_index
 from pipeline.file_index import FileIndex, open_index
 from pipeline.integrity import DamagedFile
@@ -55,6 +55,7 @@ def in_process(
 
 def tasks_of(dataset: DatasetManifest, index: FileIndex) -> list[Task]:
     tasks = [Task("tokenizer", -1, number) for number in range(len(dataset.tokenizer.files))]
+    tasks += [Task("search", -1, number) for number in range(len(searched(dataset)))]
     if index.records:
         tasks += [Task("records", -1, digit) for digit in range(16)]
     for s, source in enumerate(dataset.sources):
