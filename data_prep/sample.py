@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from data_prep.contamination.apply import decontaminate
+from data_prep.contamination.finder import Finder
 from data_prep.filters import rejected_by
 from data_prep.formats import format_of
 from data_prep.listing import Listing, hash_order
@@ -21,7 +23,7 @@ from data_prep.plan import Slice
 from data_prep.readers import ReaderSettings, Record, read_slice
 from data_prep.rules.apply import Outcome, apply
 from data_prep.rules.check import check_rules
-from data_prep.tokenize_unit import open_input
+from data_prep.tokenize_unit import open_input, said
 from pipeline.config.rules import Rules
 from pipeline.config.schema import NearDuplicates, RunConfig, SourceConfig
 
@@ -43,6 +45,7 @@ class Sampled:
     filtered: Counter[str] = field(default_factory=Counter)
     quarantined: Counter[str] = field(default_factory=Counter)
     alone: Counter[str] = field(default_factory=Counter)  # by rule
+    held: dict[str, list[int]] = field(default_factory=dict)  # of each task the numbers of records that hold a question
 
     @property
     def seen(self) -> int:
@@ -65,8 +68,10 @@ class Sampled:
         return Counter(outcome.language for outcome in self.outcomes if outcome.language)
 
 
-def sample(config: RunConfig, source: SourceConfig, files: Listing, rules: Rules) -> Sampled:
-    """Raises ConfigError where a rule needs what is not installed."""
+def sample(
+    config: RunConfig, source: SourceConfig, files: Listing, rules: Rules, finder: Finder | None = None
+) -> Sampled:
+    """`finder`: of the questions of tasks, where they are looked for. Raises ConfigError where a rule needs what is not installed."""
     check_rules(config.corpus)
     some = sorted((file for file in files if file.bytes), key=lambda file: hash_order(file.path))
     some = some[: DOCUMENTS if some and format_of(some[0].path, source.format) == "text" else FILES]
@@ -95,7 +100,25 @@ def sample(config: RunConfig, source: SourceConfig, files: Listing, rules: Rules
             if (rule := getattr(rules, name)) is not None:
                 only = apply(texts, Rules(**{name: rule}))
                 found.alone[name] = sum(bool(outcome.rejected) for outcome in only)
+    if finder is not None:
+        _look_for_questions(found, finder)
     return found
+
+
+def _look_for_questions(found: Sampled, finder: Finder) -> None:
+    """In what the source's own rules leave, as prepare does."""
+    texts: dict[int, str] = {}
+    for number, record in enumerate(found.records):
+        if found.source.conversations:
+            texts[number] = said(record.text)
+        elif not found.source.rules.any:
+            texts[number] = record.text.decode()
+        elif not found.outcomes[number].rejected:
+            texts[number] = found.outcomes[number].text
+    numbers = list(texts)
+    for place, outcome in decontaminate(list(texts.values()), finder).items():
+        for task in outcome.tasks:
+            found.held.setdefault(task, []).append(numbers[place])
 
 
 def clusters(samples: Sequence[Sampled], settings: NearDuplicates) -> list[list[tuple[str, str]]]:

@@ -7,12 +7,15 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from data_prep.contamination.finder import Finder
+from data_prep.contamination.questions import parse, to_bytes
 from data_prep.identity import list_corpus
 from data_prep.rules import language
 from data_prep.sample import Sampled, clusters, sample
 from jobs.cli import looking, open_run, parser, refusing
 from pipeline.config.rules import C4, FineWeb, GopherQuality, GopherRepetition, Languages, PersonalData, Rules
-from pipeline.config.schema import NearDuplicates
+from pipeline.config.schema import NearDuplicates, RunConfig
+from pipeline.evaluation.questions import questions
 
 SHOWN_CHARACTERS = 90
 SHOWN_CLUSTERS = 5
@@ -36,11 +39,14 @@ def command(arguments: Sequence[str] | None) -> int:
     with looking(given.config):
         config, _ = open_run(given.config, given.overrides)
         listings = list_corpus(config)
-        samples = []
+        finder, samples = looked_for(config), list[Sampled]()
         for source in config.corpus.sources:
             rules = source.rules if source.rules.any or source.conversations else every_rule()
-            samples.append(sample(config, source, listings[source.name], rules))
-            for line in source_lines(samples[-1], given.examples):
+            samples.append(sample(config, source, listings[source.name], rules, finder))
+            for line in (
+                *source_lines(samples[-1], given.examples),
+                *question_lines(samples[-1], finder, given.examples),
+            ):
                 print(line, flush=True)
         for line in cluster_lines(samples, config.corpus.near_duplicates):
             print(line, flush=True)
@@ -57,6 +63,24 @@ def every_rule() -> Rules:
         fineweb=FineWeb(),
         personal_data=PersonalData(),
     )
+
+
+def looked_for(config: RunConfig) -> Finder | None:
+    """The questions of the run's tasks, asked of the harness; None where they are not looked for. Raises ConfigError."""
+    section = config.corpus.decontamination
+    return None if section is None else Finder(parse(to_bytes(questions(config))), section)
+
+
+def question_lines(found: Sampled, finder: Finder | None, examples: int) -> Iterator[str]:
+    """Of each task how many documents hold a question of it."""
+    if finder is None:
+        return
+    done = {"drop": "dropped", "cut": "cut", "report": "left as they are"}[finder.settings.action]
+    yield f"  documents with questions of tasks ({done}):" + ("" if found.held else " none")
+    for task, numbers in sorted(found.held.items()):
+        yield f"    {task:56}{len(numbers):8,}{len(numbers) / len(found.records):8.1%}"
+        for number in numbers[:examples]:
+            yield f"      {found.records[number].location}  {_excerpt(found.records[number].text)}"
 
 
 def source_lines(found: Sampled, examples: int) -> Iterator[str]:

@@ -13,6 +13,7 @@ import pytest
 
 from data_prep.prepare import prepare
 from jobs import stages
+from jobs.data import main as data_main
 from jobs.stage import main as stage_main
 from jobs.stages import questions
 from jobs.stages.prepare import outcome
@@ -183,3 +184,13 @@ def test_nothing_is_asked_where_nothing_is_looked_for(own: Path) -> None:
     assert questions.pin(config, storage) is config
     assert stages.find(config, storage) == Records()
     assert storage.list("runs") == []
+
+
+def test_sample_shows_them_beforehand(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert data_main(["sample", "--config", "debug", *arguments(own, tasks=["exam_free"], action="cut")]) == 0
+    shown = capsys.readouterr().out
+    assert "documents with questions of tasks (cut):\n" in shown
+    for exam in EXAMS:
+        (line,) = (line for line in shown.splitlines() if line.strip().startswith(exam))
+        assert line.split()[1:] == ["4", "10.0%"]
+    assert not (own.parent / "root").exists()
