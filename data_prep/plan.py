@@ -22,6 +22,7 @@ import orjson
 import xxhash
 from numpy.typing import NDArray
 
+from data_prep import warc_versions
 from data_prep.contamination import CONTAMINATION_VERSION
 from data_prep.formats import format_of, is_compressed
 from data_prep.listing import InputFile, Listing
@@ -81,6 +82,8 @@ def unit_settings(source: SourceConfig, corpus: CorpusConfig, tokenizer_sha256: 
         "max_document_bytes": corpus.max_document_bytes,
     }
     settings |= {"conversations": True} if source.conversations else {}
+    if source.format == "warc":
+        settings["warc"] = warc_versions.versions()
     if source.rules.any:
         rules = source.rules.model_dump(mode="json", exclude_none=True)
         settings["rules"] = {"version": RULES_VERSION, **rules}

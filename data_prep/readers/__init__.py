@@ -2,7 +2,7 @@
 
 A reader yields `Record`s in file order: a document (UTF-8 bytes, an id, its location) or, where the record cannot be used,
 the reason. Locations are `path@offset` (byte offset in the decompressed stream) for JSON and CSV, `path#row` for Parquet
-and Arrow, `path` for a text file. Reasons:
+and Arrow, `path#record` for WARC, `path` for a text file. Reasons:
 
 invalid_json, invalid_csv     the line, element or row cannot be parsed
 invalid_utf8, lone_surrogates the text is no text

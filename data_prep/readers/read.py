@@ -14,6 +14,7 @@ from data_prep.readers.lines import read_json_lines
 from data_prep.readers.parquet import read_parquet
 from data_prep.readers.record import ReaderSettings, Record
 from data_prep.readers.text import read_text
+from data_prep.readers.warc import read_warc
 
 
 def read_slice(part: Slice, file: IO[bytes], settings: ReaderSettings) -> Iterator[Record]:
@@ -29,6 +30,8 @@ def read_slice(part: Slice, file: IO[bytes], settings: ReaderSettings) -> Iterat
         return read_delimited(part, file, settings, DELIMITERS[kind])
     if kind == "text":
         return read_text(part, file, settings)
+    if kind == "warc":
+        return read_warc(part, file, settings)
     assert kind in ("json", "jsonl"), f"{part.path}: a file of no known format was planned"
     cut = part.start > 0 or part.stop is not None  # only lines are cut
     if kind == "json" and not cut and not are_lines(part.path, file):

@@ -69,7 +69,7 @@ class SourceConfig(Section):
     name: str
     path: Location  # folder, file or s3:// prefix; `{stdlib}` and `{site_packages}` stand for the running Python's folders
     # auto: by name, where a name says it; anything else (code, say, as text) only if it is named here
-    format: Literal["auto", "json", "jsonl", "parquet", "arrow", "csv", "tsv", "text"] = "auto"
+    format: Literal["auto", "json", "jsonl", "parquet", "arrow", "csv", "tsv", "text", "warc"] = "auto"
     include: tuple[str, ...] = ("**/*",)  # globs relative to path
     exclude: tuple[str, ...] = ()
     max_bytes: Bytes | None = None  # take files in hash order until this many bytes
