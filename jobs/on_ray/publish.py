@@ -1,6 +1,6 @@
 """Publishing on Ray: a task that makes the Hugging Face folder and moves the pointer, and tasks that write its weight files.
 
-A task writes one file, so what a worker holds depends on the largest tensor and never on the size of the model. Which file has
+A task writes one file in blocks, so what a worker holds does not depend on the model. Which file has
 which bytes was settled before (layout.py): any number of workers, killed and started again, leave the same folder.
 """
 

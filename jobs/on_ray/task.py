@@ -19,7 +19,7 @@ from pipeline.lease import Held, LeaseLost
 @dataclass(frozen=True)
 class Place:
     """Beside training: on nodes that offer EVALUATOR, if there are any, without a share of their CPUs, and behind everybody else
-    there (`_step_back`)."""
+    there (`step_back`)."""
 
     resource: bool
 
@@ -78,12 +78,12 @@ def _call(function: Callable[..., Any], args: Sequence[Any], threads: int, behin
     import torch  # where the work is done, not where it is asked for
 
     if behind:
-        _step_back()
+        step_back()
     torch.set_num_threads(threads)
     return function(*args)
 
 
-def _step_back() -> None:
+def step_back() -> None:
     """Let this process run when nobody else of the node wants the core. Ray starts its workers at niceness 15, beside which one of 19 still gets 3
     parts of 10 of a core that both want; the kernel's idle class gets 1 of 13. Threads that begin later do as this one does."""
     os.nice(19)

@@ -17,7 +17,7 @@ not written again; only its promotion is completed.
 
 The weight files are laid out before anything is written (layout.py), so any number of writers write the same bytes
 (weights.py); here one after the other, on Ray several at a time. All of it is checked before it is committed (check.py).
-Memory: one tensor of the checkpoint and one of its pieces a writer, and the first layers; only samples of text need the whole network.
+Memory: a block of a piece a writer, and the first layers; only samples of text need the whole network.
 """
 
 from __future__ import annotations
