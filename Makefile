@@ -54,7 +54,7 @@ LADDER := parallelism={} model.num_attention_heads=8 model.qk_nope_head_dim=24 m
 	evaluation.max_tokens_per_source=12000
 ladder: $(STAMP) ## Muon against AdamW on the demo corpus at four sizes (under an hour on 2 cores; the same command goes on)
 	$(BIN)/python -m jobs.prepare --config debug storage.root=$(ROOT)
-	$(BIN)/python -m jobs.ladder --config debug --sizes 64,96,128,160 --seeds 3 --rates 1,2,4 --tuned 3 --tokens-per-parameter 0.25 \
+	$(BIN)/python -m jobs.ladder --config debug --sizes 32,64,96,128 --seeds 3 --rates 1,2,4 --tuned 4 --tokens-per-parameter 0.25 \
 		storage.root=$(ROOT) $(LADDER)
 
 clean: ## Remove the environment, caches and the demo's results

@@ -89,6 +89,8 @@ def plot(climbed: Climbed) -> bytes:
         )
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         axes.set_xlabel("training FLOPs")
         axes.set_ylabel("held-out loss (nats per token)")
         axes.set_title(f"Muon needs {climbed.share} of AdamW's FLOPs", loc="left", fontsize=10)
