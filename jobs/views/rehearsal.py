@@ -10,7 +10,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.planner.memory import RESERVED_GB
 from pipeline.rehearsal.chips import Chip, load_chip
 from pipeline.rehearsal.fuse import fuse
-from pipeline.rehearsal.step import Rehearsal, rehearse
+from pipeline.rehearsal.step import BEHIND, Rehearsal, rehearse
 from pipeline.rehearsal.tape import Collective
 from pipeline.rehearsal.timeline import Timeline, simulate
 from pipeline.rehearsal.trace import to_trace
@@ -83,7 +83,10 @@ def lines(config: RunConfig, found: Rehearsal, timeline: Timeline, chip: Chip) -
             yield f"           {_time(seconds)}  {seconds / timeline.seconds:5.1%}  waiting for {why}"
     yield from _wire(found, timeline)
     waits = Counter((wait.reason, wait.phase) for wait in found.host_waits())
-    told = ", ".join(f"{times:,} in {phase} ({reason})" for (reason, phase), times in waits.items())
+    told = ", ".join(
+        f"{times:,} {phase if phase == BEHIND else 'in ' + phase} ({reason})"
+        for (reason, phase), times in waits.items()
+    )
     yield f"host       waits for the device {sum(waits.values()):,} times a step" + (f": {told}" if told else "")
 
 

@@ -96,8 +96,8 @@ class TrainingConfig(Section):
     gather_once: bool = (
         False  # weights stay whole, and gradients add up here, from a step's first micro-batch to its last
     )
-    # With ep > 1: rows that ranks and their experts have room for, over those of even routing, so that the host never
-    # waits for counts; a step that needs more is skipped and counted. None: as many as there are, one wait a layer.
+    # With ep > 1: rows that ranks and their experts have room for, over those of even routing, so that the host waits once
+    # a step, not for counts in every layer; a step that needs more is computed again with buffers that fit (training/room.py).
     expert_capacity: Annotated[float, Field(ge=1.0, le=64.0)] | None = None
     document_mask: bool = False  # attention stays inside a document of a packed row
     loss_on: Literal["all", "answers"] = (

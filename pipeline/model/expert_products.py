@@ -67,22 +67,31 @@ def expert_products(x_RD: Tensor, choices: Choices, held: Held) -> Tensor:
     return cast(Tensor, _Products.apply(x_RD, choices.weights_RC, choices, *held))
 
 
+def _pairs(choices: Choices, experts: int) -> int:
+    """How many places there are. A CPU knows at once how many pairs a bound is for: PyTorch computes an exponent at the end of an array,
+    behind its last whole vector, to other bits than inside, so the array's length has to be that of what is in it."""
+    if not choices.bounded or choices.experts_RC.device.type != "cpu":
+        return choices.pairs
+    return min(choices.pairs, int((choices.experts_RC < experts).sum()))
+
+
 class _Products(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_RD: Tensor, weights_RC: Tensor, choices: Choices, later: Later,
         gate_eFD: Tensor, up_eFD: Tensor, down_eDF: Tensor,
     ) -> Tensor:  # fmt: skip
-        placing = place(choices.experts_RC, gate_eFD.shape[0], choices.pairs, all_chosen=choices.all_chosen)
-        offsets_e = placing.counts.cumsum(0).clamp(max=choices.pairs).int()
+        pairs = _pairs(choices, gate_eFD.shape[0])
+        placing = place(choices.experts_RC, gate_eFD.shape[0], pairs, all_chosen=choices.all_chosen)
+        offsets_e = placing.counts.cumsum(0).clamp(max=pairs).int()
         weights_M = weights_RC.flatten().index_select(0, placing.choice_M)
+        if choices.bounded:
+            weights_M.masked_fill_(placing.counts.sum() > choices.pairs, torch.nan)
         x_MD = gathered(x_RD, placing.row_M)
         gate_MF, up_MF = grouped_linear(x_MD, gate_eFD, offsets_e), grouped_linear(x_MD, up_eFD, offsets_e)
         del x_MD
         y_MD = grouped_linear(swiglu(gate_MF, up_MF, weights_M), down_eDF, offsets_e)
         y_RD = bag_sums(y_MD, placing.place_M, placing.bags_R1)
-        if choices.bounded:
-            y_RD.masked_fill_(placing.counts.sum() > choices.pairs, torch.nan)
         ctx.later, ctx.bounded = later, choices.bounded
         ctx.save_for_backward(
             x_RD, gate_MF, up_MF, weights_M, offsets_e,

@@ -50,7 +50,7 @@ from pipeline.model.block import Block
 from pipeline.model.devices import is_gpu
 from pipeline.model.experts import Experts, MoE
 from pipeline.model.moonlight import Moonlight
-from pipeline.parallel.bounded import BoundedDispatch
+from pipeline.parallel.bounded import BoundedDispatch, Room
 from pipeline.parallel.dispatch import AllToAllDispatch
 from pipeline.parallel.exposed import Exposed
 from pipeline.parallel.mesh import Meshes
@@ -77,9 +77,10 @@ def shard_model(model: Moonlight, meshes: Meshes, training: TrainingConfig, devi
         _require_compiler()
     layers = [cast(Block, block) for block in model.layers]
     if meshes.ep is not None:
+        room = None if training.expert_capacity is None else Room(training.expert_capacity)
         for block in layers:
             if isinstance(block.mlp, MoE):
-                _spread_experts(block.mlp.experts, meshes.ep, training.expert_capacity, meshes.exposed)
+                _spread_experts(block.mlp.experts, meshes.ep, room, meshes.exposed)
     for block in layers:
         block.activation_checkpointing = training.activation_checkpointing
         if training.compile:
@@ -130,6 +131,12 @@ def whole_groups(model: nn.Module, *, cut_too: bool = False) -> list[FSDPParamGr
     return [each for each, size in zip(groups, sizes) if size == 1 or (cut_too and size > 1)]
 
 
+def room_of(model: nn.Module) -> Room | None:
+    """Of a network whose rows travel in buffers of fixed size: which all its layers share."""
+    dispatchers = [module.dispatcher for module in model.modules() if isinstance(module, Experts)]
+    return next((each.room for each in dispatchers if isinstance(each, BoundedDispatch)), None)
+
+
 def keep_whole(groups: list[FSDPParamGroup], last: bool) -> None:
     """Before a micro-batch: its backward keeps gathered weights and gradients of `groups` unless it is the `last` one."""
     for group in groups:
@@ -146,7 +153,7 @@ def _require_compiler() -> None:
         )
 
 
-def _spread_experts(experts: Experts, ep: DeviceMesh, capacity: float | None, exposed: Exposed) -> None:
+def _spread_experts(experts: Experts, ep: DeviceMesh, room: Room | None, exposed: Exposed) -> None:
     """Keep E / ep whole experts on each rank of the axis, as DTensor parameters, and route tokens between the ranks."""
     for name, parameter in list(experts.named_parameters(recurse=False)):
         size = parameter.shape[0]
@@ -155,10 +162,10 @@ def _spread_experts(experts: Experts, ep: DeviceMesh, capacity: float | None, ex
         spread = DTensor.from_local(local, ep, [Shard(0)], run_check=False)
         setattr(experts, name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
     group = ep.get_group()
-    if capacity is None:
+    if room is None:
         experts.dispatcher = AllToAllDispatch(group, exposed)
     else:
-        experts.dispatcher = BoundedDispatch(group, capacity, exposed)
+        experts.dispatcher = BoundedDispatch(group, room, exposed)
 
 
 def _expert_dim(name: str, experts: nn.Module, meshes: Meshes) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -94,9 +94,11 @@ class Memory:
 
 
 class Recorder(TorchDispatchMode):
-    def __init__(self, tape: Tape, memory: Memory) -> None:
+    """`filled`: of buffers that have room for so many rows, how many hold one; products of experts and sums of rows see no others."""
+
+    def __init__(self, tape: Tape, memory: Memory, filled: Mapping[int, int] | None = None) -> None:
         super().__init__()
-        self.tape, self.memory = tape, memory
+        self.tape, self.memory, self.filled = tape, memory, filled or {}
         self._shrink = torch.UntypedStorage.resize_
 
     def __enter__(self) -> Recorder:
@@ -137,11 +139,12 @@ class Recorder(TorchDispatchMode):
         made = [t for t in outputs if self.memory.number(t) not in known]
         if func in _TAKES_MEMORY or not (made or changed):
             return
-        writes = [(self.memory.number(t), _size(t)) for t in (*made, *changed)]
+        seen = self._seen if func._schema.name in _SEE_WHAT_IS_FILLED else _size
+        writes = [(self.memory.number(t), seen(t)) for t in (*made, *changed)]
         taken = {number for number, _ in writes} if func in _OVERWRITES else set()
         gathered = sum(map(_size, outputs)) if func in _GATHERS else None
         reads = [
-            (self.memory.number(t), _size(t) if gathered is None else min(_size(t), gathered))
+            (self.memory.number(t), seen(t) if gathered is None else min(_size(t), gathered))
             for t in inputs
             if self.memory.number(t) not in taken
         ]
@@ -153,11 +156,22 @@ class Recorder(TorchDispatchMode):
                 self.tape.stream,
                 self.tape.phase,
                 self.tape.where,
-                flops_of(func, args, kwargs, out),
+                self._flops(func, args, kwargs, out),
                 tuple(reads),
                 tuple(writes),
             )
         )
+
+    def _seen(self, tensor: Tensor) -> int:
+        """Bytes of the rows that are filled."""
+        size = _size(tensor)
+        rows = tensor.shape[0] if tensor.dim() else 0
+        return size * self.filled[rows] // rows if rows in self.filled else size
+
+    def _flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> int:
+        flops = flops_of(func, args, kwargs, out)
+        rows = args[0].shape[0] if func._schema.name in _SEE_WHAT_IS_FILLED else 0
+        return flops * self.filled[rows] // rows if rows in self.filled else flops
 
 
 def _size(tensor: Tensor) -> int:
@@ -267,6 +281,7 @@ _FLOPS: dict[str, Callable[..., int]] = {
     "moonlight::rehearsed_attention": _attention,
     "moonlight::rehearsed_attention_backward": _attention_backward,
 }
+_SEE_WHAT_IS_FILLED = frozenset(f"moonlight::{name}" for name in ("grouped_rows", "grouped_outer", "bag_sums"))
 _PRODUCTS = frozenset({"mm", "addmm", "addmm_", "bmm", "baddbmm", "linear", "linear_backward"})
 _READ_TWICE = frozenset({"moonlight::cross_entropy"})  # its inputs
 _aten = torch.ops.aten

@@ -9,7 +9,7 @@ Of many micro-batches three are run, the first, one between and the last, and th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,7 @@ from pipeline.optim.muon import build_optimizer
 from pipeline.optim.rules import moonlight_rules
 from pipeline.optim.schedule import segments
 from pipeline.parallel import local
+from pipeline.parallel.bounded import room_for_pairs, room_for_rows
 from pipeline.parallel.dispatch import ranks_met
 from pipeline.parallel.mesh import build_meshes
 from pipeline.parallel.shard import shard_model
@@ -40,6 +41,8 @@ from pipeline.training.batches import MicroBatch, StepBatch
 from pipeline.training.guard import Guard
 from pipeline.training.phases import Stopwatch
 from pipeline.training.step import Step
+
+BEHIND = "behind the step"  # the phase in which all of a step has been launched
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Rehearsal:
         return entries[: begins[2]] + between * (self.micro_batches - 3) + entries[begins[2] :]
 
     def host_waits(self) -> list[HostWait]:
+        """Also those behind the step (`BEHIND`), whose last results the host asks for."""
         return [entry for entry in self.whole() if isinstance(entry, HostWait)]
 
 
@@ -93,7 +97,9 @@ def rehearse(config: RunConfig, *, limit: int | None = None) -> Rehearsal:
     met = ranks_met(network.n_routed_experts, network.num_experts_per_tok, config.parallelism.ep)
     rows, pairs = int(tokens * met), tokens * network.num_experts_per_tok
 
-    with on_stage(memory, rows, pairs):
+    filled = _filled(config, tokens, rows, pairs)
+
+    with on_stage(memory, rows, pairs, filled):
         model.to_empty(device=device)
         model.train()
         rules = moonlight_rules(config.model, config.optimizer)
@@ -112,7 +118,11 @@ def rehearse(config: RunConfig, *, limit: int | None = None) -> Rehearsal:
         step.before_update()
         stopwatch.enter("optimizer")
         times, _ = stopwatch.take()
-        step.update(loss, aux_loss, labels, 1e-4, 1e-3, False, times)
+        fixed = step.fixed_room is not None
+        step.update(loss, aux_loss, labels, 1e-4, 1e-3, False, times, may_repeat=fixed)
+        TAPE.phase = BEHIND
+        if fixed:
+            step.happened()
         stopwatch.lap(1)
         stopwatch.read(1)
         with TAPE.during("checkpoint"), TAPE.on("checkpoint"):
@@ -124,8 +134,9 @@ def rehearse(config: RunConfig, *, limit: int | None = None) -> Rehearsal:
 
 
 @contextmanager
-def on_stage(memory: Memory, rows: int = 0, pairs: int = 0) -> Iterator[None]:
-    """What is computed on the device inside is written down. `rows`, `pairs`: those of a micro-batch that travel and meet experts."""
+def on_stage(memory: Memory, rows: int = 0, pairs: int = 0, filled: Mapping[int, int] | None = None) -> Iterator[None]:
+    """What is computed on the device inside is written down. `rows`, `pairs`: those of a micro-batch that travel and meet experts;
+    `filled`: see Recorder."""
     with ExitStack() as stack:
         stack.enter_context(
             mock.patch.object(
@@ -136,13 +147,26 @@ def on_stage(memory: Memory, rows: int = 0, pairs: int = 0) -> Iterator[None]:
             mock.patch.object(recomputation, "KEPT", recomputation.KEPT | {"moonlight::rehearsed_attention"})
         )
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", lambda x: _even(x, rows, pairs)))
+        stack.enter_context(mock.patch.object(FakeTensor, "__bool__", _yes))
         # makes tensors from numbers on the CPU first, as fake mode does where there is no GPU
         stack.enter_context(mock.patch.object(fake_tensor, "_is_privateuse1_backend_available", return_value=False))
         stack.enter_context(mock.patch.object(local, "compute_local_shape_and_global_offset", _really(local)))
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(Recorder(TAPE, memory))
+        stack.enter_context(Recorder(TAPE, memory, filled))
         yield
+
+
+def _filled(config: RunConfig, tokens: int, rows: int, pairs: int) -> dict[int, int]:
+    """Of the buffers of fixed size, how much is in use: {room: rows}."""
+    capacity, ranks, model = config.training.expert_capacity, config.parallelism.ep, config.model
+    if capacity is None or ranks == 1:
+        return {}
+    E, K = model.n_routed_experts, model.num_experts_per_tok
+    return {
+        ranks * room_for_rows(tokens, E, K, ranks, capacity): rows,
+        room_for_pairs(tokens, E, K, ranks, capacity): pairs,
+    }
 
 
 def _batch(config: RunConfig, micro_batches: int) -> StepBatch:
@@ -172,6 +196,12 @@ def _even(x: Tensor, rows: int, pairs: int) -> Any:
     sides, kinds, ranks = x.shape
     assert kinds == 2, x.shape
     return [[[count // ranks] * ranks for count in (rows, pairs)] for _ in range(sides)]
+
+
+def _yes(_: Tensor) -> bool:
+    """The host asks whether all went well."""
+    TAPE.add(HostWait("bool", TAPE.stream, TAPE.phase, TAPE.where))
+    return True
 
 
 def _say_where(model: Moonlight) -> None:

@@ -28,15 +28,16 @@ class Guard:
     def __init__(self, device: torch.device, spikes: SpikeConfig | None = None) -> None:
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self.finite = torch.ones((), dtype=torch.bool, device=device)  # the step that was judged last
         self.spikes = Spikes(spikes or SpikeConfig(), device)
 
-    def judge(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
-        """1.0 (fp32) if the step may happen, else 0.0."""
-        finite = torch.isfinite(loss) & torch.isfinite(gradient_norm)
+    def judge(self, loss: Tensor, gradient_norm: Tensor, *, may_repeat: bool = False) -> Tensor:
+        """1.0 (fp32) if the step may happen, else 0.0. `may_repeat`: one that is not finite is computed again, and not counted."""
+        self.finite = finite = torch.isfinite(loss) & torch.isfinite(gradient_norm)
         spike = self.spikes.judge(loss, gradient_norm, finite)
         good = finite & ~spike if self.spikes.config.action != "count" else finite
-        self.skipped += ~good
-        self.in_a_row.copy_(torch.where(finite, 0, self.in_a_row + 1))
+        self.skipped += ~good & finite if may_repeat else ~good
+        self.in_a_row.copy_(torch.where(finite, 0, self.in_a_row + (not may_repeat)))
         return good.float()
 
     def state(self) -> dict[str, Tensor]:
@@ -50,7 +51,7 @@ def check_skipped(in_a_row: int, limit: int, step: int) -> None:
         raise RunDiverged(
             f"step {step}: the last {in_a_row} steps had a non-finite loss or gradient and were skipped "
             f"(training.max_skipped_steps {limit}); look at train/metrics, then lower the learning rate, leave the data out "
-            "with training.skip_sequences, raise training.expert_capacity where it is set, or start from an earlier checkpoint"
+            "with training.skip_sequences, or start from an earlier checkpoint"
         )
 
 

@@ -13,7 +13,7 @@ After the last backward one float64 vector is summed over all ranks, the only re
 
 (float64 holds token counts exactly). From it follow, on the device and identically on every rank: the norm, the verdict
 of the guard, the clipping, the update of the router biases (after the verdict), and the figures to log. The host reads
-them one step later and never waits here. Behind the sums each rank's times of an earlier step may travel (phases.py), in a place of its own.
+them one step later and never waits here, except with `training.expert_capacity` once, behind the step (room.py). Behind the sums each rank's times of an earlier step may travel (phases.py), in a place of its own.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ from pipeline.model.sequences import to_device
 from pipeline.optim.muon import MoonlightOptimizer
 from pipeline.parallel.grad_norm import clip_, local_gradients, local_squared_norm
 from pipeline.parallel.mesh import Meshes
-from pipeline.parallel.shard import keep_whole, whole_groups
+from pipeline.parallel.shard import keep_whole, room_of, whole_groups
 from pipeline.training.batches import MicroBatch, StepBatch
 from pipeline.training.guard import Guard
+from pipeline.training.room import FixedRoom
 
 Compute = Callable[
     [StepBatch], tuple[Tensor, Tensor]
@@ -68,6 +69,9 @@ class Step:
         self.routers = dict(model.routers())
         self.whole = whole_groups(model, cut_too=gather_once)
         self.before_update: Callable[[], None] = lambda: None  # asked when the weights are about to change
+        self.before_repeat: Callable[[], None] = lambda: None  # told when a step is about to be computed again
+        room = room_of(model)
+        self.fixed_room = None if room is None else FixedRoom(room, tell=meshes.rank == 0)
         observe_max_logits(model, self.qk_clip is not None)
 
     def __call__(
@@ -94,9 +98,22 @@ class Step:
         def compute(batch: StepBatch) -> tuple[Tensor, Tensor]:
             return self.forward_backward(batch.micro_batches, *at_least_one)
 
+        fixed = self.fixed_room is not None and self.fixed_room.begin()
         loss, aux_loss = compute(batch) if recompute is None else recompute(batch, compute, self.optimizer.zero_grad)
         self.before_update()
-        return self.update(loss, aux_loss, labels, learning_rate, bias_rate, stop, times)
+        rates = learning_rate, bias_rate
+        values = self.update(loss, aux_loss, labels, *rates, stop, times, may_repeat=fixed)
+        if fixed and not self.happened():
+            self.before_repeat()
+            loss, aux_loss = compute(batch)
+            self.before_update()
+            values = self.update(loss, aux_loss, labels, *rates, stop, times)
+        return values
+
+    def happened(self) -> bool:
+        """Of a step with buffers of fixed size: whether they sufficed. The host waits."""
+        assert self.fixed_room is not None
+        return self.fixed_room.sufficed(self.guard.finite)
 
     def _fill(self, number: int) -> Tensor:
         """A number on the device; unlike a copy from the host a fill waits for nothing."""
@@ -140,8 +157,10 @@ class Step:
         bias_rate: float,
         stop: bool,
         times: Sequence[float] = (),
+        *,
+        may_repeat: bool = False,
     ) -> Tensor:
-        """Apply the gradients unless the guard objects. Nothing here reads a device value on the host."""
+        """Apply the gradients unless the guard objects. Nothing here reads a device value on the host. `may_repeat`: see Guard."""
         gradients = local_gradients(self.parameters)
         squares = local_squared_norm(gradients, self.meshes.replicas)
         counts = [router.tokens_per_expert.double() for router in self.routers.values()]
@@ -157,7 +176,7 @@ class Step:
         counts_LE = packed[4:counted].view(-1, self.model.config.n_routed_experts)
 
         norm = squares.sqrt()
-        ok = self.guard.judge(loss, norm)
+        ok = self.guard.judge(loss, norm, may_repeat=may_repeat)
         clip_(gradients, norm, self.gradient_clip)
         self.optimizer.step(learning_rate, ok, exposed=self.meshes.exposed)
         self.optimizer.zero_grad()

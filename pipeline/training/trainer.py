@@ -193,6 +193,7 @@ class Run:
         self.stopwatch = Stopwatch(self.device, self.meshes.exposed)
         self.profiler = Profiler(config, storage, self.rank, self.device)
         self.step.before_update = self.before_update
+        self.step.before_repeat = lambda: self.stopwatch.enter("compute")
         self.collect: Callable[[int], None] = lambda step: None  # garbage, after each step
         self.recomputation: Recomputation | None = None
         if config.training.recompute_every is not None:

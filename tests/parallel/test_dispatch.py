@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from pipeline.model import expert_products, mlp_products
 from pipeline.model.experts import MoE
-from pipeline.parallel.bounded import BoundedDispatch
+from pipeline.parallel.bounded import BoundedDispatch, Room
 from pipeline.parallel.dispatch import AllToAllDispatch, Choices, LocalDispatch, ranks_met
 from tests.distributed import run_distributed
 from tests.model.oracle import random_model, small_config
@@ -66,7 +66,7 @@ def run_case(bias: list[float], tokens: list[int], capacity: float | None = None
     for name, stack in list(layer.experts.named_parameters()):
         setattr(layer.experts, name, torch.nn.Parameter(stack.detach()[rank * share : (rank + 1) * share].clone()))
     group = dist.group.WORLD
-    layer.experts.dispatcher = AllToAllDispatch(group) if capacity is None else BoundedDispatch(group, capacity)
+    layer.experts.dispatcher = AllToAllDispatch(group) if capacity is None else BoundedDispatch(group, Room(capacity))
     x_BSD = inputs(rank, tokens[rank]).requires_grad_()
     out = layer(x_BSD)
     out.x_BSD.square().sum().backward()
@@ -87,6 +87,17 @@ def test_fixed_buffers_give_the_same_and_nothing_is_lost_in_silence():
     for case, (bias, tokens, _) in enumerate(BOUNDED):
         check_case(bias, tokens, [results[case] for results in by_rank])
     assert all(results[-1]["out"].isnan().any() for results in by_rank)
+
+
+def run_both_ways() -> list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+    return [(run_case(bias, tokens, capacity), run_case(bias, tokens)) for bias, tokens, capacity in BOUNDED]
+
+
+def test_fixed_buffers_give_the_bits_of_buffers_that_fit():
+    for results in run_distributed(run_both_ways, 2):
+        for fixed, fitting in results:
+            for name, tensor in fitting.items():
+                assert torch.equal(fixed[name], tensor), name
 
 
 def check_case(bias: list[float], tokens: list[int], ranks: list[dict[str, torch.Tensor]]) -> None:

@@ -22,7 +22,7 @@ from pipeline.model.moonlight import Moonlight
 from pipeline.model.qk_clip import observe_max_logits
 from pipeline.optim.muon import build_optimizer
 from pipeline.optim.rules import moonlight_rules
-from pipeline.parallel.bounded import BoundedDispatch
+from pipeline.parallel.bounded import BoundedDispatch, Room
 from pipeline.parallel.dispatch import AllToAllDispatch, Choices
 from pipeline.parallel.mesh import Meshes
 from pipeline.parallel.rows import place
@@ -152,7 +152,7 @@ def test_a_pass_over_ranks_waits_for_nothing_on_the_host(eight_ranks, lengths):
     model = on_cuda(BF16)
     ids_BS = torch.empty(2, 64, dtype=torch.int64, device=CUDA)
     experts = model.layers[1].mlp.experts
-    experts.dispatcher = BoundedDispatch(eight_ranks, 1.25)
+    experts.dispatcher = BoundedDispatch(eight_ranks, Room(1.25))
     out = model(ids_BS, ids_BS, lengths=lengths)
     assert out.loss_sum.device == CUDA
     experts.dispatcher = AllToAllDispatch(eight_ranks)
@@ -160,7 +160,7 @@ def test_a_pass_over_ranks_waits_for_nothing_on_the_host(eight_ranks, lengths):
         model(ids_BS, ids_BS, lengths=lengths)
 
 
-@pytest.mark.parametrize("dispatch", [AllToAllDispatch, lambda group: BoundedDispatch(group, 1.25)])
+@pytest.mark.parametrize("dispatch", [AllToAllDispatch, lambda group: BoundedDispatch(group, Room(1.25))])
 def test_tokens_are_sorted_without_a_read(eight_ranks, dispatch):
     experts_NK = torch.empty(128, 2, dtype=torch.int64, device=CUDA)
     choices = Choices(experts_NK, torch.empty(128, 2, device=CUDA), 256, True)
