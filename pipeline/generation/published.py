@@ -10,10 +10,15 @@ import torch
 
 from pipeline.config.schema import StorageConfig
 from pipeline.generation.sample import Sampling, generate
+from pipeline.integrity import DamagedFile, read_checked
+from pipeline.manifest import FileEntry
 from pipeline.model.hf import load_hf, read_config
 from pipeline.model.moonlight import Moonlight
 from pipeline.storage import Storage
 from pipeline.tokenizer import Encoder
+from pipeline.training.initial import manifest_in
+
+SMALL = (".json", ".jinja", ".model")  # network and tokenizer
 
 
 @dataclass(frozen=True)
@@ -62,11 +67,23 @@ def pieces(encoder: Encoder, told: Callable[[str], None]) -> Callable[[int | Non
 
 
 def load_published(folder: str, *, endpoint_url: str | None = None) -> Published:
-    """From a local folder or an s3:// URI; on CUDA where there is one, in fp32. Raises ValueError naming what is wrong there."""
+    """From a local folder or an s3:// URI; on CUDA where there is one, in fp32. What a folder that was published here vouches for is
+    checked before it is used. Raises ValueError naming what is wrong there."""
     storage = Storage(StorageConfig(root=folder, endpoint_url=endpoint_url))
+    manifest = manifest_in(storage, "")
+    for entry in manifest.files if manifest is not None else ():
+        if entry.path.endswith(SMALL):
+            _check(storage, entry)
     config = read_config("", storage)
     with torch.device("meta"):
         model = Moonlight(config)
     model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
-    load_hf(model, "", storage)
+    load_hf(model, "", storage, manifest)
     return Published(model.eval().requires_grad_(False), Encoder.load("", storage))
+
+
+def _check(storage: Storage, entry: FileEntry) -> None:
+    try:
+        read_checked(storage, entry)
+    except DamagedFile as error:
+        raise DamagedFile(f"{error}; fetch it again, or remove manifest.json if it was changed on purpose") from None

@@ -92,6 +92,14 @@ def test_wrong_folders_are_one_line(run: PublishedRun, tmp_path: Path, capsys: p
     assert "there is no config.json; give a folder in the format of Hugging Face" in refused(tmp_path / "nothing")
     copy = tmp_path / "copy"
     shutil.copytree(run.folder, copy)
+    for name in ("config.json", "tokenizer.json", next(copy.glob("*.safetensors")).name):
+        data = (copy / name).read_bytes()
+        (copy / name).write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+        assert f"{name}: " in refused(copy)  # the manifest vouches for it
+        (copy / name).write_bytes(data)
+    (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
+    assert "or remove manifest.json if it was changed on purpose" in refused(copy)
+    (copy / "manifest.json").unlink()  # as of any other folder of this network
     (copy / "tokenizer.json").unlink()
     assert "there is no tokenizer.json" in refused(copy)
     config = (copy / "config.json").read_text()
