@@ -343,3 +343,42 @@ def test_twenty_kills_on_a_faulty_s3(
         assert proxy.faults > 50
     direct = run_config(large, storage__root=f"s3://{name}/killed", storage__endpoint_url=endpoint)
     assert objects(open_storage(direct.storage)) == objects(open_storage(clean.storage))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("where", ["folder", "faulty s3"])
+def test_twenty_kills_of_one_process(
+    jsonl: Path, texts: list[str], tmp_path: Path, bucket: tuple[str, str], run_config: Make, where: str
+) -> None:
+    """Everything on, without Ray: after every 1 to 15 objects of whatever kind, the last steps' among them."""
+    more = {"corpus__unit_bytes": 60_000, **looking_for(texts, EVERYTHING)}
+    clean = run_config(jsonl, storage__root=str(tmp_path / "clean"), **more)
+    dataset = prepare(clean, opened(clean, texts))
+    endpoint, name = bucket
+    places = {"folder": {}, "faulty s3": {"storage__root": f"s3://{name}/alone"}}
+    with FaultyS3(endpoint) as proxy:
+        if where != "folder":
+            places[where]["storage__endpoint_url"] = proxy.url
+        config = run_config(jsonl, **places[where], **more)
+        storage = opened(config, texts)
+        rng, kills, last = random.Random(7), 0, ""
+        while not last:
+            command = [sys.executable, "-m", "tests.data_prep.run_alone", config.model_dump_json()]
+            driver = subprocess.Popen(
+                command, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, stdout=subprocess.PIPE, text=True
+            )
+            target = len(storage.list("datasets")) + rng.randint(1, 15)
+            while kills < 20 and driver.poll() is None and len(storage.list("datasets")) < target:
+                time.sleep(0.02)
+            if kills < 20 and driver.poll() is None:
+                driver.kill()
+                kills += 1
+            output, _ = driver.communicate(timeout=1800)
+            last = output.splitlines()[-1] if driver.returncode == 0 else ""
+            assert driver.returncode in (0, -9)
+        assert (kills, last) == (20, f"digest {dataset.digest}")
+    if where != "folder":
+        assert proxy.faults > 10
+        storage = open_storage(config.storage.model_copy(update={"endpoint_url": endpoint}))
+    assert objects(storage) == objects(open_storage(clean.storage))

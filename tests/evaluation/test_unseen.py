@@ -16,7 +16,7 @@ from pipeline.evaluation.heldout import evaluate
 from pipeline.evaluation.questions import key_of
 from pipeline.evaluation.tasks import loaded
 from pipeline.evaluation.unseen import seen_questions
-from pipeline.manifest import Contamination, EvaluationManifest, FileEntry, TaskContamination
+from pipeline.manifest import Contamination, EvaluationManifest, FileEntry, NearDuplicatesFound, TaskContamination
 from pipeline.model.shapes import count_parameters
 from pipeline.publishing.model_card import model_card
 from pipeline.report.page import render
@@ -89,11 +89,23 @@ def test_where_nobody_looked_nothing_is_said(contaminated: MadeRun) -> None:
     assert "unseen" not in found.scores["exam_free"].model_dump_json(exclude_defaults=True)
 
 
+def test_the_page_says_what_rules_did(run: PublishedRun) -> None:
+    first, *others = run.made.dataset.sources
+    told = first.model_copy(update={"changes": {"c4.lines": 1234}, "languages": {"de": 1, "en": 3}})
+    entry = FileEntry(path="a", bytes=0, sha256="")
+    near = NearDuplicatesFound(duplicates=entry, clusters=entry, count=5, dropped=6789)
+    dataset = run.made.dataset.model_copy(update={"sources": (told, *others), "near_duplicates": near})
+    page = render(run_of(run, dataset=dataset))
+    for text in ("c4.lines", "1,234", "en 75.0%, de 25.0%", "5 clusters; 6,789 documents"):
+        assert text in page
+    assert "Near-duplicates" not in render(run_of(run))
+
+
 def test_card_and_page_say_it(run: PublishedRun, contaminated: MadeRun, evaluation: EvaluationManifest) -> None:
     made = contaminated
     parameters = count_parameters(made.config.model)
     card = model_card(made.config, made.dataset, made.train, made.checkpoint, evaluation, parameters, [])
-    page = render(replace(run_of(run), dataset=made.dataset, evaluation=evaluation))
+    page = render(run_of(run, dataset=made.dataset, evaluation=evaluation))
     value = evaluation.tasks[GROUP].unseen[0].shown
     assert f"| exams | N/A | 0 | 16 | acc | {evaluation.tasks[GROUP].metrics[0].shown} | 8 | {value} |" in card
     assert f">{value}<" in page
