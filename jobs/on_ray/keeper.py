@@ -8,11 +8,16 @@ process of the cluster and deletes the folder. It does the same when the raylet 
 no use, and would say for ever that its jobs are running. On standard output: one line, the cluster's address, or nothing and
 status 1 with Ray's own words on standard error.
 
+It adopts what the cluster's processes leave behind and reaps it. Else that is the machine's first process's to do, which in a
+container may be the command itself; and Ray waits for a stopped job's processes as long as the kernel lists them, dead or not.
+
 The processes of a cluster are known by an environment variable that they all inherit, wherever they have been adopted.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import select
 import shutil
@@ -29,11 +34,13 @@ MARK = "MOONLIGHT_LOCAL_RAY"
 GRACE_S = 1.0  # between SIGTERM and SIGKILL: nothing in a local cluster is worth waiting for
 PARTS = ("raylet", "gcs_server")  # that Ray cannot be without
 LOOK_S = 1.0
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 def main(folder: str, arguments: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the pipe says when to end
+    adopt_orphans()
     os.environ[MARK] = folder
     os.environ["RAY_START_HOOK"] = "jobs.on_ray.keeper.without_client_server"
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--temp-dir", folder, *arguments]
@@ -45,6 +52,7 @@ def main(folder: str, arguments: list[str]) -> int:
         print(Path(folder, "ray_current_cluster").read_text(), flush=True)
         parts = [process for process in members(folder) if process.name() in PARTS]
         while not select.select([sys.stdin], [], [], LOOK_S)[0]:
+            reap()
             if not all(_lives(part) for part in parts):
                 return 1
     finally:
@@ -57,6 +65,19 @@ def _lives(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def adopt_orphans() -> None:
+    """From now on whoever descends from this process and loses its parent becomes its child. Linux alone knows that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def reap() -> None:
+    """Let go of all children that have ended. Nobody else here may wait for one."""
+    with contextlib.suppress(ChildProcessError):  # there is none
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def without_client_server(parameters: Any, head: bool) -> None:

@@ -52,6 +52,9 @@ def test_a_local_cluster(temporary: Path) -> None:
     dashboard, folder, worker = told.split()
     members = {process.pid for process in keeper.members(folder)}
     assert int(worker) in members
+    (keeps,) = [each for each in psutil.Process(command.pid).children() if keeper.__name__ in each.cmdline()]
+    parts = {each.name(): each.ppid() for each in keeper.members(folder) if each.name() in keeper.PARTS}
+    assert parts == dict.fromkeys(keeper.PARTS, keeps.pid)  # which Ray has started in the background
 
     # No listener of ours beyond loopback, and a request without the token is refused.
     listening = [
@@ -85,6 +88,31 @@ with local_cluster(1, 80_000_000, dashboard=False):
     print("up", flush=True)
     sys.stdin.read()
 """
+
+
+ADOPTS = """
+import os, subprocess, time
+import psutil
+from jobs.on_ray import keeper
+
+keeper.adopt_orphans()
+out = subprocess.run(["sh", "-c", "sleep 600 >/dev/null & echo $!"], stdout=subprocess.PIPE)
+orphan = psutil.Process(int(out.stdout))
+assert orphan.ppid() == os.getpid(), orphan.ppid()
+keeper.reap()
+assert orphan.is_running()
+orphan.kill()
+while orphan.is_running():  # a zombie is, too
+    keeper.reap()
+    time.sleep(0.01)
+keeper.reap()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has subreapers")
+def test_orphans_are_adopted_and_reaped() -> None:
+    """As the first process of a machine does it; a command that stands in its place in a container does not."""
+    subprocess.run([sys.executable, "-c", ADOPTS], check=True, timeout=120)
 
 
 def test_a_cluster_that_lost_a_part_is_ended_whole(temporary: Path) -> None:
