@@ -8,6 +8,7 @@ follows. A job's status is asked of the job server again and again; its log stre
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 POLL_S = 1.0
 PATIENCE_S = 120.0  # how long the job server may stay away
+SILENCE_S = 20.0  # of a job server while a job is being stopped
 
 
 class StageJobFailed(Exception):
@@ -72,12 +74,24 @@ def _newest_attempt(name: str, attempts: Mapping[str, JobStatus]) -> tuple[str, 
     raise AssertionError
 
 
-def stop(client: JobSubmissionClient, submission_id: str, patience_s: float) -> None:
-    """Ask the job to stop and wait for its end, but not for ever: a job server that is going down answers nobody."""
+def stop(client: JobSubmissionClient, submission_id: str, patience_s: float, silence_s: float = SILENCE_S) -> None:
+    """Ask the job to stop and wait for its end, but not for ever: a job server that is going down answers nobody. One that did not
+    answer once is asked again for `silence_s`, since who gives up may end the Ray in which a checkpoint is being written."""
 
     def ask() -> None:
-        client.stop_job(submission_id)
-        while not client.get_job_status(submission_id).is_terminal():
+        asked, last_answer = False, time.monotonic()
+        while True:
+            try:
+                asked = asked or client.stop_job(submission_id) is not None
+                if client.get_job_status(submission_id).is_terminal():
+                    return
+                last_answer = time.monotonic()
+            except (RuntimeError, OSError) as error:
+                if time.monotonic() - last_answer > silence_s:
+                    said = " ".join(str(error).split())[:200]
+                    what = f"{submission_id}: the job server does not say how it ended ({said})"
+                    print(what, file=sys.stderr, flush=True)
+                    return
             time.sleep(POLL_S)
 
     asking = threading.Thread(target=ask, name="stop-job", daemon=True)

@@ -8,13 +8,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from pipeline.workflow import ray_jobs
-from pipeline.workflow.ray_jobs import StageJob, StageJobFailed, follow, submit_or_attach
+from pipeline.workflow.ray_jobs import StageJob, StageJobFailed, follow, stop, submit_or_attach
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,37 @@ def test_a_stopped_job_is_a_failure_and_a_running_one_is_attached_to(client: Job
     assert error.value.exit_code != 0
     assert submit_or_attach(client, job("sleepy", "pass")) == "sleepy-2"
     follow(client, "sleepy-2")
+
+
+def test_a_job_is_stopped_although_its_server_is_away_for_a_moment(client: JobSubmissionClient) -> None:
+    submission_id = submit_or_attach(client, job("stopped", "import time; time.sleep(300)"))
+    away = ["stop_job", "get_job_status", "get_job_status"]
+
+    class Shaky(JobSubmissionClient):
+        def answer(self, what: str, submission_id: str) -> Any:
+            if away[:1] == [what]:
+                del away[0]
+                raise ConnectionError("refused")
+            return getattr(super(), what)(submission_id)
+
+        def stop_job(self, job_id: str) -> Any:  # type: ignore[override]
+            return self.answer("stop_job", job_id)
+
+        def get_job_status(self, job_id: str) -> Any:  # type: ignore[override]
+            return self.answer("get_job_status", job_id)
+
+    stop(Shaky(client._address), submission_id, 120.0)
+    assert away == []
+    assert client.get_job_status(submission_id) == JobStatus.STOPPED
+
+
+def test_a_job_server_that_is_gone_is_not_waited_for(
+    client: JobSubmissionClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop(client, "nobody", 120.0, silence_s=0.5)
+    said = capsys.readouterr().err
+    assert said.startswith("nobody: the job server does not say how it ended (Request failed with status code 404")
+    assert said.count("\n") == 1
 
 
 def test_an_entrypoint_that_cannot_start(client: JobSubmissionClient) -> None:
