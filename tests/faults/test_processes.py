@@ -106,7 +106,8 @@ def test_two_drivers(place: Place, case: str, row: Row, reference: Reference) ->
 @fault("a suspended driver wakes late")
 def test_suspended(place: Place, row: Row, reference: Reference) -> None:
     """Stopped after its first checkpoint; another driver takes over after its silence and ends the run; the first one goes on."""
-    first = place.train(harm=SLOW)
+    patience = "training.step_timeout_s=1000"  # the watchdog's, whose time goes on while the process is suspended
+    first = place.train(patience, harm=SLOW)
     first.wait_for(place.steps)
     first.signal(signal.SIGSTOP)
     began, resumed = now(), place.steps()[-1]

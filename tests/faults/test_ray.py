@@ -53,7 +53,7 @@ def go_on(
     row.happened = f"{how}; the same command goes on from step {resumed}"
 
 
-@fault("a worker killed")
+@fault("a worker killed", quick=["folder"])
 def test_worker(place: Place, row: Row, start: Start, reference: Reference) -> None:
     command = start()
     command.wait_for(lambda: begun(place))
@@ -69,7 +69,7 @@ def test_worker(place: Place, row: Row, start: Start, reference: Reference) -> N
     row.happened = "Ray starts the group again, which goes on from its last checkpoint; exit 0"
 
 
-@fault("the driver killed")
+@fault("the driver killed", quick=["folder"])
 def test_driver(place: Place, row: Row, start: Start, reference: Reference) -> None:
     command = start()
     command.wait_for(lambda: begun(place))
@@ -119,7 +119,7 @@ SIGNALS = {
 }
 
 
-@fault("asked to stop", cases=SIGNALS)
+@fault("asked to stop", cases=SIGNALS, quick=["SIGTERM to the command@folder"])
 def test_signals(place: Place, case: str, row: Row, start: Start, reference: Reference) -> None:
     number, group, code = SIGNALS[case]
     command = start()

@@ -107,7 +107,16 @@ TOLD = {
 }
 
 
-@fault("a record of a complete run torn", cases=COMPLETE)
+QUICK = [
+    "dataset.json@s3",
+    "train/manifest.json@folder",
+    "evaluation@folder",
+    "published model.safetensors@s3",
+    "events.jsonl@folder",
+]
+
+
+@fault("a record of a complete run torn", cases=COMPLETE, quick=QUICK)
 def test_complete(
     whole: Place,
     place: Place,
@@ -134,7 +143,7 @@ def test_complete(
     row.same, row.happened = same(place, reference()), TOLD[how]
 
 
-@fault("a record of a run at work torn", cases=TRAINED)
+@fault("a record of a run at work torn", cases=TRAINED, quick=["the checkpoint's .metadata@s3", "writer.json@folder"])
 def test_trained(whole: Place, place: Place, case: str, row: Row, reference: Reference) -> None:
     """Killed before its last record was written."""
     place.storage.delete(f"{train_folder(RUN)}/manifest.json")

@@ -14,7 +14,14 @@ WHOLE = {"right after the manifest"}  # moments at which the hurt save counts
 DELETING = "when an old checkpoint is half deleted"
 
 
-@fault("killed in a save", cases=harm.MOMENTS, quick=["right before the manifest@folder"])
+QUICK = [
+    "in the last rank's part@s3",
+    "right before the manifest@folder",
+    "when an old checkpoint is half deleted@s3",
+]
+
+
+@fault("killed in a save", cases=harm.MOMENTS, quick=QUICK)
 def test_killed_in_a_save(place: Place, case: str, row: Row, reference: Reference) -> None:
     """All ranks die with the one that gets there."""
     first = place.train(harm=partial(harm.killed_in_save, case))
