@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     return Storage(request.getfixturevalue("s3_root"))
 
 
-def one(config: dict[str, Any], number: int, ready: Any) -> None:
-    """A process of its own: every third one is a person who rolls back to where the pointer is first."""
+def one(config: dict[str, Any], environment: dict[str, str], number: int, ready: Any) -> None:
+    """A process of its own: every third one is a person who rolls back to where the pointer is first. The server of forks may have
+    started before there were credentials for S3."""
+    os.environ.update(environment)
     storage = Storage(StorageConfig.model_validate(config))
     ready.wait()
     if number % 3:
@@ -39,7 +42,9 @@ def test_racing_promotions_leave_one_consistent_history(storage: Storage):
     context.set_forkserver_preload([__name__])  # twenty imports cost a minute
     ready = context.Barrier(MOVERS)
     config = storage.config.model_dump()
-    processes = [context.Process(target=one, args=(config, number, ready)) for number in range(1, MOVERS + 1)]
+    processes = [
+        context.Process(target=one, args=(config, dict(os.environ), number, ready)) for number in range(1, MOVERS + 1)
+    ]
     for process in processes:
         process.start()
     for process in processes:
