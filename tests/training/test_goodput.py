@@ -127,8 +127,8 @@ def _child(root: str, die_at: int) -> None:
         with Path(root, "diary").open("a") as diary:
             print(json.dumps({"event": what, "time": time.time()}), file=diary)
 
-    def slow(*args: Any) -> Any:
-        found = update(*args)
+    def slow(*args: Any, **more: Any) -> Any:
+        found = update(*args, **more)
         time.sleep(SLOW_S)
         note("step")
         return found
@@ -146,6 +146,7 @@ def _child(root: str, die_at: int) -> None:
     add_event(storage, config.run_id, "finished", "train", seconds=time.time() - started)
 
 
+@pytest.mark.long  # by clocks: beside other programs it was off by 0.03 once in five runs
 def test_a_run_that_was_killed_twice(tmp_path: Path) -> None:
     """Useful over wall time, by the journal and by a diary that knows nothing of it, within 2 per cent; so is what was done twice."""
     spawn = multiprocessing.get_context("spawn")

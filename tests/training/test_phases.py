@@ -50,9 +50,9 @@ def _slow_on_rank_1(root: str, where: str) -> Told:
         sleep("data")
         return read(*args)
 
-    def slow_update(*args: Any) -> Any:
+    def slow_update(*args: Any, **more: Any) -> Any:
         sleep("optimizer")
-        found = update(*args)
+        found = update(*args, **more)
         ends.append(time.perf_counter())
         return found
 
