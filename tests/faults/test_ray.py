@@ -53,7 +53,7 @@ def go_on(
     row.happened = f"{how}; the same command goes on from step {resumed}"
 
 
-@fault("a worker killed", quick=["folder"])
+@fault("a worker killed")
 def test_worker(place: Place, row: Row, start: Start, reference: Reference) -> None:
     command = start()
     command.wait_for(lambda: begun(place))
@@ -69,7 +69,7 @@ def test_worker(place: Place, row: Row, start: Start, reference: Reference) -> N
     row.happened = "Ray starts the group again, which goes on from its last checkpoint; exit 0"
 
 
-@fault("the driver killed", quick=["folder"])
+@fault("the driver killed")
 def test_driver(place: Place, row: Row, start: Start, reference: Reference) -> None:
     command = start()
     command.wait_for(lambda: begun(place))
