@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.contamination.questions import Questions
-from data_prep.near.signatures import GROUP_CHARACTERS, word_hashes
+from data_prep.near.signatures import groups, word_hashes
 from data_prep.rules.hashing import Hashes, ngrams
 from pipeline.config.schema import Decontamination
 
@@ -75,16 +75,7 @@ class Finder:
 
     def find(self, texts: Sequence[str]) -> dict[int, Found]:
         """By the text's number; texts without a question are not in it."""
-        found: dict[int, Found] = {}
-        first = 0
-        while first < len(texts):
-            last, size = first, 0
-            while last < len(texts) and (last == first or size + len(texts[last]) <= GROUP_CHARACTERS):
-                size += len(texts[last])
-                last += 1
-            found.update((first + number, each) for number, each in self._find(texts[first:last]).items())
-            first = last
-        return found
+        return {first + number: each for first, group in groups(texts) for number, each in self._find(group).items()}
 
     def _of(self, n: int, parts: Places) -> _Grams | None:
         first, owner = self.questions.first, self.questions.owner

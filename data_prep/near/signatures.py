@@ -13,7 +13,7 @@ All documents of a batch are done at once, permutation by permutation.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import numpy as np
@@ -40,19 +40,25 @@ class Bands:
 def bands(texts: Sequence[str], settings: NearDuplicates) -> Bands:
     """Of documents numbered from 0."""
     documents, hashes = [np.zeros(0, np.int64)], [np.zeros((0, settings.bands), np.uint64)]
+    for first, group in groups(texts):
+        shingles, edges = _shingles(group, settings.n_gram)
+        some = np.flatnonzero(np.diff(edges))
+        if len(some):
+            documents.append(some + first)
+            hashes.append(_bands(_signatures(shingles, edges[some], settings), settings))
+    return Bands(np.concatenate(documents), np.concatenate(hashes))
+
+
+def groups(texts: Sequence[str]) -> Iterator[tuple[int, Sequence[str]]]:
+    """(number of its first, texts) of about GROUP_CHARACTERS each, in order; a longer text is a group by itself."""
     first = 0
     while first < len(texts):
         last, size = first, 0
         while last < len(texts) and (last == first or size + len(texts[last]) <= GROUP_CHARACTERS):
             size += len(texts[last])
             last += 1
-        shingles, edges = _shingles(texts[first:last], settings.n_gram)
-        some = np.flatnonzero(np.diff(edges))
-        if len(some):
-            documents.append(some + first)
-            hashes.append(_bands(_signatures(shingles, edges[some], settings), settings))
+        yield first, texts[first:last]
         first = last
-    return Bands(np.concatenate(documents), np.concatenate(hashes))
 
 
 def _shingles(texts: Sequence[str], n: int) -> tuple[Hashes, NDArray[np.int64]]:
