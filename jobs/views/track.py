@@ -17,7 +17,7 @@ def command(arguments: Sequence[str] | None) -> int:
     config, storage = open_run(given.config, given.overrides)
     require_run(config, storage)
     if not config.tracking.trackers:
-        raise ValueError("tracking.trackers: names none; add one of tensorboard, wandb, mlflow")
+        raise ValueError("tracking.trackers: names none; add one of tensorboard, wandb, mlflow, trackio")
     check(config, storage, here=True)
     answered = True
     for name in config.tracking.trackers:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.config.schema import RunConfig
+from pipeline.config.tracking import TrackingConfig
 from pipeline.manifest import digest_of
 from pipeline.storage import Storage
 from pipeline.training.commits import train_folder
@@ -18,8 +19,8 @@ MODULES = {
     "tensorboard": "tensorboardX",
     "wandb": "wandb",
     "mlflow": "mlflow",
+    "trackio": "trackio",
 }  # what has to be there
-LOCAL = ("wandb", "mlflow")  # write to a disk, or may
 
 
 class Tracker(Protocol):
@@ -67,7 +68,7 @@ def folder_of(config: RunConfig, storage: Storage) -> Path:
 def check(config: RunConfig, storage: Storage, *, here: bool) -> None:
     """What can be wrong with trackers before a run. Raises ValueError. `here`: the run will run where this is asked."""
     for name in config.tracking.trackers:
-        if name in LOCAL:
+        if _may_write_to_a_disk(name, config.tracking):
             folder_of(config, storage)
         if not here:
             continue
@@ -77,6 +78,18 @@ def check(config: RunConfig, storage: Storage, *, here: bool) -> None:
             )
         if name == "wandb" and not config.tracking.offline:
             importlib.import_module("pipeline.tracking.wandb").check_credentials()
+        if name == "trackio":
+            importlib.import_module("pipeline.tracking.trackio").check_settings(config.tracking)
+
+
+def _may_write_to_a_disk(name: str, tracking: TrackingConfig) -> bool:
+    """Where the environment decides, it may."""
+    match name:
+        case "mlflow":
+            return tracking.mlflow_uri is None
+        case "trackio":
+            return tracking.trackio_url is None
+    return name == "wandb"
 
 
 def open_tracker(name: str, config: RunConfig, storage: Storage) -> Tracker:

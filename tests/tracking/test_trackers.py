@@ -246,10 +246,18 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_root: Sto
     there = run_of(tmp_path, "wandb").model_copy(update={"storage": s3_root})
     with pytest.raises(ValueError, match=r"^tracking.folder: wandb may write to a disk, and storage.root is on S3"):
         check(there, Storage(s3_root), here=False)
+    for tracker, to_a_server in (("mlflow", "mlflow_uri"), ("trackio", "trackio_url")):
+        run = run_of(tmp_path, tracker, **{to_a_server: "http://host:5000"})
+        check(run.model_copy(update={"storage": s3_root}), Storage(s3_root), here=False)  # nothing needs a disk
     for tracking, message in (
         ({"trackers": ["mlflow", "mlflow"]}, "tracking.trackers: .*name each tracker once"),
         ({"trackers": ["comet"]}, "tracking.trackers"),
         ({"folder": "s3://bucket/x"}, "tracking.folder: .*trackers write to a disk"),
+        ({"trackio_url": "models/space"}, "tracking.trackio_url: .*http"),
+        (
+            {"trackio_url": "https://host/?write_token=x"},
+            "tracking.trackio_url: holds a token; set TRACKIO_WRITE_TOKEN",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             tiny(str(tmp_path), tracking=tracking)
