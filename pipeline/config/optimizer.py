@@ -20,6 +20,7 @@ class MuonConfig(Section):
     blocks: Literal["whole", "per_head"] = "whole"  # Moonlight orthogonalises whole matrices
     update_rms: PositiveFloat = 0.2  # the 0.2 of 0.2 * sqrt(max(rows, cols))
     wire_dtype: Literal["bf16", "fp32"] = "bf16"
+    momentum_dtype: Literal["bf16", "fp32"] = "fp32"  # as it is kept between steps, also in checkpoints
     bucket_bytes: Bytes = 128 * 1024 * 1024  # cap of one exchange buffer
     # Replicas share the Newton-Schulz work. auto: of matrices that travel anyway, which never loses; on: of experts, too, as
     # far as twice the bytes go that a rank sends while replicas repeat the work

@@ -1,7 +1,7 @@
 """What a rank of a training run holds at its peak, in bytes, as arithmetic on the configuration.
 
     parameters   fp32 shards (the optimizer's masters) and their fp32 gradients
-    optimizer    Muon 4 bytes an element, AdamW 8
+    optimizer    Muon 4 bytes an element (2 with muon.momentum_dtype bf16), AdamW 8
     gathered     whole weights in the compute dtype: the head (kept), the embedding, and two blocks, the one at work and
                  the next, with the experts of all blocks where no axis cuts them; on the way back one unit's gradients in
                  the compute dtype and in fp32, to be reduced. With training.gather_once all of both, whole
@@ -22,7 +22,7 @@ from functools import partial
 from pipeline.config.schema import RunConfig
 from pipeline.model.loss import CUDA_CHUNK
 from pipeline.planner.activations import block_bytes
-from pipeline.planner.sizes import FP32, Sizes
+from pipeline.planner.sizes import FP32, Sizes, momentum_itemsize
 
 RESERVED_GB = 4.0  # what is not counted here: CUDA's context, NCCL's buffers
 
@@ -46,8 +46,9 @@ def memory(config: RunConfig, sizes: Sizes, itemsize: int) -> Memory:
     """The fullest rank; `itemsize` of the compute dtype."""
     parallelism, muon = config.parallelism, config.optimizer.muon
     stored = -(-sizes.total // parallelism.shard)
-    by_adamw = sizes.dense - sizes.matrices if config.optimizer.name == "muon" else sizes.total
-    state = FP32 * (-(-(sizes.total - by_adamw) // parallelism.shard)) + 2 * FP32 * (-(-by_adamw // parallelism.shard))
+    by_adamw = sizes.by_adamw(config.optimizer)
+    by_muon = -(-(sizes.total - by_adamw) // parallelism.shard)
+    state = momentum_itemsize(config.optimizer) * by_muon + 2 * FP32 * (-(-by_adamw // parallelism.shard))
     return Memory(
         parameters=2 * FP32 * stored,
         optimizer=state,

@@ -4,7 +4,7 @@
     tokens      text / 3.5 bytes for a vocabulary of a few thousand, / 4.5 for a hundred thousand and more (English and code)
     CPU time    text at 50 MB a second and core (benchmarks/README.md: 50 to 57, on cores that were never idle)
     dataset     2 or 4 bytes a token: documents and packed rows, which zstd takes to about half of that each (the demo: 1.02 in all)
-    checkpoint  parameters and optimizer state in fp32: Muon's momentum for matrices, AdamW's two moments for the rest
+    checkpoint  parameters and optimizer state in fp32: Muon's momentum for matrices (bf16 if it is kept so), AdamW's two moments for the rest
     model       the published weights in `publishing.dtype`
 
 Filters, duplicates and compressed sources make all but the last two estimates; they are told as such.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from pipeline.config.schema import MixtureStage, RunConfig
 from pipeline.model.shapes import parameter_shapes
-from pipeline.planner.sizes import FP32, sizes_of
+from pipeline.planner.sizes import FP32, momentum_itemsize, sizes_of
 
 TEXT_BYTES_A_SECOND = 50e6  # of one core
 SMALL_VOCABULARY = 2**16  # token ids to here take 2 bytes
@@ -54,8 +54,9 @@ def demand(config: RunConfig, source: str) -> float:
 
 def checkpoint_bytes(config: RunConfig) -> int:
     sizes = sizes_of(parameter_shapes(config.model))
-    by_adamw = sizes.dense - sizes.matrices if config.optimizer.name == "muon" else sizes.total
-    return FP32 * (2 * sizes.total + by_adamw)
+    by_adamw = sizes.by_adamw(config.optimizer)
+    by_muon = sizes.total - by_adamw
+    return FP32 * (sizes.total + 2 * by_adamw) + momentum_itemsize(config.optimizer) * by_muon
 
 
 def model_bytes(config: RunConfig) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from pipeline.config.optimizer import OptimizerConfig
+
 FP32 = 4
 
 
@@ -22,6 +24,14 @@ class Sizes:
     @property
     def total(self) -> int:
         return self.dense + self.experts
+
+    def by_adamw(self, optimizer: OptimizerConfig) -> int:
+        return self.dense - self.matrices if optimizer.name == "muon" else self.total
+
+
+def momentum_itemsize(optimizer: OptimizerConfig) -> int:
+    """Of Muon's state."""
+    return 2 if optimizer.muon.momentum_dtype == "bf16" else FP32
 
 
 def sizes_of(shapes: dict[str, tuple[int, ...]]) -> Sizes:

@@ -41,6 +41,8 @@ def identity_of(config: RunConfig, dataset_digest: str, order: dict[str, Any]) -
         "schedule": config.schedule.model_dump(mode="json"),
         "training": config.training.model_dump(mode="json", include=DECIDE_THE_LOSS),
     }
+    if config.optimizer.muon.momentum_dtype == "fp32":  # as it was before there was a choice
+        del values["optimizer"]["muon"]["momentum_dtype"]
     spikes = config.training.spikes
     if spikes.action != "count":
         decide = {"action", "deviations", "horizon_steps", *(["go_back_steps"] if spikes.action == "go_back" else [])}

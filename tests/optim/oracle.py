@@ -49,12 +49,18 @@ class Oracle:
                 )
                 self.blocks[fqn].append((index, nn.Parameter(whole[index].clone())))
             (muon if rule.treatment == "muon" else adamw).extend(p for _, p in self.blocks[fqn])
+        self.momentum_dtype = config.muon.momentum_dtype
         self.products = choose(config.muon.products, "plain", torch.device("cpu"))
         self.optimizers: list[torch.optim.Optimizer] = []
         if muon:
             self.optimizers.append(
                 torch.optim.Muon(
-                    muon, lr=lr, weight_decay=config.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+                    muon,
+                    lr=lr,
+                    weight_decay=config.weight_decay,
+                    momentum=0.95,
+                    nesterov=config.muon.nesterov,
+                    adjust_lr_fn="match_rms_adamw",
                 )
             )
         if adamw:
@@ -70,6 +76,13 @@ class Oracle:
         with mock.patch.multiple("torch.optim._muon", **replaced) if replaced else nullcontext():
             for optimizer in self.optimizers:
                 optimizer.step()
+        if (
+            self.momentum_dtype == "bf16"
+        ):  # torch's advances in the gradients' dtype alone, so its buffers are rounded for it
+            for optimizer in self.optimizers:
+                for state in optimizer.state.values():
+                    if "momentum_buffer" in state:
+                        state["momentum_buffer"].copy_(state["momentum_buffer"].bfloat16())
 
     def check(self, named: list[tuple[str, Tensor]], case: str) -> None:
         """Every element equal, to the bit; AdamW's on a CPU to one in the last place, as torch's kernel fuses multiply and add

@@ -92,6 +92,10 @@ def dense_cases(world: int) -> None:
     for wire in ("bf16", "fp32"):
         compare(sharded(SHAPES, mesh), config(wire_dtype=wire), RULES, f"dense {wire}")
     compare(sharded(SHAPES, mesh), config(products="fp32"), RULES, "dense, fp32 products")
+    for nesterov in (True, False):
+        compare(
+            sharded(SHAPES, mesh), config(momentum_dtype="bf16", nesterov=nesterov), RULES, "dense, bf16 momentum", 6
+        )
     thrice = {f"{name}{i}": shape for i in range(3) for name, shape in SHAPES.items()}
     optimizer = compare(sharded(thrice, mesh), config(bucket_bytes=1), RULES, "small buckets")
     assert optimizer.stats()["buckets"] >= 2
@@ -144,11 +148,11 @@ def _over_ranks(value: int) -> int:
     return int(together)
 
 
-def skipped_step(world: int) -> None:
+def skipped_step(world: int, **muon: object) -> None:
     """ok = 0 with NaN and infinite gradients on one rank leaves every bit of every state."""
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("shard",))
     named = sharded(SHAPES, mesh)
-    optimizer = build_optimizer(named, config(), RULES)
+    optimizer = build_optimizer(named, config(**muon), RULES)
     set_gradients(named, 0)
     optimizer.step(LR)
     everything = [*optimizer.state_dict().values(), *(p.detach() for _, p in named)]
@@ -168,7 +172,7 @@ def skipped_step(world: int) -> None:
 
 def _bits(tensor: Tensor) -> Tensor:
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.view(torch.int32)
+    return local.view(torch.int16 if local.itemsize == 2 else torch.int32)
 
 
 def build_model(parallelism: ParallelismConfig, model_config: ModelConfig) -> Moonlight:
@@ -284,6 +288,7 @@ def two_ranks(folder: str) -> None:
     dense_cases(2)
     byte_budget(2)
     skipped_step(2)
+    skipped_step(2, momentum_dtype="bf16")
     for wire in ("bf16", "fp32"):
         whole_model(ParallelismConfig(shard=2), MODEL, config(wire_dtype=wire), f"FSDP 2, {wire}")
         whole_model(ParallelismConfig(shard=2, ep=2), MODEL, config(wire_dtype=wire), f"EP 2, {wire}")
@@ -328,9 +333,9 @@ def expert_cases(wire: str) -> None:
     ):
         optimizer = whole_model(ParallelismConfig(**parallelism), model, config(wire_dtype=wire), f"{case}, {wire}")
         assert optimizer.stats()["plans"][plan] == stacks, case
-    whole_model(
-        ParallelismConfig(shard=4, ep=2), few, config(wire_dtype=wire, products="fp32"), f"fp32 products, {wire}"
-    )
+    for muon in ({"products": "fp32"}, {"momentum_dtype": "bf16"}):
+        cfg = config(wire_dtype=wire, **muon)
+        whole_model(ParallelismConfig(shard=4, ep=2), few, cfg, f"{muon}, {wire}")
     mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("efsdp",))
     named = sharded({"stack": (2, 6, 4), "other": (3, 6, 4)}, mesh)
     optimizer = compare(named, config(wire_dtype=wire), [Rule("*", "muon")], f"fewer experts than ranks, {wire}")

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from pipeline.config.schema import AdamWConfig, MuonConfig, OptimizerConfig
@@ -134,3 +136,31 @@ def test_frozen_parameters_are_left_alone():
     named[0][1].requires_grad_(False)
     optimizer = build_optimizer(named, OptimizerConfig(), RULES)
     assert "tall.momentum_buffer" not in optimizer.state_dict()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.integers(0, 2**31), st.floats(-30, 30)), min_size=1, max_size=60),
+    st.sampled_from([0.5, 0.9, 0.95]),
+)
+def test_bf16_momentum_is_within_its_bound(steps, momentum):
+    """Whatever the gradients and their sizes: 2^-8 / (1 - mu) of the largest that an element's momentum has been."""
+    kept = {}
+    for dtype in ("fp32", "bf16"):
+        kept[dtype] = [("w", nn.Parameter(torch.zeros(4, 6)))]
+    optimizers = {
+        dtype: build_optimizer(
+            named, OptimizerConfig(muon=MuonConfig(momentum=momentum, momentum_dtype=dtype)), [Rule("*", "muon")]
+        )
+        for dtype, named in kept.items()
+    }
+    largest = torch.zeros(4, 6, dtype=torch.float64)
+    for seed, exponent in steps:
+        gradient = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
+        for dtype, optimizer in optimizers.items():
+            kept[dtype][0][1].grad = gradient.clone()
+            optimizer.step(0.02)
+        exact, rounded = (optimizers[dtype].state_dict()["w.momentum_buffer"].double() for dtype in ("fp32", "bf16"))
+        largest = torch.maximum(largest, torch.maximum(exact.abs(), rounded.abs()))
+        assert ((exact - rounded).abs() <= largest * 2**-8 / (1 - momentum) * 1.001).all()
+    assert optimizers["bf16"].state_dict()["w.momentum_buffer"].dtype == torch.bfloat16

@@ -8,6 +8,7 @@ from pipeline.model.moonlight import Moonlight
 from pipeline.optim.muon import build_optimizer
 from pipeline.optim.rules import moonlight_rules
 from pipeline.planner.memory import memory
+from pipeline.planner.preparing import checkpoint_bytes
 from pipeline.planner.sizes import Sizes, sizes_of
 from tests.training.make import tiny
 
@@ -22,17 +23,18 @@ MESH = ["parallelism.shard=64", "parallelism.replicate=4"]
 
 
 def test_what_is_stored_is_what_a_network_and_its_optimizer_hold() -> None:
-    for name in ("muon", "adamw"):
-        config = tiny("nowhere", optimizer__name=name)
+    for optimizer in ({}, {"name": "adamw"}, {"muon": {"momentum_dtype": "bf16"}}):
+        config = tiny("nowhere", optimizer=optimizer)
         model = Moonlight(config.model)
-        optimizer = build_optimizer(
+        built = build_optimizer(
             model.named_parameters(), config.optimizer, moonlight_rules(config.model, config.optimizer)
         )
         found = memory(config, sizes_of({fqn: tuple(p.shape) for fqn, p in model.named_parameters()}), itemsize=4)
         assert found.parameters == 2 * sum(p.nbytes for p in model.parameters())  # and as much for gradients
-        state = sum(tensor.nbytes for fqn, tensor in optimizer.state_dict().items() if not fqn.endswith(".step"))
+        state = sum(tensor.nbytes for fqn, tensor in built.state_dict().items() if not fqn.endswith(".step"))
         # The planner gives norms to AdamW with everything that is no matrix in a layer, as the rules do.
         assert found.optimizer == state
+        assert checkpoint_bytes(config) == state + sum(p.nbytes for p in model.parameters())
 
 
 def test_settings_move_what_they_should() -> None:

@@ -15,7 +15,10 @@ from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
 from pipeline.optim.schedule import segments
 from pipeline.parallel.mesh import build_meshes
+from pipeline.model.shapes import parameter_shapes
 from pipeline.planner.estimate import Hardware, estimate
+from pipeline.planner.sizes import sizes_of
+from pipeline.rehearsal.recorder import UNIT
 from pipeline.rehearsal.step import BEHIND, _batch
 from pipeline.rehearsal.tape import Collective, HostWait, Kernel, Mark
 from pipeline.training.flops import flops_per_token
@@ -24,7 +27,7 @@ from pipeline.training.step import Step
 from pipeline.training.times import VALUES
 from pipeline.training.trainer import build
 from tests.distributed import run_distributed
-from tests.rehearsal.rehearsals import MESHES, Launched, launched, rehearsed, small
+from tests.rehearsal.rehearsals import MESHES, Launched, Seen, launched, rehearsed, small
 
 
 def _really(config: RunConfig) -> list[tuple[str, int, int]]:
@@ -82,6 +85,24 @@ def test_room_that_is_empty_costs_no_products() -> None:
     assert products(training__expert_capacity=2.0) == products()
 
 
+@pytest.mark.long
+def test_bf16_momentum_is_counted() -> None:
+    """Two bytes less an element of this rank's matrices, up to the allocator's units, and as much less copied for a checkpoint."""
+    usual, short = (
+        rehearsed(small("ep 2 x efsdp 2", optimizer__muon={"momentum_dtype": dtype})) for dtype in ("fp32", "bf16")
+    )
+
+    def copied(found: Seen) -> int:
+        return sum(entry.bytes for entry in found.run if isinstance(entry, Kernel) and entry.kind == "host_copy")
+
+    config = small("ep 2 x efsdp 2")
+    sizes = sizes_of(parameter_shapes(config.model))
+    elements = (sizes.total - sizes.by_adamw(config.optimizer)) // config.parallelism.shard
+    assert copied(usual) - copied(short) == 2 * elements
+    tensors = len(parameter_shapes(config.model))
+    assert usual.state_bytes - short.state_bytes == pytest.approx(2 * elements, abs=UNIT * tensors)
+
+
 def test_a_rehearsal_counts_and_names_the_allocation_without_room() -> None:
     config = small("ep 2 x efsdp 2", training__compute_dtype="bf16")
     found = rehearsed(config)
@@ -109,8 +130,13 @@ def test_a_rehearsal_counts_and_names_the_allocation_without_room() -> None:
 @pytest.mark.long
 @pytest.mark.parametrize(
     "mesh",
-    [["parallelism.replicate=8"], [], ["parallelism.replicate=4", "parallelism.shard=64"]],
-    ids=["64", "256", "shard 64"],
+    [
+        ["parallelism.replicate=8"],
+        [],
+        ["parallelism.replicate=4", "parallelism.shard=64"],
+        ["optimizer.muon.momentum_dtype=bf16"],
+    ],
+    ids=["64", "256", "shard 64", "bf16 momentum"],
 )
 def test_the_real_model_agrees_with_the_planner(mesh: list[str]) -> None:
     config = load_config("moonlight-16b-a3b", mesh)

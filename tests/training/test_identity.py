@@ -34,6 +34,12 @@ def test_what_decides_the_losses(key):
     assert found[0].startswith(f"{key.replace('__', '.')} is {CHANGES[key]!r} here and ")
 
 
+def test_the_dtype_of_momentum_decides_and_is_none_of_older_runs():
+    assert "optimizer.muon.momentum_dtype" not in of()
+    kept_short = of(optimizer={"muon": {"momentum_dtype": "bf16"}})
+    assert differences(kept_short, of(), 0) == ["optimizer.muon.momentum_dtype is 'bf16' here and None there"]
+
+
 def test_another_data_order_is_named():
     config = tiny("here")
     found = differences(identity_of(config, "other", {"lanes": 8, "sources": {"web": 120}}), of(), 0)
