@@ -13,9 +13,9 @@ import torch
 
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
+from pipeline.model.shapes import parameter_shapes
 from pipeline.optim.schedule import segments
 from pipeline.parallel.mesh import build_meshes
-from pipeline.model.shapes import parameter_shapes
 from pipeline.planner.estimate import Hardware, estimate
 from pipeline.planner.sizes import sizes_of
 from pipeline.rehearsal.recorder import UNIT
