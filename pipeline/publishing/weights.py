@@ -1,13 +1,12 @@
 """One published weight file, from the checkpoint's pieces to storage, read back and compared.
 
-Bytes are read, checked (`CheckpointReader`), rounded, hashed and written in blocks that stay in a core's cache, so that whoever writes a
+Bytes are read, checked (`CheckpointReader`), rounded and written in blocks that stay in a core's cache, so that whoever writes a
 file holds none of its tensors. A checksum that is wrong at the end of a piece leaves no file. Every byte that was written is read
-again: the sums of the tensors and of the header, computed while writing, are those of what is in storage, or the file is refused.
+again beside the writing (checked_stream.py): the file's sha256 is that of what storage gave back, or the file is refused.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,10 +14,11 @@ from operator import itemgetter
 
 import xxhash
 
+from pipeline.checked_stream import checked_stream
 from pipeline.manifest import FileEntry
 from pipeline.publishing.layout import WeightFile
 from pipeline.storage import Storage
-from pipeline.training.content import BLOCK, as_bytes
+from pipeline.training.content import as_bytes
 from pipeline.training.files import CheckpointReader
 
 
@@ -33,22 +33,20 @@ class Written:
 def write_file(file: WeightFile, reader: CheckpointReader, storage: Storage, folder: str) -> Written:
     """Write a weight file of the checkpoint into `folder`, replacing any; read it back.
 
-    Raises ValueError that names a tensor which the checkpoint lacks or has in another shape, or which storage gave back
-    otherwise than it was written, and DamagedCheckpoint.
+    Raises ValueError that names a tensor which the checkpoint lacks or has in another shape, DamagedCheckpoint, and NotAsWritten for
+    bytes that storage gave back otherwise.
     """
-    path = f"{folder}/{file.name}"
-    sha256, xxh3 = hashlib.sha256(file.header), {file.name: xxhash.xxh3_128_hexdigest(file.header)}
-    with storage.stream(path) as out:
+    xxh3 = {file.name: xxhash.xxh3_128_hexdigest(file.header)}
+    with checked_stream(storage, f"{folder}/{file.name}") as out:
         out.write(file.header)
         for name, parts in groupby(checkpoint_bytes(file, reader), key=itemgetter(0)):
             one = xxhash.xxh3_128()
             for _, part in parts:
-                sha256.update(part)
                 one.update(part)
                 out.write(part)
             xxh3[name] = one.hexdigest()
-    check_file(file, xxh3, storage, folder)
-    return Written(FileEntry(path=file.name, bytes=file.nbytes, sha256=sha256.hexdigest()), xxh3)
+    assert out.bytes == file.nbytes
+    return Written(FileEntry(path=file.name, bytes=out.bytes, sha256=out.sha256), xxh3)
 
 
 def checkpoint_bytes(file: WeightFile, reader: CheckpointReader) -> Iterator[tuple[str, memoryview]]:
@@ -71,26 +69,3 @@ def checkpoint_bytes(file: WeightFile, reader: CheckpointReader) -> Iterator[tup
                 if inside == tensors[0].nbytes:
                     tensors.pop(0)
                     inside = 0
-
-
-def check_file(file: WeightFile, xxh3: dict[str, str], storage: Storage, folder: str) -> None:
-    """Read a written file again. Raises ValueError for the first part of it that is not as it was written."""
-    path = f"{folder}/{file.name}"
-    buffer = memoryview(bytearray(BLOCK))
-    with storage.open(path) as source:
-        sizes = [(file.name, len(file.header)), *((tensor.name, tensor.nbytes) for tensor in file.tensors)]
-        for name, size in sizes:
-            found, left = xxhash.xxh3_128(), size
-            while left:
-                count = source.readinto(buffer[: min(left, BLOCK)])  # type: ignore[attr-defined]
-                if not count:
-                    break
-                found.update(buffer[:count])
-                left -= count
-            if left or found.hexdigest() != xxh3[name]:
-                raise ValueError(
-                    f"{storage.uri(path)}: {name} is not in storage as it was written; look at the storage's health, "
-                    "then publish again"
-                )
-        if source.read(1):
-            raise ValueError(f"{storage.uri(path)}: longer than it was written; who else writes there? Publish again")
