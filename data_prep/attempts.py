@@ -9,6 +9,7 @@ Deleting its manifest (`datasets/units/ab/<unit>.json`) makes the next dataset v
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import pickle
@@ -16,17 +17,22 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import IO, Any
 
 import orjson
 
 from data_prep.plan import Unit
 from data_prep.records import UnitManifest, shard_path
+from data_prep.rules.classifier import in_process
 from data_prep.tokenize_unit import TokenizeSettings, tokenize_unit
 from data_prep.writer import put
+from pipeline.config.classifier import Classifier
+from pipeline.config.load import ConfigError
 from pipeline.integrity import read_record
 from pipeline.manifest import DocumentCounts
 from pipeline.storage import Storage, open_storage
@@ -70,21 +76,45 @@ def forget_attempts(storage: Storage, unit_ids: Iterable[str]) -> None:
 def _tokenize_alone(storage: Storage, settings: TokenizeSettings, unit: Unit) -> UnitManifest:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)}
     for _ in range(CHILD_DEATHS):
-        child = subprocess.run(
-            [sys.executable, "-m", "data_prep.attempts"],
-            input=pickle.dumps((settings, unit)),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            env=environment,
-        )
-        if child.returncode == 0:
+        code, error = _in_child(settings, unit, environment)
+        if code == 0:
             path = shard_path("units", unit.id, ".json")
             return UnitManifest.parse(storage.read(path), storage.uri(path))
-        errors = child.stderr.decode(errors="replace").strip().splitlines()[-1:] or [""]
-        if child.returncode > 0 and not errors[0].startswith("MemoryError"):
-            raise RuntimeError(f"unit {unit.id}: {errors[0]}")
-    died = f"signal {signal.Signals(-child.returncode).name}" if child.returncode < 0 else "MemoryError"
+        if code > 0 and not error.startswith("MemoryError"):
+            raise RuntimeError(f"unit {unit.id}: {error}")
+    died = f"signal {signal.Signals(-code).name}" if code < 0 else "MemoryError"
     return _quarantine(storage, settings, unit, f"killed its worker {CHILD_DEATHS} times in isolation, last by {died}")
+
+
+def _in_child(settings: TokenizeSettings, unit: Unit, environment: dict[str, str]) -> tuple[int, str]:
+    """Exit code and last line of a child that does the unit. A classifier that is not in the process already is asked by this one, which has
+    a way to its actors. Raises ConfigError as the unit's task does."""
+    asks = settings.classify is not in_process
+    given = pickle.dumps((replace(settings, classify=in_process), unit, asks))
+    with TemporaryFile() as errors:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "data_prep.attempts"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=environment,
+        )
+        assert child.stdin is not None
+        assert child.stdout is not None
+        refusal = ""
+        with contextlib.suppress(BrokenPipeError, EOFError), child.stdout, child.stdin:  # it may die at any moment
+            child.stdin.write(given)
+            child.stdin.flush()
+            while isinstance(said := pickle.load(child.stdout), tuple):
+                pickle.dump(settings.classify(*said), child.stdin)
+                child.stdin.flush()
+            refusal = said
+        code = child.wait()
+        if refusal:
+            raise ConfigError(refusal)
+        errors.seek(0)
+        lines = errors.read().decode(errors="replace").strip().splitlines()
+    return code, lines[-1] if lines else ""
 
 
 def _quarantine(storage: Storage, settings: TokenizeSettings, unit: Unit, why: str) -> UnitManifest:
@@ -118,8 +148,27 @@ def _main() -> None:
     """The child: dies with its parent, and of more memory than a unit can need rather than of the whole node's."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     resource.setrlimit(resource.RLIMIT_DATA, (CHILD_MEMORY_BYTES, CHILD_MEMORY_BYTES))
-    settings, unit = pickle.load(sys.stdin.buffer)
-    tokenize_unit(settings, unit)
+    settings, unit, asks = pickle.load(sys.stdin.buffer)
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no message to the parent
+    if asks:
+        settings = replace(settings, classify=partial(_ask, answers))
+    refusal = ""
+    try:
+        tokenize_unit(settings, unit)
+    except ConfigError as error:
+        refusal = str(error)
+    _say(answers, refusal)
+
+
+def _ask(answers: IO[bytes], settings: Classifier, batches: Sequence[Sequence[str]]) -> Any:
+    _say(answers, (settings, batches))
+    return pickle.load(sys.stdin.buffer)
+
+
+def _say(answers: IO[bytes], message: Any) -> None:
+    pickle.dump(message, answers)
+    answers.flush()
 
 
 if __name__ == "__main__":

@@ -87,7 +87,10 @@ def look(source: SourceConfig, index: int, files: Listing, config: RunConfig) ->
                     found.kept.append(record)
     if source.rules.any:
         check_rules(config.corpus)
-        outcomes = apply([record.text.decode() for record in found.kept], source.rules)
+        rules = source.rules.model_copy(
+            update={"classifier": None}
+        )  # it may want a GPU, or packages of another machine
+        outcomes = apply([record.text.decode() for record in found.kept], rules)
         found.filtered.update(outcome.rejected for outcome in outcomes if outcome.rejected)
         found.kept = [record for record, outcome in zip(found.kept, outcomes) if not outcome.rejected]
     if found.quarantined.total() == found.seen and found.seen:

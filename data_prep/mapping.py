@@ -12,6 +12,7 @@ import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from pipeline.config.load import ConfigError
 from pipeline.config.schema import ClusterConfig
 
 MapUnits = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[tuple[int, Any]]]
@@ -39,11 +40,20 @@ def map_on_ray(cluster: ClusterConfig) -> MapUnits:
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
 
         def call(row: dict[str, Any]) -> dict[str, Any]:
-            return {"index": row["index"], "result": pickle.dumps(function(pickle.loads(row["item"])))}
+            try:
+                return {
+                    "index": row["index"],
+                    "result": pickle.dumps(function(pickle.loads(row["item"]))),
+                    "refused": "",
+                }
+            except ConfigError as error:  # a line for the user, which Ray would bury in tracebacks
+                return {"index": row["index"], "result": b"", "refused": str(error)}
 
         done = dataset.map(call, num_cpus=cluster.prepare_cpus, memory=cluster.prepare_memory_bytes)
         done.set_name(getattr(function, "func", function).__name__.strip("_"))  # what the dashboard calls it
         for row in done.iter_rows():
+            if row["refused"]:
+                raise ConfigError(row["refused"])
             yield int(row["index"]), pickle.loads(row["result"])
 
     return run

@@ -41,7 +41,8 @@ from data_prep.records import (
     shard_path,
 )
 from data_prep.resolve import READ_THREADS, Heldout, Indexes, Partition, choose_heldout, find_duplicates, partitions_of
-from data_prep.rules.check import check_rules
+from data_prep.rules.check import check_classifiers, check_rules
+from data_prep.rules.classifier import Call, in_process
 from data_prep.tail import TailTask, build_tail, tail_tasks
 from data_prep.tokenize_unit import TokenizeSettings
 from data_prep.units import Units, unpacked
@@ -62,11 +63,12 @@ def prepare(
     *,
     listings: dict[str, Listing] | None = None,
     map_units: MapUnits = map_in_process,
+    classify: Call = in_process,
     report: Report = lambda _progress: None,
 ) -> DatasetManifest:
     """The committed dataset of this configuration and corpus, in `storage`; returns at once if it exists.
 
-    `listings`: those of `list_corpus`, by whoever has them already. Raises Held if somebody else prepares it, and LeaseLost if
+    `listings`: those of `list_corpus`, by whoever has them already. `classify`: where classifiers run. Raises Held if somebody else prepares it, and LeaseLost if
     somebody has taken over.
     """
     config = config.model_copy(update={"storage": storage.config})  # workers open it by their settings
@@ -75,9 +77,10 @@ def prepare(
     if storage.exists(dataset_path(dataset_identity)):
         return _checked(config, read_dataset(storage, dataset_identity))
     check_rules(config.corpus)
+    check_classifiers(config.corpus)
     path, what = lease_path(dataset_identity), f"dataset {dataset_identity[:8]}"
     with hold(storage, path, what=what, waiting=say_waiting) as lease:
-        return _prepare(config, storage, listings, dataset_identity, map_units, report, lease.check)
+        return _prepare(config, storage, listings, dataset_identity, map_units, classify, report, lease.check)
 
 
 def _prepare(
@@ -86,6 +89,7 @@ def _prepare(
     listings: dict[str, Listing],
     dataset_identity: str,
     map_units: MapUnits,
+    classify: Call,
     report: Report,
     check: Callable[[], None],
 ) -> DatasetManifest:
@@ -99,7 +103,7 @@ def _prepare(
         encoder.chat.marks(encoder)  # refuses a tokenizer without a chat template that says where answers are
     units = read_units(storage, plan)
     roots = {name: listing.root for name, listing in listings.items()}
-    tokenized = _tokenize(config, storage, roots, plan, units, questions, map_units, report)
+    tokenized = _tokenize(config, storage, roots, plan, units, questions, map_units, classify, report)
     heldout, near, packed = _resolve_and_pack(config, storage, plan, units, tokenized, map_units, report)
     tails = _tails(config, plan, units, packed, map_units, report)
     dataset = dataset_manifest(config, storage, plan, units, tokenized, heldout, near, packed, tails, questions)
@@ -167,10 +171,11 @@ def _tokenize(
     units: Units,
     questions: FileEntry | None,
     map_units: MapUnits,
+    classify: Call,
     report: Report,
 ) -> list[UnitManifest]:
     settings = {}
-    for source in config.corpus.sources:
+    for index, source in enumerate(config.corpus.sources):
         settings[source.name] = TokenizeSettings(
             storage=config.storage,
             root=roots[source.name],
@@ -185,6 +190,8 @@ def _tokenize(
             decontamination=config.corpus.decontamination,
             questions=questions,
             versions=versions(),
+            where=f"corpus.sources[{index}]",
+            classify=classify,
         )
 
     quarantined = QuarantineShare(config.corpus.sources, config.corpus.max_quarantined_fraction)

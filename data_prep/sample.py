@@ -22,7 +22,8 @@ from data_prep.near.signatures import bands
 from data_prep.plan import Slice
 from data_prep.readers import ReaderSettings, Record, read_slice
 from data_prep.rules.apply import Outcome, apply
-from data_prep.rules.check import check_rules
+from data_prep.rules.check import check_classifiers, check_rules
+from data_prep.rules.classifier import ClassifierFailed, refused
 from data_prep.tokenize_unit import open_input, said
 from pipeline.config.rules import Rules
 from pipeline.config.schema import NearDuplicates, RunConfig, SourceConfig
@@ -64,15 +65,20 @@ class Sampled:
             total.update(outcome.changes)
         return total
 
+    def scores(self) -> list[float]:
+        """By the classifier, of what came that far."""
+        return [outcome.score for outcome in self.outcomes if outcome.score is not None]
+
     def languages(self) -> Counter[str]:
         return Counter(outcome.language for outcome in self.outcomes if outcome.language)
 
 
-def sample(
-    config: RunConfig, source: SourceConfig, files: Listing, rules: Rules, finder: Finder | None = None
-) -> Sampled:
-    """`finder`: of the questions of tasks, where they are looked for. Raises ConfigError where a rule needs what is not installed."""
+def sample(config: RunConfig, index: int, files: Listing, rules: Rules, finder: Finder | None = None) -> Sampled:
+    """Of `corpus.sources[index]`. `finder`: of the questions of tasks, where they are looked for. Raises ConfigError where a rule needs what
+    is not installed, and for what a classifier does."""
+    source = config.corpus.sources[index]
     check_rules(config.corpus)
+    check_classifiers(config.corpus)
     some = sorted((file for file in files if file.bytes), key=lambda file: hash_order(file.path))
     some = some[: DOCUMENTS if some and format_of(some[0].path, source.format) == "text" else FILES]
     found = Sampled(source, rules, len(some), len(files))
@@ -94,15 +100,23 @@ def sample(
             found.files = place + 1
             break
     if not source.conversations:
-        texts = [record.text.decode() for record in found.records]
-        found.outcomes = apply(texts, rules)
-        for name in Rules.model_fields:
-            if (rule := getattr(rules, name)) is not None:
-                only = apply(texts, Rules(**{name: rule}))
-                found.alone[name] = sum(bool(outcome.rejected) for outcome in only)
+        try:
+            _apply_rules(found, rules)
+        except ClassifierFailed as error:
+            assert rules.classifier is not None
+            raise refused(f"corpus.sources[{index}]", rules.classifier, error) from None
     if finder is not None:
         _look_for_questions(found, finder)
     return found
+
+
+def _apply_rules(found: Sampled, rules: Rules) -> None:
+    texts = [record.text.decode() for record in found.records]
+    found.outcomes = apply(texts, rules)
+    for name in Rules.model_fields:
+        if (rule := getattr(rules, name)) is not None:
+            only = apply(texts, Rules(**{name: rule}))
+            found.alone[name] = sum(bool(outcome.rejected) for outcome in only)
 
 
 def _look_for_questions(found: Sampled, finder: Finder) -> None:

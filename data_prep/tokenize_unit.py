@@ -31,6 +31,7 @@ from data_prep.readers import ReaderSettings, Record, read_slice
 from data_prep.records import UnitManifest, shard_path
 from data_prep.rejected import RejectedDocuments
 from data_prep.rules.apply import apply
+from data_prep.rules.classifier import Call, ClassifierFailed, in_process, refused
 from data_prep.worker import working
 from data_prep.writer import DOCUMENT_SCHEMA, document_table, parquet_writer, put
 from pipeline.arrow import column
@@ -70,6 +71,8 @@ class TokenizeSettings:
     decontamination: Decontamination | None
     questions: FileEntry | None  # with decontamination: what is looked for
     versions: dict[str, str]
+    where: str = ""  # the source's place in the configuration, for messages
+    classify: Call = in_process  # where its classifier runs
 
 
 @dataclass
@@ -150,7 +153,7 @@ def _tokenize(storage: Storage, unit: Unit, settings: TokenizeSettings, engines:
             records = _that_fit(_records(settings, unit), encoder, settings.source.conversations)
             for batch in _batches(_usable(records, state, settings, quarantine, rejected)):
                 if settings.source.rules.any:
-                    batch = _kept(batch, state, settings, rejected)
+                    batch = _kept(batch, unit, state, settings, rejected)
                 if settings.decontamination is not None:
                     batch = _decontaminated(batch, state, settings, rejected)
                 if batch:
@@ -238,11 +241,16 @@ def _usable(
 
 
 def _kept(
-    batch: list[Record], state: _Unit, settings: TokenizeSettings, rejected: RejectedDocuments | None
+    batch: list[Record], unit: Unit, state: _Unit, settings: TokenizeSettings, rejected: RejectedDocuments | None
 ) -> list[Record]:
-    """What the source's rules leave of a batch, with the texts that they leave."""
-    kept = []
-    for record, outcome in zip(batch, apply([record.text.decode() for record in batch], settings.source.rules)):
+    """What the source's rules leave of a batch, with the texts that they leave. Raises ConfigError for what its classifier does."""
+    kept, rules = [], settings.source.rules
+    try:
+        outcomes = apply([record.text.decode() for record in batch], rules, settings.classify)
+    except ClassifierFailed as error:
+        assert rules.classifier is not None
+        raise refused(settings.where, rules.classifier, error, unit.id) from None
+    for record, outcome in zip(batch, outcomes):
         if outcome.rejected:
             _drop(record, outcome.rejected, state, rejected)
             continue

@@ -1,5 +1,5 @@
 """All rules of a source over a batch of documents, in this order: language, Gopher's repetition and quality, C4 (which removes lines),
-FineWeb's (on what C4 left), personal data (which is replaced). A document is dropped, and counted, by the first rule that it fails.
+FineWeb's (on what C4 left), a classifier of one's own, personal data (which is replaced). A document is dropped, and counted, by the first rule that it fails.
 
 A pure function of texts and settings, so a unit that is done again has the same bytes. Changes come before the document's hash:
 two documents that are equal after them are exact duplicates.
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from data_prep.rules import c4, fineweb, gopher_quality, gopher_repetition, language, personal_data
+from data_prep.rules import c4, classifier, fineweb, gopher_quality, gopher_repetition, language, personal_data
 from data_prep.rules.group import Group
 from data_prep.rules.words import groups
 from pipeline.config.rules import Rules
@@ -25,10 +25,11 @@ class Outcome:
     rejected: str = ""  # rule.threshold: the name it is counted under
     changes: Counter[str] = field(default_factory=Counter)  # to a document that is kept, by name
     language: str = ""  # if it was asked for
+    score: float | None = None  # by the classifier, if it came that far
 
 
-def apply(texts: Sequence[str], rules: Rules) -> list[Outcome]:
-    """Of each text, in order."""
+def apply(texts: Sequence[str], rules: Rules, classify: classifier.Call = classifier.in_process) -> list[Outcome]:
+    """Of each text, in order. `classify`: where the classifier runs. Raises ClassifierFailed."""
     outcomes = [Outcome(text) for text in texts]
     if rules.languages:
         for outcome in outcomes:
@@ -37,6 +38,11 @@ def apply(texts: Sequence[str], rules: Rules) -> list[Outcome]:
     left = [outcome for outcome in outcomes if not outcome.rejected]
     for numbers in groups([outcome.text for outcome in left]):
         _apply([left[number] for number in numbers], rules)
+    if rules.classifier:
+        left = [outcome for outcome in left if not outcome.rejected]
+        found = classifier.scores([outcome.text for outcome in left], rules.classifier, classify)
+        for outcome, outcome.score in zip(left, found):
+            _reject([outcome], "classifier", [classifier.verdict(outcome.score, rules.classifier)])
     if rules.personal_data:
         for outcome in left:
             if not outcome.rejected:

@@ -32,7 +32,8 @@ def this_machine(config: RunConfig) -> Node:
     from ray._private.accelerators import NvidiaGPUAcceleratorManager
 
     workers = config.cluster.cpus_per_worker * config.parallelism.world_size
-    gpus = NvidiaGPUAcceleratorManager.get_current_node_num_accelerators() if config.cluster.use_gpu else 0
+    wanted = config.cluster.use_gpu or config.cluster.classifier_gpus > 0
+    gpus = NvidiaGPUAcceleratorManager.get_current_node_num_accelerators() if wanted else 0
     return Node(max(workers, os.cpu_count() or 1), gpus, float(psutil.virtual_memory().total))
 
 
@@ -50,6 +51,7 @@ def check_nodes(config: RunConfig, nodes: Sequence[Node], where: str, stages: Se
             raise ConfigError(
                 f"cluster.prepare_memory_bytes {cluster.prepare_memory_bytes:,}: no node of {where} has more than {memory:,.0f} bytes; lower it"
             )
+        _check_classifiers(config, nodes, where)
     if not {"train", "evaluate"} & set(stages):
         return
     if cluster.use_gpu:
@@ -65,6 +67,24 @@ def check_nodes(config: RunConfig, nodes: Sequence[Node], where: str, stages: Se
             f"cluster.cpus_per_worker {cluster.cpus_per_worker:g}: {where} has room for {room} of {world} workers; "
             f"lower it, or {_workers(config).replace(' * ', ' or ')}, or use a larger cluster"
         )
+
+
+def _check_classifiers(config: RunConfig, nodes: Sequence[Node], where: str) -> None:
+    """That their actors have room, and a task that reads units beside them."""
+    functions = {source.rules.classifier.function for source in config.corpus.sources if source.rules.classifier}
+    cluster, actors = config.cluster, len(functions) * config.cluster.classifier_actors
+    if not actors:
+        return
+    for wanted, each, there, beside in (
+        ("gpus", cluster.classifier_gpus, [node.gpus for node in nodes], 0.0),
+        ("cpus", cluster.classifier_cpus, [node.cpus for node in nodes], cluster.prepare_cpus),
+    ):
+        room = sum(int(has / each + 1e-9) if each else actors for has in there)
+        if room < actors or actors * each + beside > sum(there) + 1e-9:
+            raise ConfigError(
+                f"cluster.classifier_{wanted} {each:g}: {where} has {sum(there):g} {wanted[:-1].upper()}s, and {actors} actors of classifiers"
+                f"{f' and a task of {beside:g}' if beside else ''} have no room; lower it, or cluster.classifier_actors, or use a larger cluster"
+            )
 
 
 def _workers(config: RunConfig) -> str:

@@ -11,6 +11,7 @@ from data_prep.listing import InputFile, Listing
 from data_prep.look import look
 from data_prep.prepare import prepare
 from data_prep.records import PrepareProgress
+from data_prep.rules.check import check_classifiers
 from data_prep.tokenizer_stage import check_given, find_tokenizer
 from jobs.on_ray.gauges import PREPARING, PrepareGauges
 from jobs.stages import questions
@@ -64,16 +65,21 @@ def check(config: RunConfig, storage: Storage, records: Records, *, here: bool) 
         )
         check_tokenizer(config, storage, listings)
         if here:
+            check_classifiers(config.corpus)
             questions.check(config, storage)
 
 
 def do(config: RunConfig, storage: Storage, records: Records, report: Callable[[PrepareProgress], None]) -> None:
     from data_prep.mapping import map_on_ray
+    from data_prep.rules.actors import classifier_actors
 
     gauges = PrepareGauges(config.run_id, then=report)
     listings = records.corpus(config)
     asked = questions.pin(config, storage)
-    dataset = prepare(asked, storage, listings=listings, map_units=map_on_ray(config.cluster), report=gauges)
+    with classifier_actors(asked) as classify:
+        dataset = prepare(
+            asked, storage, listings=listings, map_units=map_on_ray(config.cluster), classify=classify, report=gauges
+        )
     print(outcome(dataset), flush=True)
     hold_dataset(config, storage, _enough(config, dataset))
 

@@ -40,9 +40,9 @@ def command(arguments: Sequence[str] | None) -> int:
         config, _ = open_run(given.config, given.overrides)
         listings = list_corpus(config)
         finder, samples = looked_for(config), list[Sampled]()
-        for source in config.corpus.sources:
+        for index, source in enumerate(config.corpus.sources):
             rules = source.rules if source.rules.any or source.conversations else every_rule()
-            samples.append(sample(config, source, listings[source.name], rules, finder))
+            samples.append(sample(config, index, listings[source.name], rules, finder))
             for line in (
                 *source_lines(samples[-1], given.examples),
                 *question_lines(samples[-1], finder, given.examples),
@@ -113,6 +113,9 @@ def source_lines(found: Sampled, examples: int) -> Iterator[str]:
     if languages := found.languages():
         shares = ", ".join(f"{code} {count / languages.total():.1%}" for code, count in languages.most_common(8))
         yield f"  languages: {shares}"
+    if scores := found.scores():
+        tenths = ", ".join(f"{score:.4g}" for score in np.quantile(scores, [0.1, 0.25, 0.5, 0.75, 0.9]))
+        yield f"  classifier's scores of {len(scores):,}, 10 %, 25 %, median, 75 %, 90 %: {tenths}"
     yield f"  characters of a document, 10 %, median, 90 %: {_quantiles([len(record.text.decode()) for record in found.records])} before"
     if kept:
         yield f"  {'':45} {_quantiles([len(outcome.text) for outcome in kept])} after"

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from pipeline.config.classifier import Classifier
 from pipeline.config.section import Section
 from pipeline.config.values import Fraction, NonNegativeFloat
 
@@ -164,6 +165,7 @@ class Rules(Section):
     gopher_quality: GopherQuality | None = None
     c4: C4 | None = None
     fineweb: FineWeb | None = None
+    classifier: Classifier | None = None
     personal_data: PersonalData | None = None
 
     @property

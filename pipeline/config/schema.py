@@ -42,7 +42,7 @@ from pipeline.config.training import (
     SpikeConfig,
     TrainingConfig,
 )
-from pipeline.config.values import Bytes, Endpoint, Location
+from pipeline.config.values import Bytes, Count, Endpoint, Location
 
 __all__ = [
     "DEFAULT_EOS",
@@ -107,6 +107,9 @@ class ClusterConfig(Section):
     grows: bool = False  # nodes come when they are asked for: what is not there yet is no mistake
     prepare_cpus: Cpus = 1.0  # per unit task
     prepare_memory_bytes: Bytes = 1_000_000_000  # per unit task; 2 GB where Parquet has pages of hundreds of MB
+    classifier_actors: Count = 1  # processes of each function of `rules.classifier`
+    classifier_cpus: Annotated[float, Field(ge=0.0, le=10_000.0)] = 1.0  # of each of them
+    classifier_gpus: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.0  # 0.5: two of them share one
     max_failures: Annotated[int, Field(ge=-1)] = 3  # restarts of the training group
 
 
