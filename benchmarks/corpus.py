@@ -13,6 +13,8 @@ compared is the clusters (recall of planted pairs by overlap, and how much of th
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import itertools
 import json
 import subprocess
@@ -45,6 +47,7 @@ OVERLAPS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 WORDS = 250  # of a planted document
 POINTS = 0.02
 DOCUMENT, SHORTEST = 800, 200  # characters
+PROSE = (".md", ".rst", ".txt", ".html")
 QUESTIONS = 16_000  # as many as MMLU and a few more
 RULES = Rules(
     gopher_repetition=GopherRepetition(),
@@ -60,13 +63,16 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=20_000, help="of real text: files, cut at empty lines")
     parser.add_argument("--pairs", type=int, default=3000, help="planted pairs of each overlap")
     parser.add_argument("--peer-python", help="an interpreter that has datatrove")
+    parser.add_argument(
+        "--prose", nargs="+", metavar="FOLDER", help="real text from these, .md .rst .txt .html; else code and all"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-corpus-") as temporary:
         run(arguments, Path(temporary))
 
 
 def run(arguments: argparse.Namespace, folder: Path) -> None:
-    real = list(itertools.islice(documents(), arguments.documents))
+    real = list(itertools.islice(prose(arguments.prose) if arguments.prose else documents(), arguments.documents))
     planted = [text for overlap in OVERLAPS for number in range(arguments.pairs) for text in _pair(number, overlap)]
     texts = planted + real
     real_mb = sum(len(text.encode()) for text in real) / 1e6
@@ -146,6 +152,27 @@ def documents() -> Iterator[str]:
             yield "\n\n".join(parts)
 
 
+def prose(folders: list[str]) -> Iterator[str]:
+    """Distinct texts below the folders, each a document: .md, .rst and .txt as they are, of .html the main text; in hash order."""
+    from resiliparse.extract.html2text import extract_plain_text
+    from resiliparse.parse.html import HTMLTree
+
+    paths = [path for folder in folders for path in Path(folder).rglob("*") if path.suffix in PROSE and path.is_file()]
+    seen = set()
+    for path in sorted(paths, key=lambda path: hashlib.sha256(str(path).encode(errors="replace")).digest()):
+        data = path.read_bytes()
+        digest = hashlib.sha256(data).digest()
+        if digest in seen or not 500 <= len(data) <= 1_000_000:
+            continue
+        seen.add(digest)
+        with contextlib.suppress(UnicodeDecodeError):
+            text = data.decode()
+            if path.suffix == ".html":
+                text = extract_plain_text(HTMLTree.parse(text), main_content=True)
+            if len(text) >= SHORTEST:
+                yield text
+
+
 def _questions_s(texts: list[str], rule: str) -> float:
     """CPU-seconds of looking for QUESTIONS questions, of the words of these texts."""
     rng, words = Random(0), sorted({word for text in texts[:200] for word in text.split()})
@@ -162,7 +189,7 @@ def _prepare_s(texts: list[str], folder: Path) -> float:
     (folder / "source").mkdir()
     (folder / "source" / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     source = {"name": "real", "path": str(folder / "source"), "max_epochs": 1e6}
-    rules = dict.fromkeys(Rules.model_fields, True)
+    rules = {name: True for name in Rules.model_fields if name != "classifier"}
     config = load_config(
         "debug",
         [

@@ -17,6 +17,7 @@ import ray
 
 from data_prep.mapping import map_on_ray
 from data_prep.prepare import prepare
+from data_prep.rules.actors import classifier_actors
 from pipeline.config.schema import RunConfig
 from pipeline.storage import open_storage
 
@@ -29,12 +30,14 @@ def main() -> None:
     def logging_starts(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         return on_ray(partial(logged, Path(sys.argv[2]), function), items)
 
-    dataset = prepare(
-        config,
-        open_storage(config.storage),
-        map_units=logging_starts if len(sys.argv) > 2 else on_ray,
-        report=lambda progress: print(progress.line(), flush=True),
-    )
+    with classifier_actors(config) as classify:
+        dataset = prepare(
+            config,
+            open_storage(config.storage),
+            map_units=logging_starts if len(sys.argv) > 2 else on_ray,
+            classify=classify,
+            report=lambda progress: print(progress.line(), flush=True),
+        )
     print("digest", dataset.digest, flush=True)
 
 

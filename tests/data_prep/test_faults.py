@@ -31,7 +31,7 @@ from tests.data_prep.test_prepare import objects
 
 Make = Callable[..., RunConfig]
 ROOT = Path(__file__).parents[2]
-WORKER = re.compile("ray::(Map|IDLE)")  # without the node's agents: if one of them dies, the node does
+WORKER = re.compile("ray::(Map|IDLE|Classifier)")  # without the node's agents: if one of them dies, the node does
 KILLER = """
 # stands in front of the real orjson: parsing the poison kills the process
 import importlib.machinery, os, sys
@@ -46,7 +46,7 @@ def loads(data):
 """
 
 
-# Every rule, near-duplicates and questions of tasks; thresholds that leave some of the code that the tests read.
+# Every rule, a classifier among them, near-duplicates and questions of tasks; thresholds that leave some of the code that the tests read.
 EVERYTHING = {
     "corpus__rules": json.dumps(
         {
@@ -59,11 +59,14 @@ EVERYTHING = {
                 "min_punctuated_line_fraction": 0.0,
                 "max_duplicate_line_character_fraction": 0.5,
             },
+            "classifier": {"function": "tests.data_prep.plugs:score", "version": "1", "min_score": 0.1},
             "personal_data": True,
         }
     ),
     "corpus__near_duplicates": "{}",
     "corpus__keep_rejected": "true",
+    "cluster__classifier_actors": "2",
+    "cluster__classifier_cpus": "0.2",
 }
 MORE = pytest.mark.parametrize("more", [{}, EVERYTHING], ids=["plain", "everything"])
 

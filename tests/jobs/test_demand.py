@@ -75,6 +75,25 @@ def test_a_node_must_hold_a_whole_task() -> None:
         check_nodes(config, [Node(4, 0, 1e9)], "here", ["prepare"])
 
 
+def test_classifiers_have_room_beside_a_task() -> None:
+    section = '{"function": "quality.edu:score", "version": "1", "min_score": 0.5}'
+    config = load_config(
+        "debug",
+        [f"corpus.sources.0.rules.classifier={section}", "cluster.classifier_gpus=0.5", "cluster.classifier_actors=3"],
+    )
+    check_nodes(config, [Node(4, 2, 8e9)], "here", ["prepare"])
+    with pytest.raises(
+        ConfigError, match=r"cluster.classifier_gpus 0.5: here has 1 GPUs, and 3 actors of classifiers have no room"
+    ):
+        check_nodes(config, [Node(4, 1, 8e9)], "here", ["prepare"])
+    with pytest.raises(
+        ConfigError,
+        match=r"cluster.classifier_cpus 1: here has 3 CPUs, and 3 actors of classifiers and a task of 1 have no",
+    ):
+        check_nodes(config, [Node(3, 2, 8e9)], "here", ["prepare"])
+    check_nodes(config, [Node(3, 2, 8e9)], "here", ["train"])
+
+
 def test_a_cluster_that_was_joined_gets_time_to_have_its_nodes() -> None:
     config = load_config("debug", ["cluster.use_gpu=true"])
     small, whole = [Node(4, 0, 8e9)], [Node(4, 0, 8e9), Node(4, 2, 8e9)]

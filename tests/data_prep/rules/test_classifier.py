@@ -47,7 +47,9 @@ def with_classifier(
 
 
 def test_thresholds_on_what_other_rules_leave() -> None:
-    texts = [f"Text {number} of some words that say nothing of it to anybody at all, a@example.org." for number in range(40)]
+    texts = [
+        f"Text {number} of some words that say nothing of it to anybody at all, a@example.org." for number in range(40)
+    ]
     texts[3], texts[20] = "short", "short"
     rules = Rules.model_validate(
         {"gopher_quality": {"min_words": 3, "min_stop_words": 0}, "classifier": SECTION, "personal_data": {}}
