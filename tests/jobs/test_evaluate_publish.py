@@ -1,7 +1,10 @@
 """The last two stages on a real Ray give what the library gives, and its errors."""
 
 import hashlib
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +12,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from jobs.cli import open_run
 from jobs.on_ray.evaluate import evaluate_with_ray
 from jobs.on_ray.publish import publish_with_ray
 from pipeline.config.schema import HubConfig
@@ -19,6 +23,8 @@ from pipeline.publishing.gate import GateError
 from pipeline.publishing.version import lease_path
 from tests.evaluation.make import folder_digests, make_run, run_config
 from tests.evaluation.make_tasks import TASKS, write_tasks
+from tests.jobs.test_retrain import arguments, grow
+from tests.jobs.test_retrain import run as run_stages
 from tests.publishing.fake_hub import TOKEN, Hub, serving
 
 ROOT = Path(__file__).parents[2]
@@ -31,15 +37,16 @@ def hub() -> Iterator[Hub]:
 
 
 @pytest.fixture(scope="module")
-def cluster(hub: Hub) -> Iterator[None]:
-    """A small local Ray whose workers know the hub as a pod would."""
+def cluster(hub: Hub) -> Iterator[str]:
+    """The address of a small local Ray whose nodes know the hub as a pod would."""
     ray.shutdown()
+    env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    env |= {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        env = {"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}}
-        env["env_vars"] |= {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-        ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=10**8, runtime_env=env)
-        yield
+        for name, value in env.items():
+            patch.setenv(name, value)
+        context = ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=10**8)
+        yield context.address_info["address"]
         ray.shutdown()
 
 
@@ -84,3 +91,31 @@ def test_both_stages(tmp_path, capfd, hub):
     gated = made.config.model_copy(update={"publishing": section})
     with pytest.raises(GateError, match=r"^publishing.max_loss: the held-out loss .* is over 0.5"):
         publish_with_ray(gated, made.train, there, made.dataset, report=print)
+
+
+def test_a_hub_that_refuses_ends_the_command_in_one_line(
+    tmp_path: Path, cluster: str, hub: Hub, monkeypatch: pytest.MonkeyPatch
+):
+    """With exit code 2 and the remedy; the version is in storage, and the same command goes on."""
+    grow(tmp_path, 0, 60)
+    overrides = arguments(tmp_path, "publishing.name=m", "publishing.hub.repo=people/full")
+    run_stages(*open_run("debug", overrides))
+    command = [sys.executable, "-m", "jobs.publish", "--config", "debug", *overrides]
+
+    def publish() -> subprocess.CompletedProcess[str]:
+        env = os.environ | {"RAY_ADDRESS": cluster}
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+
+    monkeypatch.setattr(hub, "quota", 0)
+    refused = publish()
+    said = [line for line in refused.stderr.splitlines() if line.startswith("publish: ")]
+    assert (refused.returncode, len(said)) == (2, 1), refused.stdout + refused.stderr
+    assert "publishing.hub: people/full, revision step-00000002: the hub answers 403 (Private repository" in said[0]
+    assert "Traceback" not in refused.stderr
+
+    monkeypatch.setattr(hub, "quota", 10**12)
+    done = publish()
+    assert done.returncode == 0, done.stdout + done.stderr
+    there = {path: hashlib.sha256(data).hexdigest() for path, data in hub.content("people/full", "main").items()}
+    (folder,) = (tmp_path / "storage/models/m").glob("step-*")
+    assert there == folder_digests(folder)
