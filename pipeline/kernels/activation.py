@@ -4,6 +4,9 @@ Computed in fp32 and rounded once. Backward reads gate, up and the gradient once
 as halves of one row for the products that follow, the hidden numbers again, which hence need not be kept, and the gradient of
 the weights.
 
+In a buffer that has room for more rows than there are, `end` says how many there are: kernels of our own pass over the others, whose
+results hold anything, but for the gradients of their weights, which are zero either way.
+
 Legend: M rows, F width.
 """
 
@@ -16,20 +19,24 @@ from torch import Tensor
 from pipeline.kernels.choice import own_kernels
 
 
-def swiglu(gate_MF: Tensor, up_MF: Tensor, weights_M: Tensor | None) -> Tensor:
-    """hidden_MF; `weights_M` fp32."""
+def swiglu(gate_MF: Tensor, up_MF: Tensor, weights_M: Tensor | None, end: Tensor | None = None) -> Tensor:
+    """hidden_MF; `weights_M` fp32, `end` int [1]."""
     if own_kernels(gate_MF):
-        return torch.ops.moonlight.swiglu(gate_MF, up_MF, weights_M)
+        return torch.ops.moonlight.swiglu(gate_MF, up_MF, weights_M, end)
     return plain_swiglu(gate_MF, up_MF, weights_M)
 
 
 def swiglu_backward(
-    grad_MF: Tensor, gate_MF: Tensor, up_MF: Tensor, weights_M: Tensor | None
+    grad_MF: Tensor, gate_MF: Tensor, up_MF: Tensor, weights_M: Tensor | None, end: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(gradients of gate and up [M, 2 F], hidden_MF, gradient of the weights [M] or [0])."""
     if own_kernels(gate_MF):
-        return torch.ops.moonlight.swiglu_backward(grad_MF, gate_MF, up_MF, weights_M)
-    return plain_swiglu_backward(grad_MF, gate_MF, up_MF, weights_M)
+        return torch.ops.moonlight.swiglu_backward(grad_MF, gate_MF, up_MF, weights_M, end)
+    grad_M2F, hidden_MF, grad_weights_M = plain_swiglu_backward(grad_MF, gate_MF, up_MF, weights_M)
+    if end is not None:
+        there_M = torch.arange(grad_weights_M.shape[0], device=end.device) < end
+        grad_weights_M = grad_weights_M.where(there_M, 0.0)
+    return grad_M2F, hidden_MF, grad_weights_M
 
 
 def plain_swiglu(gate_MF: Tensor, up_MF: Tensor, weights_M: Tensor | None) -> Tensor:
@@ -57,28 +64,28 @@ def plain_swiglu_backward(
 
 
 @torch.library.custom_op("moonlight::swiglu", mutates_args=(), device_types="cuda")
-def _swiglu(gate_MF: Tensor, up_MF: Tensor, weights_M: Tensor | None) -> Tensor:
+def _swiglu(gate_MF: Tensor, up_MF: Tensor, weights_M: Tensor | None, end: Tensor | None) -> Tensor:
     from pipeline.kernels.activation_triton import swiglu
 
-    return swiglu(gate_MF, up_MF, weights_M)
+    return swiglu(gate_MF, up_MF, weights_M, end)
 
 
 @_swiglu.register_fake
-def _(gate_MF: Tensor, up_MF: Tensor, weights_M: Tensor | None) -> Tensor:
+def _(gate_MF: Tensor, up_MF: Tensor, weights_M: Tensor | None, end: Tensor | None) -> Tensor:
     return torch.empty_like(gate_MF)
 
 
 @torch.library.custom_op("moonlight::swiglu_backward", mutates_args=(), device_types="cuda")
 def _swiglu_backward(
-    grad_MF: Tensor, gate_MF: Tensor, up_MF: Tensor, weights_M: Tensor | None
+    grad_MF: Tensor, gate_MF: Tensor, up_MF: Tensor, weights_M: Tensor | None, end: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     from pipeline.kernels.activation_triton import swiglu_backward
 
-    return swiglu_backward(grad_MF, gate_MF, up_MF, weights_M)
+    return swiglu_backward(grad_MF, gate_MF, up_MF, weights_M, end)
 
 
 @_swiglu_backward.register_fake
-def _(grad_MF: Tensor, gate_MF: Tensor, up_MF: Tensor, weights_M: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad_MF: Tensor, gate_MF: Tensor, up_MF: Tensor, weights_M: Tensor | None, end: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     rows, width = gate_MF.shape
     weights = 0 if weights_M is None else rows
     return (

@@ -10,18 +10,20 @@ from torch import Tensor
 ROWS, COLUMNS = 4, 512  # of a program's tile
 
 
-def swiglu(gate_MF: Tensor, up_MF: Tensor, weights_M: Tensor | None) -> Tensor:
+def swiglu(gate_MF: Tensor, up_MF: Tensor, weights_M: Tensor | None, end: Tensor | None = None) -> Tensor:
     gate_MF, up_MF = gate_MF.contiguous(), up_MF.contiguous()
     hidden_MF = torch.empty_like(gate_MF)
     M, F = gate_MF.shape
     if gate_MF.numel():
         grid = (triton.cdiv(M, ROWS), triton.cdiv(F, COLUMNS))
-        _forward[grid](gate_MF, up_MF, weights_M, hidden_MF, M, F, weights_M is not None, ROWS, COLUMNS)
+        _forward[grid](
+            gate_MF, up_MF, weights_M, end, hidden_MF, M, F, weights_M is not None, end is not None, ROWS, COLUMNS
+        )
     return hidden_MF
 
 
 def swiglu_backward(
-    grad_MF: Tensor, gate_MF: Tensor, up_MF: Tensor, weights_M: Tensor | None
+    grad_MF: Tensor, gate_MF: Tensor, up_MF: Tensor, weights_M: Tensor | None, end: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_MF, gate_MF, up_MF = grad_MF.contiguous(), gate_MF.contiguous(), up_MF.contiguous()
     M, F = gate_MF.shape
@@ -31,16 +33,19 @@ def swiglu_backward(
     if gate_MF.numel():
         grid = (triton.cdiv(M, ROWS),)
         _backward[grid](
-            grad_MF, gate_MF, up_MF, weights_M, grad_M2F, hidden_MF, grad_weights_M, M, F, weighted, ROWS, COLUMNS
-        )
+            grad_MF, gate_MF, up_MF, weights_M, end, grad_M2F, hidden_MF, grad_weights_M, M, F,
+            weighted, end is not None, ROWS, COLUMNS,
+        )  # fmt: skip
     return grad_M2F, hidden_MF, grad_weights_M
 
 
 @triton.jit
 def _forward(
-    gate, up, weights, hidden, M, F,
-    WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    gate, up, weights, end, hidden, M, F,
+    WEIGHTED: tl.constexpr, BOUNDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    if BOUNDED:
+        M = tl.minimum(M, tl.load(end).to(tl.int32))
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < M)[:, None] & (column < F)[None, :]
@@ -54,9 +59,11 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad, gate, up, weights, grad_both, hidden, grad_weights, M, F,
-    WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    grad, gate, up, weights, end, grad_both, hidden, grad_weights, M, F,
+    WEIGHTED: tl.constexpr, BOUNDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    if BOUNDED:
+        M = tl.minimum(M, tl.load(end).to(tl.int32))
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     if WEIGHTED:
         weight = tl.load(weights + row, row < M, 0.0)[:, None]

@@ -38,13 +38,17 @@ def _(experts_NK: Tensor, experts_per_rank: int, ranks: int) -> Tensor:
 
 
 @torch.library.custom_op("moonlight::copy_rows", mutates_args=(), device_types="cuda")
-def copy_rows(x_RD: Tensor, row_M: Tensor) -> Tensor:
-    """PyTorch's own gather; an operator so that nothing counts it as part of its neighbours."""
-    return x_RD.index_select(0, row_M)
+def copy_rows(x_RD: Tensor, row_M: Tensor, counts_B: Tensor | None, slots: int) -> Tensor:
+    """PyTorch's own gather where all places are filled; of each `slots` places the first `counts_B` otherwise."""
+    if counts_B is None:
+        return x_RD.index_select(0, row_M)
+    from pipeline.kernels.sorting_triton import copy_rows
+
+    return copy_rows(x_RD, row_M, counts_B, slots)
 
 
 @copy_rows.register_fake
-def _(x_RD: Tensor, row_M: Tensor) -> Tensor:
+def _(x_RD: Tensor, row_M: Tensor, counts_B: Tensor | None, slots: int) -> Tensor:
     return x_RD.new_empty(row_M.shape[0], x_RD.shape[1])
 
 

@@ -3,6 +3,8 @@
 A program takes ROWS rows against all bins. Counts of programs, bin by bin, are summed up to each in between (PyTorch's
 cumsum over bins x programs numbers); nothing is atomic, so places are those of a stable sort.
 
+Rows are copied by programs of ROWS_COPIED places, which end at once if none of theirs is filled.
+
 Legend: R rows, C choices of each, B bins, P programs, M pairs, D width.
 """
 
@@ -14,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS = 64  # of a program
+ROWS_COPIED = 4
 
 
 def place(bins_RC: Tensor, bins: int, pairs: int, slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -46,6 +49,18 @@ def ranks_of(experts_NK: Tensor, experts_per_rank: int, ranks: int) -> Tensor:
         padded = triton.next_power_of_2(ranks)
         _ranks[(triton.cdiv(N, ROWS),)](experts_NK, met_NW, N, experts_per_rank, ranks, K, padded, ROWS)
     return met_NW
+
+
+def copy_rows(x_RD: Tensor, row_M: Tensor, counts_B: Tensor, slots: int) -> Tensor:
+    """x_RD[row_M] in the first counts_B of each `slots` places; the others hold anything."""
+    x_RD = x_RD.contiguous()
+    M, D = row_M.shape[0], x_RD.shape[1]
+    rows_MD = x_RD.new_empty(M, D)
+    if rows_MD.numel():
+        columns = min(triton.next_power_of_2(D), 1024)
+        grid = (triton.cdiv(M, ROWS_COPIED), triton.cdiv(D, columns))
+        _copy[grid](x_RD, row_M, counts_B, rows_MD, M, D, slots, ROWS_COPIED, columns)
+    return rows_MD
 
 
 def bag_sums(rows_MD: Tensor, place_M: Tensor, bags_R1: Tensor) -> Tensor:
@@ -131,6 +146,18 @@ def _ranks(experts, met, N, per_rank, W, K: tl.constexpr, RANKS: tl.constexpr, R
         named += ((expert // per_rank)[:, None] == rank[None, :]).to(tl.int32)
     out = tl.where(named > 0, rank[None, :], W).to(tl.int64)
     tl.store(met + row[:, None] * W + rank[None, :], out, (row < N)[:, None] & (rank < W)[None, :])
+
+
+@triton.jit
+def _copy(x, rows, counts, copies, M, D, slots, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    filled = (place < M) & (place % slots < tl.load(counts + place // slots, place < M, 0))
+    if tl.sum(filled.to(tl.int32), 0) > 0:
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        inside = filled[:, None] & (column < D)[None, :]
+        row = tl.load(rows + place, filled, 0)
+        values = tl.load(x + row[:, None] * D + column[None, :], inside)
+        tl.store(copies + place.to(tl.int64)[:, None] * D + column[None, :], values, inside)
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from pipeline.kernels.activation import swiglu, swiglu_backward
 from pipeline.model.grouped import grouped_linear, grouped_outer
 from pipeline.model.matmul import is_cpu_fp32
 from pipeline.parallel.dispatch import Choices
-from pipeline.parallel.rows import bag_sums, gathered, place
+from pipeline.parallel.rows import Filled, bag_sums, gathered, place
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -87,10 +87,12 @@ class _Products(torch.autograd.Function):
         weights_M = weights_RC.flatten().index_select(0, placing.choice_M)
         if choices.bounded:
             weights_M.masked_fill_(placing.counts.sum() > choices.pairs, torch.nan)
-        x_MD = gathered(x_RD, placing.row_M)
+        end = offsets_e[-1:] if choices.bounded else None
+        filled = None if end is None else Filled(end, pairs)
+        x_MD = gathered(x_RD, placing.row_M, filled)
         gate_MF, up_MF = grouped_linear(x_MD, gate_eFD, offsets_e), grouped_linear(x_MD, up_eFD, offsets_e)
         del x_MD
-        y_MD = grouped_linear(swiglu(gate_MF, up_MF, weights_M), down_eDF, offsets_e)
+        y_MD = grouped_linear(swiglu(gate_MF, up_MF, weights_M, end), down_eDF, offsets_e)
         y_RD = bag_sums(y_MD, placing.place_M, placing.bags_R1)
         ctx.later, ctx.bounded = later, choices.bounded
         ctx.save_for_backward(
@@ -106,9 +108,11 @@ class _Products(torch.autograd.Function):
             x_RD, gate_MF, up_MF, weights_M, offsets_e, row_M, choice_M, place_M, bags_R1, gate_eFD, up_eFD, down_eDF,
         ) = ctx.saved_tensors  # fmt: skip
         pairs, width = gate_MF.shape
-        grad_MD = gathered(grad_RD.contiguous(), row_M)
+        end = offsets_e[-1:] if ctx.bounded else None
+        filled = None if end is None else Filled(end, pairs)
+        grad_MD = gathered(grad_RD.contiguous(), row_M, filled)
         grad_hidden_MF = grouped_linear(grad_MD, down_eDF, offsets_e, transpose=False)
-        grad_M2F, hidden_MF, grad_weights_M = swiglu_backward(grad_hidden_MF, gate_MF, up_MF, weights_M)
+        grad_M2F, hidden_MF, grad_weights_M = swiglu_backward(grad_hidden_MF, gate_MF, up_MF, weights_M, end)
         if is_cpu_fp32(x_RD):  # two sums of fp32 are no worse than one, and nothing is laid end to end
             grad_x_MD = grouped_linear(grad_M2F[:, :width], gate_eFD, offsets_e, transpose=False)
             grad_x_MD += grouped_linear(grad_M2F[:, width:], up_eFD, offsets_e, transpose=False)
@@ -116,13 +120,10 @@ class _Products(torch.autograd.Function):
             both_e2FD = torch.cat([gate_eFD, up_eFD], dim=1)
             grad_x_MD = grouped_linear(grad_M2F, both_e2FD, offsets_e, transpose=False)
         grad_x_RD = bag_sums(grad_x_MD, place_M, bags_R1)
-        if ctx.bounded:  # behind the last pair products leave anything
-            inside_M = torch.arange(pairs, device=x_RD.device) < offsets_e[-1:]
-            grad_weights_M = grad_weights_M.where(inside_M, 0.0)
         grad_weights = grad_weights_M.new_zeros(ctx.choices_shape.numel()).index_add_(0, choice_M, grad_weights_M)
 
         def weight_gradients() -> Gradients:
-            x_MD = gathered(x_RD, row_M)
+            x_MD = gathered(x_RD, row_M, filled)
             grad_down_eDF = grouped_outer(grad_MD, hidden_MF, offsets_e)
             if is_cpu_fp32(x_RD):
                 halves = grad_M2F[:, :width], grad_M2F[:, width:]

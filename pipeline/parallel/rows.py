@@ -21,6 +21,16 @@ from pipeline.kernels import sorting
 from pipeline.kernels.choice import own_kernels
 
 
+class Filled(NamedTuple):
+    """Which places of a buffer of fixed size hold something: of each run of `slots` places the first `counts`, or all if they are more.
+
+    What the others hold nobody reads: our kernels pass over them, and PyTorch's functions do with them as with any.
+    """
+
+    counts_B: Tensor  # int
+    slots: int
+
+
 class Placing(NamedTuple):
     """The pairs sorted by bin, and the way back."""
 
@@ -29,6 +39,12 @@ class Placing(NamedTuple):
     place_M: Tensor  # int64: the places of row 0 in the order of its choices, those of row 1, ...
     bags_R1: Tensor  # int64: where those of a row begin in `place_M`; the last number is the end
     counts: Tensor  # int64: rows of each bin, also those that were left out
+    slots: int = 0  # places that each bin has of its own; 0: the bins lie end to end
+
+    @property
+    def filled(self) -> Filled | None:
+        """None: places are there for what is in them."""
+        return Filled(self.counts, self.slots) if self.slots else None
 
     def first(self, pairs: int) -> Placing:
         """Without the room that a bound left behind the last of the pairs."""
@@ -43,7 +59,7 @@ def place(bins_RC: Tensor, bins: int, pairs: int, *, all_chosen: bool, slots: in
     bins * slots. `all_chosen`: every choice names a bin, and none is left out. The host waits for nothing.
     """
     if own_kernels(bins_RC):
-        return Placing(*sorting.place(bins_RC, bins, pairs, slots or 0))
+        return Placing(*sorting.place(bins_RC, bins, pairs, slots or 0), slots or 0)
     return place_plainly(bins_RC, bins, pairs, all_chosen=all_chosen, slots=slots)
 
 
@@ -77,45 +93,54 @@ def place_plainly(bins_RC: Tensor, bins: int, pairs: int, *, all_chosen: bool, s
     choice_M = scattered(place_RC, choices)
     place_M = scattered(pair_RC, place_RC.reshape(-1))
     end_R = chosen_RC.sum(1).cumsum(0)
-    return Placing(choice_M // max(C, 1), choice_M, place_M, torch.cat([end_R.new_zeros(1), end_R]), counts)
+    bags_R1 = torch.cat([end_R.new_zeros(1), end_R])
+    return Placing(choice_M // max(C, 1), choice_M, place_M, bags_R1, counts, slots or 0)
 
 
 def copy_rows(x_RD: Tensor, placing: Placing) -> Tensor:
-    """rows_MD[m] = x_RD[row of m]."""
-    return cast(Tensor, _Copy.apply(x_RD, placing.row_M, placing.place_M, placing.bags_R1))
+    """rows_MD[m] = x_RD[row of m], in the places that are filled."""
+    return cast(Tensor, _Copy.apply(x_RD, placing.row_M, placing.place_M, placing.bags_R1, placing.filled))
 
 
 def sum_rows(rows_MD: Tensor, placing: Placing) -> Tensor:
     """y_RD[r] = sum of rows_MD over the places of r."""
-    return cast(Tensor, _Sum.apply(rows_MD, placing.row_M, placing.place_M, placing.bags_R1))
+    return cast(Tensor, _Sum.apply(rows_MD, placing.row_M, placing.place_M, placing.bags_R1, placing.filled))
 
 
 class _Copy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, row_M: Tensor, place_M: Tensor, bags_R1: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x_RD: Tensor, row_M: Tensor, place_M: Tensor, bags_R1: Tensor, filled: Filled | None
+    ) -> Tensor:
         ctx.save_for_backward(place_M, bags_R1)
-        return gathered(x_RD, row_M)
+        return gathered(x_RD, row_M, filled)
 
     @staticmethod
-    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None, None]:
-        return bag_sums(grad_MD, *ctx.saved_tensors), None, None, None
+    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return bag_sums(grad_MD, *ctx.saved_tensors), None, None, None, None
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_MD: Tensor, row_M: Tensor, place_M: Tensor, bags_R1: Tensor) -> Tensor:
-        ctx.save_for_backward(row_M)
+    def forward(
+        ctx: Any, rows_MD: Tensor, row_M: Tensor, place_M: Tensor, bags_R1: Tensor, filled: Filled | None
+    ) -> Tensor:
+        ctx.save_for_backward(row_M, *(filled or ())[:1])
+        ctx.slots = filled.slots if filled else 0
         return bag_sums(rows_MD, place_M, bags_R1)
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
-        (row_M,) = ctx.saved_tensors
-        return gathered(grad_RD, row_M), None, None, None
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None, None]:
+        row_M, *counts = ctx.saved_tensors
+        filled = Filled(*counts, ctx.slots) if counts else None
+        return gathered(grad_RD.contiguous(), row_M, filled), None, None, None, None
 
 
-def gathered(x_RD: Tensor, row_M: Tensor) -> Tensor:
+def gathered(x_RD: Tensor, row_M: Tensor, filled: Filled | None = None) -> Tensor:
     """`copy_rows` without autograd."""
-    return sorting.copy_rows(x_RD, row_M) if own_kernels(x_RD) else x_RD.index_select(0, row_M)
+    if own_kernels(x_RD):
+        return sorting.copy_rows(x_RD, row_M, *(filled or (None, 0)))
+    return x_RD.index_select(0, row_M)
 
 
 def bag_sums(rows_MD: Tensor, place_M: Tensor, bags_R1: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class Memory:
 
 
 class Recorder(TorchDispatchMode):
-    """`filled`: of buffers that have room for so many rows, how many hold one; products of experts and sums of rows see no others."""
+    """`filled`: of buffers that have room for so many rows, how many hold one; kernels that know see no others."""
 
     def __init__(self, tape: Tape, memory: Memory, filled: Mapping[int, int] | None = None) -> None:
         super().__init__()
@@ -281,7 +281,7 @@ _FLOPS: dict[str, Callable[..., int]] = {
     "moonlight::rehearsed_attention": _attention,
     "moonlight::rehearsed_attention_backward": _attention_backward,
 }
-_SEE_WHAT_IS_FILLED = frozenset(f"moonlight::{name}" for name in ("grouped_rows", "grouped_outer", "bag_sums"))
+_SEE_WHAT_IS_FILLED = frozenset(f"moonlight::{name}" for name in ("grouped_rows", "grouped_outer", "bag_sums", "copy_rows", "swiglu", "swiglu_backward"))
 _PRODUCTS = frozenset({"mm", "addmm", "addmm_", "bmm", "baddbmm", "linear", "linear_backward"})
 _READ_TWICE = frozenset({"moonlight::cross_entropy"})  # its inputs
 _aten = torch.ops.aten

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from pipeline.kernels import activation_triton
-from pipeline.kernels.activation import plain_swiglu, plain_swiglu_backward
+from pipeline.kernels.activation import plain_swiglu, plain_swiglu_backward, swiglu_backward
 
 
 def drawn(rows, width, weighted, dtype, seed):
@@ -50,3 +50,22 @@ def test_kernels_compute_what_the_reference_does(rows, width, weighted, dtype, s
     for ours, theirs in zip(found, plain_swiglu_backward(grad, gate, up, weights), strict=True):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs, **near | ({} if ours.dim() > 1 else {"rtol": 1e-4, "atol": 1e-4}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows, end", [(9, 0), (9, 1), (9, 8), (9, 9), (1, 0), (9, 20)])
+def test_rows_behind_the_end_are_passed_over(rows, end, dtype):
+    grad, gate, up, weights = drawn(rows, 40, True, dtype, 3)
+    there = min(rows, end)
+    for x in (grad, gate, up, weights):  # the memory of a buffer holds anything
+        x[there:] = torch.nan
+    near = {"rtol": 2**-7, "atol": 1e-6} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    end_1 = torch.tensor([end], dtype=torch.int32)
+    hidden = activation_triton.swiglu(gate, up, weights, end_1)
+    expected = plain_swiglu(gate[:there], up[:there], weights[:there])
+    torch.testing.assert_close(hidden[:there], expected, **near)
+    found = activation_triton.swiglu_backward(grad, gate, up, weights, end_1)
+    plain = swiglu_backward(grad, gate, up, weights, end_1)
+    for ours, theirs in zip(found, plain, strict=True):
+        torch.testing.assert_close(ours[:there], theirs[:there], **near)
+    assert not found[2][there:].any() and not plain[2][there:].any()  # nothing reaches the router from there

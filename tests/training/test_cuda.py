@@ -165,7 +165,7 @@ def test_tokens_are_sorted_without_a_read(eight_ranks, dispatch):
     experts_NK = torch.empty(128, 2, dtype=torch.int64, device=CUDA)
     choices = Choices(experts_NK, torch.empty(128, 2, device=CUDA), 256, True)
     plan = dispatch(eight_ranks).plan(choices, torch.empty(16, dtype=torch.int64, device=CUDA))
-    assert {t.device for t in (*plan.placing, plan.weights_LE, plan.counts_W2)} == {CUDA}
+    assert {t.device for t in (*plan.placing[:5], plan.weights_LE, plan.counts_W2)} == {CUDA}
     assert place(experts_NK, 4, 256, all_chosen=True).choice_M.shape == (256,)
 
 
