@@ -85,7 +85,9 @@ def _swiglu_backward(
 
 
 @_swiglu_backward.register_fake
-def _(grad_MF: Tensor, gate_MF: Tensor, up_MF: Tensor, weights_M: Tensor | None, end: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad_MF: Tensor, gate_MF: Tensor, up_MF: Tensor, weights_M: Tensor | None, end: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, width = gate_MF.shape
     weights = 0 if weights_M is None else rows
     return (

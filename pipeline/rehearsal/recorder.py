@@ -281,7 +281,10 @@ _FLOPS: dict[str, Callable[..., int]] = {
     "moonlight::rehearsed_attention": _attention,
     "moonlight::rehearsed_attention_backward": _attention_backward,
 }
-_SEE_WHAT_IS_FILLED = frozenset(f"moonlight::{name}" for name in ("grouped_rows", "grouped_outer", "bag_sums", "copy_rows", "swiglu", "swiglu_backward"))
+_SEE_WHAT_IS_FILLED = frozenset(
+    f"moonlight::{name}"
+    for name in ("grouped_rows", "grouped_outer", "bag_sums", "copy_rows", "swiglu", "swiglu_backward")
+)
 _PRODUCTS = frozenset({"mm", "addmm", "addmm_", "bmm", "baddbmm", "linear", "linear_backward"})
 _READ_TWICE = frozenset({"moonlight::cross_entropy"})  # its inputs
 _aten = torch.ops.aten
