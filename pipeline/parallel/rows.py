@@ -59,7 +59,7 @@ def place(bins_RC: Tensor, bins: int, pairs: int, *, all_chosen: bool, slots: in
     bins * slots. `all_chosen`: every choice names a bin, and none is left out. The host waits for nothing.
     """
     if own_kernels(bins_RC):
-        return Placing(*sorting.place(bins_RC, bins, pairs, slots or 0), slots or 0)
+        return Placing(*sorting.place(bins_RC, bins, pairs, slots or 0))._replace(slots=slots or 0)
     return place_plainly(bins_RC, bins, pairs, all_chosen=all_chosen, slots=slots)
 
 
@@ -132,7 +132,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None, None]:
         row_M, *counts = ctx.saved_tensors
-        filled = Filled(*counts, ctx.slots) if counts else None
+        filled = Filled(counts[0], ctx.slots) if counts else None
         return gathered(grad_RD.contiguous(), row_M, filled), None, None, None, None
 
 

@@ -45,14 +45,16 @@ def test_rows_are_copied_to_the_places_that_are_filled(bins, slots, rows, width,
     there_M = places_filled(filled, bins * slots)
     out_of_range_M = row_M.where(there_M, 10**12)  # what is not filled is not read
     found = sorting_triton.copy_rows(x_RD, out_of_range_M, *filled)
-    assert found.dtype == dtype and torch.equal(found[there_M], x_RD[row_M][there_M])
+    assert found.dtype == dtype
+    assert torch.equal(found[there_M], x_RD[row_M][there_M])
 
 
 def test_places_say_which_of_them_are_filled():
     bins_RC = drawn_bins(40, 5, 3, 0.6, 7)
     placing = place_plainly(bins_RC, 5, 5 * 9, all_chosen=False, slots=9)
     filled_M = places_filled(placing.filled, 45)
-    assert 0 < filled_M.sum() < 45 and placing.counts.max() > 9  # one is too small, too
+    assert 0 < filled_M.sum() < 45
+    assert placing.counts.max() > 9
     assert torch.equal(placing.place_M.sort().values[-int(filled_M.sum()) :], torch.arange(45)[filled_M])
     assert place_plainly(bins_RC, 5, 120, all_chosen=False).filled is None
 
