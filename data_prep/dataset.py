@@ -57,7 +57,7 @@ def dataset_manifest(
                 tokens=sum(file.tokens for file in files),
                 text_bytes=sum(pack.text_bytes for _, pack in mine),
                 dropped_rows=sum(tail.dropped_rows for tail in tails[source.name]),
-                changes=_summed(unit.changes for unit, _ in mine),
+                changes=_summed(record.changes for pair in mine for record in pair),
                 languages=_summed(unit.languages for unit, _ in mine),
                 contaminated=_summed(unit.contaminated for unit, _ in mine),
             )

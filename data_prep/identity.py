@@ -41,7 +41,9 @@ def identity(config: RunConfig, listings: Mapping[str, Listing]) -> str:
         "versions": versions(),
     }
     if (
-        config.corpus.drop_duplicates_across_sources or config.corpus.near_duplicates is not None
+        config.corpus.drop_duplicates_across_sources
+        or config.corpus.near_duplicates is not None
+        or config.corpus.duplicate_paragraphs is not None
     ):  # then their order decides which of two copies stays
         parts["order_of_sources"] = [source.name for source in config.corpus.sources]
     return digest_of(parts)[:32]

@@ -1,6 +1,6 @@
 """One unit's documents -> rows of one layout -> pack manifest.
 
-Reads the document shard (page checksums verified), leaves out held-out documents and copies, packs, writes. A pack is
+Reads the document shard (page checksums verified), leaves out held-out documents, copies and paragraphs that others keep, packs, writes. A pack is
 named by its documents, what was left out and the layout: another sequence length packs again without tokenizing, and a
 unit that later versions of the dataset do not touch keeps its pack.
 """
@@ -11,21 +11,25 @@ import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.packing import Packer, Piece, Row
+from data_prep.paragraphs.apply import RULE, Cutter
+from data_prep.paragraphs.find import read_going
 from data_prep.records import PackManifest, UnitManifest, shard_path
 from data_prep.rejected import write_copies
 from data_prep.resolve import read_duplicates, read_index
-from data_prep.tokenize_unit import token_dtype
+from data_prep.tokenize_unit import load_encoder, token_dtype
 from data_prep.worker import working
 from data_prep.writer import PackedWriter, put, put_packed, token_buffer
 from pipeline.arrow import integers
-from pipeline.config.schema import DataConfig, StorageConfig
+from pipeline.config.schema import DataConfig, DuplicateParagraphs, StorageConfig
 from pipeline.integrity import open_checked, read_checked, read_record
 from pipeline.manifest import DocumentCounts, FileEntry, TokenizerManifest, digest_of
 from pipeline.storage import Storage, open_storage
@@ -46,6 +50,8 @@ class PackSettings:
     )  # by source, of its partitions; none: they stay
     across: tuple[str, ...] = ()  # paths of the partitions over all sources; none: copies in other sources stay
     near: str | None = None  # path of the near-duplicates of all units; None: they stay
+    paragraphs: tuple[str, ...] = ()  # paths of the ranges of paragraphs that go; none: all stay
+    duplicate_paragraphs: DuplicateParagraphs | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,9 @@ def pack_unit(settings: PackSettings, task: PackTask) -> PackManifest:
         identity["across_sources"] = hashlib.sha256(across.astype("<i8").tobytes()).hexdigest()
     if len(near := excluded.copies["near_duplicate"]):
         identity["near_duplicates"] = hashlib.sha256(near.astype("<i8").tobytes()).hexdigest()
+    cutter = _cutter(storage, settings, task, unit, excluded)
+    if cutter is not None:
+        identity["duplicate_paragraphs"] = hashlib.sha256(cutter.going.tobytes()).hexdigest()
     if settings.keep_rejected:
         identity["keep_rejected"] = True
     pack_id = digest_of(identity)[:32]
@@ -106,19 +115,21 @@ def pack_unit(settings: PackSettings, task: PackTask) -> PackManifest:
             excluded.ordinals,
             Packer(data.sequence_length, data.packing, data.max_documents_per_row),
             writer,
+            cutter,
         )
         writer.close()
         packed = tuple(put_packed(storage, pack_id, file) for file in writer.files)
         rest = put_packed(storage, pack_id, writer.rest) if writer.rest else None
-        rejected = None
-        if settings.keep_rejected and (copies := write_copies(storage, unit, excluded.copies, Path(folder))).count:
+        rejected, emptied = None, cutter.emptied if cutter else []
+        named = {**excluded.copies, RULE: np.array(emptied, np.int64)}
+        if settings.keep_rejected and (copies := write_copies(storage, unit, named, Path(folder))).count:
             rejected = put(storage, copies.path, shard_path("rejected", pack_id, ".parquet"))
-    found = {name: len(ordinals) for name, ordinals in excluded.copies.items() if len(ordinals)}
+    found = {name: len(ordinals) for name, ordinals in named.items() if len(ordinals)}
     found |= {"longer_than_a_row": too_long} if too_long else {}
     filtered = {**unit.counts.filtered, **found}
     counts = DocumentCounts(
         docs_in=unit.counts.docs_in,
-        docs_out=unit.counts.docs_out - len(excluded.ordinals) - too_long,
+        docs_out=unit.counts.docs_out - len(excluded.ordinals) - len(emptied) - too_long,
         heldout=excluded.heldout,
         filtered=dict(sorted(filtered.items())),
         quarantined=unit.counts.quarantined,
@@ -134,6 +145,7 @@ def pack_unit(settings: PackSettings, task: PackTask) -> PackManifest:
         padding=writer.padding,
         text_bytes=text_bytes,
         rejected=rejected,
+        changes=dict(sorted(cutter.changes.items())) if cutter else {},
     )
     storage.create(manifest.path, manifest.to_json())
     return manifest
@@ -186,15 +198,36 @@ def _excluded(storage: Storage, settings: PackSettings, task: PackTask, unit: Un
     return _Excluded(ordinals, len(chosen), reasons)
 
 
+def _cutter(
+    storage: Storage, settings: PackSettings, task: PackTask, unit: UnitManifest, excluded: _Excluded
+) -> Cutter | None:
+    """What takes paragraphs out of the unit's documents; None where none go."""
+    if settings.duplicate_paragraphs is None or unit.paragraphs is None:
+        return None
+    going = read_going(storage, settings.paragraphs, task.place_in_all, task.units_in_all)
+    going = going[~np.isin(going >> np.uint64(32), excluded.ordinals.astype(np.uint64))]
+    tokenizer = settings.tokenizer
+    load = partial(load_encoder, settings.storage, tokenizer.folder, tokenizer.sha256, unit.engines)
+    return Cutter(settings.duplicate_paragraphs, going, load) if len(going) else None
+
+
 def _pack(
-    storage: Storage, unit: UnitManifest, excluded: np.ndarray, packer: Packer, writer: PackedWriter
+    storage: Storage,
+    unit: UnitManifest,
+    excluded: np.ndarray,
+    packer: Packer,
+    writer: PackedWriter,
+    cutter: Cutter | None,
 ) -> tuple[int, int]:
     """Stream the shard through the packer. Returns the text bytes of the documents packed, and how many were left out because
     they are longer than a row and may not be cut."""
     first, text_bytes, too_long = 0, 0, 0
     held: dict[int, np.ndarray] = {}  # tokens of documents that rows still open refer to
-    for tokens, offsets, n_bytes in _windows(storage, unit, writer.dtype):
+    for tokens, offsets, n_bytes, hashes in _windows(storage, unit, writer.dtype):
         count = len(offsets) - 1
+        if cutter is not None:
+            tokens, offsets, n_bytes = cutter.cut(first, tokens, offsets, n_bytes, hashes.to_pylist())
+            excluded = np.union1d(excluded, np.array(cutter.emptied, np.int64))
         lengths = np.diff(offsets) + 1  # EOS
         left_out = excluded[np.searchsorted(excluded, first) : np.searchsorted(excluded, first + count)] - first
         lengths[left_out] = 0
@@ -240,14 +273,18 @@ def _row_tokens(row: Row, document: Any) -> Iterator[np.ndarray]:
         yield document(piece.document)[piece.start : piece.start + piece.length]
 
 
-def _windows(storage: Storage, unit: UnitManifest, dtype: Any) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Row group after row group: tokens, offsets [n + 1], n_bytes [n]."""
+def _windows(
+    storage: Storage, unit: UnitManifest, dtype: Any
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, pa.Array]]:
+    """Row group after row group: tokens, offsets [n + 1], n_bytes [n], hashes [n]."""
     if unit.documents is None:
         return
     with open_checked(storage, unit.documents) as file:
         parquet = pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=True)
         for group in range(parquet.metadata.num_row_groups):
-            table = parquet.read_row_group(group, columns=["tokens", "n_bytes"], use_threads=False).combine_chunks()
+            table = parquet.read_row_group(
+                group, columns=["tokens", "n_bytes", "doc_hash"], use_threads=False
+            ).combine_chunks()
             if table.num_rows:
                 tokens, offsets = token_buffer(table["tokens"].chunk(0), dtype)
-                yield tokens, offsets, integers(table["n_bytes"].chunk(0)).copy()
+                yield tokens, offsets, integers(table["n_bytes"].chunk(0)).copy(), table["doc_hash"].chunk(0)

@@ -27,6 +27,7 @@ from data_prep.contamination import CONTAMINATION_VERSION
 from data_prep.formats import format_of, is_compressed
 from data_prep.listing import InputFile, Listing
 from data_prep.near import SIGNATURES_VERSION
+from data_prep.paragraphs import PARAGRAPHS_VERSION
 from data_prep.rules import RULES_VERSION
 from pipeline.config.schema import CorpusConfig, SourceConfig
 from pipeline.manifest import canonical_json
@@ -90,6 +91,9 @@ def unit_settings(source: SourceConfig, corpus: CorpusConfig, tokenizer_sha256: 
     if corpus.near_duplicates is not None and not source.conversations:
         near = corpus.near_duplicates.model_dump(mode="json")
         settings["near_duplicates"] = {"version": SIGNATURES_VERSION, **near}
+    if corpus.duplicate_paragraphs is not None and not source.conversations:
+        parts = corpus.duplicate_paragraphs.model_dump(mode="json")
+        settings["duplicate_paragraphs"] = {"version": PARAGRAPHS_VERSION, **parts}
     if corpus.decontamination is not None:
         found = corpus.decontamination.model_dump(mode="json", exclude={"tasks"}, exclude_none=True)
         settings["decontamination"] = {"version": CONTAMINATION_VERSION, "questions": None, **found}

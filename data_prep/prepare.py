@@ -28,6 +28,7 @@ from data_prep.listing import Listing
 from data_prep.mapping import MapUnits, map_in_process
 from data_prep.near.find import find_near_duplicates
 from data_prep.pack_unit import PackSettings, PackTask, pack_unit
+from data_prep.paragraphs.find import corpus_of, find_going, ranges
 from data_prep.plan import unit_settings
 from data_prep.quarantine_share import QuarantineShare
 from data_prep.records import (
@@ -187,6 +188,7 @@ def _tokenize(
             keep_rejected=config.corpus.keep_rejected,
             unit_settings=unit_settings(source, config.corpus, plan.tokenizer.sha256),
             near_duplicates=config.corpus.near_duplicates,
+            duplicate_paragraphs=config.corpus.duplicate_paragraphs,
             decontamination=config.corpus.decontamination,
             questions=questions,
             versions=versions(),
@@ -267,16 +269,23 @@ def _resolve_and_pack(
     every = [partition for found in partitions.values() for partition in found] + across
     find = partial(find_duplicates, config.storage, indexes)
     _mapped("resolve", find, every, map_units, report, _uncounted)
-    near = None
+
+    def mapped(phase: str, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        return _mapped(phase, function, items, map_units, report, _uncounted)
+
+    near, paragraphs = None, list[str]()
     if config.corpus.near_duplicates is not None:
-
-        def mapped(phase: str, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-            return _mapped(phase, function, items, map_units, report, _uncounted)
-
         near = find_near_duplicates(config, units, tokenized, heldout, folder, mapped)
+    if config.corpus.duplicate_paragraphs is not None:
+        corpus = corpus_of(config, units, tokenized, heldout, near.duplicates.path if near else None)
+        paragraphs = mapped(
+            "paragraphs", partial(find_going, config.storage, corpus), ranges(tokenized, corpus, folder)
+        )
     settings = replace(
         _pack_settings(config, plan, entry),
         near=None if near is None else near.duplicates.path,
+        paragraphs=tuple(paragraphs),
+        duplicate_paragraphs=config.corpus.duplicate_paragraphs,
         duplicates={name: tuple(partition.output for partition in found) for name, found in partitions.items()},
         across=tuple(partition.output for partition in across),
     )

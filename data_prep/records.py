@@ -6,6 +6,7 @@ datasets/plans/<identity>.json            commit of the former, and the version'
 datasets/documents/ab/<unit>.parquet      a unit's tokenized documents: tokens, doc_hash, n_bytes, doc_id
 datasets/documents/ab/<unit>.index        (hash, ordinal) of each, sorted: what finding duplicates reads
 datasets/documents/ab/<unit>.bands        MinHash signatures, where near-duplicates are looked for
+datasets/documents/ab/<unit>.parts        hashes of paragraphs or lines, where those of several documents are looked for
 datasets/documents/ab/<unit>.seen         questions of the evaluation's tasks that are in it, where they are looked for
 datasets/questions/ab/<sha256>.parquet    these questions
 datasets/documents/ab/<unit>.heldout.parquet   the unit's candidates for the held-out split
@@ -32,7 +33,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pipeline.manifest import UNIT_OPTIONAL, DocumentCounts, FileEntry, PackedFile, Record, TokenizerManifest
+from pipeline.manifest import (
+    PACK_OPTIONAL,
+    UNIT_OPTIONAL,
+    DocumentCounts,
+    FileEntry,
+    PackedFile,
+    Record,
+    TokenizerManifest,
+)
 
 
 def shard_path(kind: str, name: str, suffix: str) -> str:
@@ -73,6 +82,7 @@ class UnitManifest(Record):
     ] = ()  # that encoded it: the tokenizer's, or the reference where one of these gave other ids
     failed: str = ""  # not empty: why the whole unit is in quarantine
     bands: FileEntry | None = None  # signatures, where near-duplicates are looked for (near/file.py)
+    paragraphs: FileEntry | None = None  # where those of several documents are looked for (paragraphs/parts.py)
     changes: dict[str, int] = {}  # made to documents that were kept, by name: c4.lines, personal_data.email
     languages: dict[str, int] = {}  # documents that were kept, by language, where it was asked for
     examples: dict[str, tuple[str, ...]] = {}  # locations of the first documents that each rule dropped or cut
@@ -99,6 +109,9 @@ class PackManifest(Record):
     padding: int  # tokens
     text_bytes: int
     rejected: FileEntry | None = None
+    changes: dict[str, int] = {}  # made to its documents for what others say, by name: duplicate_paragraphs.lines
+
+    OPTIONAL: ClassVar[frozenset[str]] = PACK_OPTIONAL
 
     @property
     def path(self) -> str:
@@ -132,7 +145,7 @@ class Plan(Record):
 class PrepareProgress:
     """Where prepare stands. Documents, bytes, tokens and their rates are those of this run; units also of earlier ones."""
 
-    phase: str  # tokenizer, tokenize, resolve, bands, clusters, pack, tail, packed
+    phase: str  # tokenizer, tokenize, resolve, bands, clusters, paragraphs, pack, tail, packed
     units_done: int
     units_total: int
     units_failed: int

@@ -26,12 +26,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from data_prep import hash_sorted
+from data_prep.hash_sorted import MEND
 from data_prep.records import UnitManifest
 from data_prep.tokenize_unit import INDEX_DTYPE, token_dtype
 from data_prep.writer import parquet_writer, put
@@ -42,10 +45,7 @@ from pipeline.storage import Storage, open_storage
 
 PARTITION_DOCUMENTS = 4_000_000
 READ_THREADS = 16
-MEND = "restore it from a copy, or delete it and the record of what made it (datasets/units) and prepare again"
-HEAD = np.dtype(
-    [("first", "<u4", 257), ("xxh3", "<u8", 256), ("own", "<u8")]
-)  # of an index (tokenize_unit.index_bytes)
+ORDINAL = np.dtype("<u4")
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,10 @@ def find_duplicates(storage_config: StorageConfig, indexes: Mapping[str, Indexes
     return partition.output
 
 
-def duplicates_bytes(ordinals: Sequence[np.ndarray]) -> bytes:
-    """Of each unit the sorted ordinals of its documents that are left out, as `read_duplicates` reads them."""
+def duplicates_bytes(ordinals: Sequence[np.ndarray], kind: Any = ORDINAL) -> bytes:
+    """Of each unit the sorted ordinals of its documents that are left out, or what else is told of them, as `read_duplicates` reads them."""
     offsets = np.concatenate([[0], np.cumsum([len(found) for found in ordinals])]).astype("<u8")
-    parts = [found.astype("<u4").tobytes() for found in ordinals]
+    parts = [found.astype(kind).tobytes() for found in ordinals]
     spans = pairwise(offsets.tolist())
     digests = [_digest_of(unit, span, part) for unit, (span, part) in enumerate(zip(spans, parts))]
     return b"".join([offsets.tobytes(), np.array(digests, "<u8").tobytes(), *parts])
@@ -136,25 +136,12 @@ def duplicates_bytes(ordinals: Sequence[np.ndarray]) -> bytes:
 
 def read_index(storage: Storage, path: str, low: int = 0, high: int = 256) -> np.ndarray:
     """Records of an index whose leading hash byte is in [low, high). Raises DamagedFile."""
-    with storage.open(path) as file:
-        data = file.read(HEAD.itemsize)
-        if len(data) < HEAD.itemsize or xxhash.xxh3_64_intdigest(data[:-8]) != int.from_bytes(data[-8:], "little"):
-            raise DamagedFile(f"{storage.uri(path)}: its head is torn or changed; {MEND}")
-        (head,) = np.frombuffer(data, HEAD)
-        first = [int(number) for number in head["first"]]
-        file.seek(HEAD.itemsize + first[low] * INDEX_DTYPE.itemsize)
-        data = file.read((first[high] - first[low]) * INDEX_DTYPE.itemsize)
-    for byte in range(low, high):
-        start, stop = ((first[edge] - first[low]) * INDEX_DTYPE.itemsize for edge in (byte, byte + 1))
-        if stop > len(data) or xxhash.xxh3_64_intdigest(data[start:stop]) != head["xxh3"][byte]:
-            raise DamagedFile(
-                f"{storage.uri(path)}: records with the leading byte {byte:02x} are torn or changed; {MEND}"
-            )
-    return np.frombuffer(data, INDEX_DTYPE)
+    return hash_sorted.read(storage, path, INDEX_DTYPE, low, high)
 
 
-def read_duplicates(storage: Storage, path: str, unit: int, units: int) -> np.ndarray:
-    """Ordinals (int64, sorted) of the copies in the unit with that place in the plan. Raises DamagedFile."""
+def read_duplicates(storage: Storage, path: str, unit: int, units: int, kind: Any = ORDINAL) -> np.ndarray:
+    """Ordinals (int64, sorted) of the copies in the unit with that place in the plan; of another `kind` as it is. Raises DamagedFile."""
+    size = kind.itemsize
     with storage.open(path) as file:
         file.seek(unit * 8)
         span = file.read(16)
@@ -162,12 +149,13 @@ def read_duplicates(storage: Storage, path: str, unit: int, units: int) -> np.nd
         file.seek((units + 1 + unit) * 8)
         digest = file.read(8)
         first = (2 * units + 1) * 8
-        there = start <= stop <= (file.seek(0, os.SEEK_END) - first) // 4  # a flipped offset may be anywhere
-        file.seek(first + start * 4 if there else 0)
-        data = file.read((stop - start) * 4 if there else 0)
+        there = start <= stop <= (file.seek(0, os.SEEK_END) - first) // size  # a flipped offset may be anywhere
+        file.seek(first + start * size if there else 0)
+        data = file.read((stop - start) * size if there else 0)
     if len(digest) < 8 or _digest_of(unit, (start, stop), data) != int.from_bytes(digest, "little"):
         raise DamagedFile(f"{storage.uri(path)}: the copies of unit number {unit} are torn or changed; {MEND}")
-    return np.frombuffer(data, "<u4").astype(np.int64)
+    found = np.frombuffer(data, kind)
+    return found.astype(np.int64) if kind is ORDINAL else found
 
 
 def _digest_of(unit: int, span: tuple[int, int], ordinals: bytes) -> int:

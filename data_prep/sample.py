@@ -19,6 +19,7 @@ from data_prep.filters import rejected_by
 from data_prep.formats import format_of
 from data_prep.listing import Listing, hash_order
 from data_prep.near.signatures import bands
+from data_prep.paragraphs.parts import parts
 from data_prep.plan import Slice
 from data_prep.readers import ReaderSettings, Record, read_slice
 from data_prep.rules.apply import Outcome, apply
@@ -26,7 +27,7 @@ from data_prep.rules.check import check_classifiers, check_rules
 from data_prep.rules.classifier import ClassifierFailed, refused
 from data_prep.tokenize_unit import open_input, said
 from pipeline.config.rules import Rules
-from pipeline.config.schema import NearDuplicates, RunConfig, SourceConfig
+from pipeline.config.schema import DuplicateParagraphs, NearDuplicates, RunConfig, SourceConfig
 
 DOCUMENTS = 1000  # of a source
 FILES = 20  # of a source whose files hold many documents
@@ -133,6 +134,15 @@ def _look_for_questions(found: Sampled, finder: Finder) -> None:
     for place, outcome in decontaminate(list(texts.values()), finder).items():
         for task in outcome.tasks:
             found.held.setdefault(task, []).append(numbers[place])
+
+
+def repeated(samples: Sequence[Sampled], settings: DuplicateParagraphs) -> list[tuple[int, str]]:
+    """Paragraphs or lines that several of the documents have that are kept: (documents more than one, text), most frequent first."""
+    documents: Counter[str] = Counter()
+    for each in samples:
+        for outcome in each.kept:
+            documents.update({part for _, part in parts(outcome.text, settings)})
+    return [(count - 1, part) for part, count in documents.most_common() if count > 1]
 
 
 def clusters(samples: Sequence[Sampled], settings: NearDuplicates) -> list[list[tuple[str, str]]]:

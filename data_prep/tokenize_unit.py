@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,10 +21,12 @@ import orjson
 import pyarrow as pa
 import xxhash
 
+from data_prep import hash_sorted
 from data_prep.contamination.apply import RULE, decontaminate, load_finder
 from data_prep.contamination.seen import seen_bytes
 from data_prep.filters import rejected_by
 from data_prep.near.file import Signatures
+from data_prep.paragraphs.parts import Parts
 from data_prep.plan import Unit
 from data_prep.readers import ReaderSettings, Record, read_slice
 from data_prep.records import UnitManifest, shard_path
@@ -35,7 +36,7 @@ from data_prep.rules.classifier import Call, ClassifierFailed, in_process, refus
 from data_prep.worker import working
 from data_prep.writer import DOCUMENT_SCHEMA, document_table, parquet_writer, put
 from pipeline.arrow import column
-from pipeline.config.schema import Decontamination, NearDuplicates, SourceConfig, StorageConfig
+from pipeline.config.schema import Decontamination, DuplicateParagraphs, NearDuplicates, SourceConfig, StorageConfig
 from pipeline.integrity import read_record
 from pipeline.manifest import DocumentCounts, FileEntry, TokenizerManifest
 from pipeline.storage import Storage, filesystem, open_storage
@@ -68,6 +69,7 @@ class TokenizeSettings:
     keep_rejected: bool
     unit_settings: dict[str, Any]
     near_duplicates: NearDuplicates | None
+    duplicate_paragraphs: DuplicateParagraphs | None
     decontamination: Decontamination | None
     questions: FileEntry | None  # with decontamination: what is looked for
     versions: dict[str, str]
@@ -88,6 +90,7 @@ class _Unit:
     contaminated: Counter[str] = field(default_factory=Counter)  # documents by task
     seen: Counter[int] = field(default_factory=Counter)  # documents by question
     signatures: Signatures | None = None
+    parts: Parts | None = None
     hashes: list[bytes] = field(default_factory=list)
     tokens: int = 0
     text_bytes: int = 0
@@ -144,8 +147,11 @@ def tokenize_unit(settings: TokenizeSettings, unit: Unit) -> UnitManifest:
 
 def _tokenize(storage: Storage, unit: Unit, settings: TokenizeSettings, engines: tuple[str, ...]) -> UnitManifest:
     encoder = load_encoder(settings.storage, settings.tokenizer.folder, settings.tokenizer.sha256, engines)
-    near = settings.near_duplicates
-    state = _Unit(signatures=None if near is None or settings.source.conversations else Signatures(near))
+    near, paragraphs, prose = settings.near_duplicates, settings.duplicate_paragraphs, not settings.source.conversations
+    state = _Unit(
+        signatures=Signatures(near) if prose and near is not None else None,
+        parts=Parts(paragraphs) if prose and paragraphs is not None else None,
+    )
     with tempfile.TemporaryDirectory(prefix="unit-") as folder:
         documents = _Documents(Path(folder) / "documents.parquet", settings.tokenizer.vocab_size)
         rejected = RejectedDocuments(Path(folder) / "rejected.parquet") if settings.keep_rejected else None
@@ -345,6 +351,8 @@ def _encode(
     documents.add(ids, offsets, hashes, sizes, [record.doc_id for record in batch])
     if state.signatures is not None:
         state.signatures.add(texts, hashes)
+    if state.parts is not None:
+        state.parts.add(texts, hashes)
     state.hashes += hashes
     state.tokens += len(ids)
     state.text_bytes += sum(sizes)
@@ -430,6 +438,9 @@ def _commit(
         if state.signatures is not None:
             (folder / "bands").write_bytes(state.signatures.to_bytes())
             entries["bands"] = put(storage, folder / "bands", shard_path("documents", unit.id, ".bands"))
+        if state.parts is not None:
+            (folder / "parts").write_bytes(state.parts.to_bytes())
+            entries["paragraphs"] = put(storage, folder / "parts", shard_path("documents", unit.id, ".parts"))
     if state.seen:
         (folder / "seen").write_bytes(seen_bytes(state.seen))
         entries["seen"] = put(storage, folder / "seen", shard_path("documents", unit.id, ".seen"))
@@ -469,16 +480,12 @@ def _commit(
 
 
 def index_bytes(hashes: list[bytes]) -> bytes:
-    """INDEX_DTYPE records sorted by hash, behind a head: 257 uint32 (first record of each leading byte, then the count), 256 uint64
-    (xxh3 of the records of each leading byte), and one over both. All little-endian."""
+    """INDEX_DTYPE records sorted by hash (hash_sorted.py)."""
     halves = np.frombuffer(b"".join(hashes), ">u8").reshape(-1, 2)
     records = np.empty(len(hashes), INDEX_DTYPE)
     records["high"], records["low"], records["ordinal"] = halves[:, 0], halves[:, 1], np.arange(len(hashes))
     records = records[np.lexsort((records["ordinal"], records["low"], records["high"]))]
-    first = np.searchsorted(records["high"] >> np.uint64(56), np.arange(257, dtype=np.uint64))
-    digests = [xxhash.xxh3_64_intdigest(records[start:stop].tobytes()) for start, stop in pairwise(first.tolist())]
-    head = first.astype("<u4").tobytes() + np.array(digests, "<u8").tobytes()
-    return head + xxhash.xxh3_64_intdigest(head).to_bytes(8, "little") + records.tobytes()
+    return hash_sorted.to_bytes(records, records["high"])
 
 
 def _write_candidates(path: Path, candidates: list[tuple[bytes, int, np.ndarray, int, str]]) -> None:

@@ -143,8 +143,9 @@ class HeldoutFile(FileEntry):
     text_bytes: int  # UTF-8 bytes of the text behind the tokens
 
 
-# Of a unit's record (data_prep/records.py), which verify reads as plain fields: left out of its digest while they are empty
-UNIT_OPTIONAL = frozenset({"changes", "languages", "examples", "bands", "contaminated", "seen"})
+# Of a unit's and a pack's record (data_prep/records.py), which verify reads as plain fields: left out of its digest while they are empty
+UNIT_OPTIONAL = frozenset({"changes", "languages", "examples", "bands", "contaminated", "seen", "paragraphs"})
+PACK_OPTIONAL = frozenset({"changes"})
 
 
 class DocumentCounts(Record):

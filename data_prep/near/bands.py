@@ -15,7 +15,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_prep.near.file import MEND, RECORD, read_band
+from data_prep.hash_sorted import MEND
+from data_prep.near.file import RECORD, read_band
 from data_prep.records import UnitManifest
 from data_prep.resolve import READ_THREADS
 from pipeline.config.near import NearDuplicates

@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from data_prep.hash_sorted import MEND
 from data_prep.near.signatures import bands
 from pipeline.config.near import NearDuplicates
 from pipeline.integrity import DamagedFile
@@ -22,7 +23,6 @@ from pipeline.storage import Storage
 RECORD = np.dtype([("hash", "<u8"), ("ordinal", "<u4")])
 DOCUMENT = np.dtype([("hash", "<u8"), ("bytes", "<u8")])  # leading half of the document's hash, size of its text
 BAND = np.dtype([("first", "<u4", 257), ("xxh3", "<u8", 256)])
-MEND = "restore it from a copy, or delete it and the record of what made it (datasets/units) and prepare again"
 
 
 class Signatures:

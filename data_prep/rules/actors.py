@@ -66,7 +66,9 @@ def classifier_actors(config: RunConfig) -> Iterator[Actors]:
         max_restarts=-1,
         max_task_retries=TRIES - 1,
     )
-    handles = {function: [remote.remote() for _ in range(cluster.classifier_actors)] for function in wanted}
+    handles: dict[str, list[Any]] = {
+        function: [remote.remote() for _ in range(cluster.classifier_actors)] for function in wanted
+    }
     try:
         yield Actors(handles)
     finally:

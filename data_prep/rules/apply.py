@@ -40,9 +40,10 @@ def apply(texts: Sequence[str], rules: Rules, classify: classifier.Call = classi
         _apply([left[number] for number in numbers], rules)
     if rules.classifier:
         left = [outcome for outcome in left if not outcome.rejected]
-        found = classifier.scores([outcome.text for outcome in left], rules.classifier, classify)
-        for outcome, outcome.score in zip(left, found):
-            _reject([outcome], "classifier", [classifier.verdict(outcome.score, rules.classifier)])
+        scores = classifier.scores([outcome.text for outcome in left], rules.classifier, classify)
+        for outcome, score in zip(left, scores):
+            outcome.score = score
+            _reject([outcome], "classifier", [classifier.verdict(score, rules.classifier)])
     if rules.personal_data:
         for outcome in left:
             if not outcome.rejected:

@@ -36,6 +36,7 @@ COPIES = (
     "exact_duplicate_across_sources",
     "heldout_copy",
     "near_duplicate",
+    "duplicate_paragraphs",
 )  # reasons to drop a document for another
 SHORTEST_LINE = 12  # bytes of {"text":"x"}
 

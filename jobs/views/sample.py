@@ -11,10 +11,10 @@ from data_prep.contamination.finder import Finder
 from data_prep.contamination.questions import parse, to_bytes
 from data_prep.identity import list_corpus
 from data_prep.rules import language
-from data_prep.sample import Sampled, clusters, sample
+from data_prep.sample import Sampled, clusters, repeated, sample
 from jobs.cli import looking, open_run, parser, refusing
 from pipeline.config.rules import C4, FineWeb, GopherQuality, GopherRepetition, Languages, PersonalData, Rules
-from pipeline.config.schema import NearDuplicates, RunConfig
+from pipeline.config.schema import DuplicateParagraphs, NearDuplicates, RunConfig
 from pipeline.evaluation.questions import questions
 
 SHOWN_CHARACTERS = 90
@@ -48,7 +48,10 @@ def command(arguments: Sequence[str] | None) -> int:
                 *question_lines(samples[-1], finder, given.examples),
             ):
                 print(line, flush=True)
-        for line in cluster_lines(samples, config.corpus.near_duplicates):
+        for line in (
+            *cluster_lines(samples, config.corpus.near_duplicates),
+            *paragraph_lines(samples, config.corpus.duplicate_paragraphs, given.examples),
+        ):
             print(line, flush=True)
     return 0
 
@@ -129,6 +132,16 @@ def cluster_lines(samples: Sequence[Sampled], settings: NearDuplicates | None) -
     for group in found[:SHOWN_CLUSTERS]:
         shown = ", ".join(f"{source} {location}" for source, location in group[:3])
         yield f"  {len(group):,}: {shown}{', ...' if len(group) > 3 else ''}"
+
+
+def paragraph_lines(samples: Sequence[Sampled], settings: DuplicateParagraphs | None, examples: int) -> Iterator[str]:
+    wanted = settings or DuplicateParagraphs()
+    found = repeated(samples, wanted)
+    unset = "" if settings else " (corpus.duplicate_paragraphs is not set)"
+    copies, characters = sum(more for more, _ in found), sum(more * len(part) for more, part in found)
+    yield f"{wanted.by}s that several of them have: {len(found):,}, {copies:,} copies of {characters:,} characters more than one of each{unset}"
+    for more, part in found[:examples]:
+        yield f"  {more + 1:,} documents: {_excerpt(part.encode())}"
 
 
 def _excerpt(text: bytes) -> str:

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.config import conditions
 from pipeline.config.decontamination import Decontamination
 from pipeline.config.near import NearDuplicates
+from pipeline.config.paragraphs import DuplicateParagraphs
 from pipeline.config.rules import Rules
 from pipeline.config.section import Section
 from pipeline.config.values import Bytes, Count, Fraction, Location, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -126,6 +127,7 @@ class CorpusConfig(Section):
     keep_rejected: bool = False  # write what filters rejected, with the reason, to datasets/rejected/
     rules: Rules = Rules()  # of every source but conversations; sources[].rules comes first, rule by rule
     near_duplicates: NearDuplicates | None = None  # `near_duplicates: {}` looks for them, over all sources
+    duplicate_paragraphs: DuplicateParagraphs | None = None  # `{}` takes out what other documents say, too
     decontamination: Decontamination | None = None  # `decontamination: {}` looks for the questions of evaluation.tasks
     max_dropped_fraction: Fraction = 0.9  # of a source's documents, by one rule: more stop prepare, with examples
 

@@ -28,6 +28,7 @@ from pipeline.config.near import NearDuplicates
 from pipeline.config.network import ModelConfig
 from pipeline.config.optimizer import AdamWConfig, MuonConfig, OptimizerConfig
 from pipeline.config.outcome import TASK_SETTINGS, CardConfig, EvaluationConfig, HubConfig, PublishingConfig
+from pipeline.config.paragraphs import DuplicateParagraphs
 from pipeline.config.places import places
 from pipeline.config.rules import Rules
 from pipeline.config.schedule import BatchStage, BiasRateStage, LearningRateStage, ScheduleConfig
@@ -57,6 +58,7 @@ __all__ = [
     "CorpusConfig",
     "DataConfig",
     "Decontamination",
+    "DuplicateParagraphs",
     "ElasticConfig",
     "EvaluationConfig",
     "FilterConfig",

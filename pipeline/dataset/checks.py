@@ -32,6 +32,7 @@ from pipeline.dataset.leakage import HeldoutIndex
 from pipeline.dataset.packed_file import Block, CorruptBlock, Layout, fetch_range, read_footer, read_group
 from pipeline.file_index import FileIndex, Files
 from pipeline.manifest import (
+    PACK_OPTIONAL,
     UNIT_OPTIONAL,
     DatasetManifest,
     DocumentCounts,
@@ -46,7 +47,7 @@ from pipeline.storage import Storage
 PACKS, TAILS = "datasets/packs", "datasets/tails"  # where data_prep commits them: <first two digits>/<id>.json
 
 
-UNIT_FILES = ("index", "candidates", "bands", "seen")  # of a unit's record
+UNIT_FILES = ("index", "candidates", "bands", "seen", "paragraphs")  # of a unit's record
 
 
 @dataclass(frozen=True)
@@ -260,7 +261,9 @@ def _check_records(index: FileIndex, storage: Storage, task: Task) -> FileReport
                 except ValueError as error:
                     report.findings.append(Finding(found.path, None, str(error)))
                     continue
-                if digest_of(record) in named:  # else of another dataset; a damaged one is missing from the total
+                if (
+                    _digest_without(record, PACK_OPTIONAL) in named
+                ):  # else of another dataset; a damaged one is missing from the total
                     report.records += 1
                     report.rows += sum(file["rows"] for file in record["packed"])
                     problems = list(_foreign_files(record, ours))
@@ -305,7 +308,7 @@ def _check_pack(storage: Storage, pack: dict[str, Any]) -> Iterator[str]:
     for name in UNIT_FILES:
         if unit.get(name):
             yield from _check_file(storage, FileEntry(**unit[name]))
-    digest = digest_of({name: value for name, value in unit.items() if value or name not in UNIT_OPTIONAL})
+    digest = _digest_without(unit, UNIT_OPTIONAL)
     if digest != pack["unit_digest"]:
         yield f"{path} has digest {digest}, expected {pack['unit_digest']}"
     elif unit["quarantine"] and not unit["failed"]:
@@ -313,6 +316,11 @@ def _check_pack(storage: Storage, pack: dict[str, Any]) -> Iterator[str]:
         records = sum(unit["counts"]["quarantined"].values())
         if lines != records:
             yield f"{unit['quarantine']['path']} has {lines} lines for {records} quarantined records"
+
+
+def _digest_without(record: dict[str, Any], optional: frozenset[str]) -> str:
+    """Of a record's fields but for those of `optional` that are empty."""
+    return digest_of({name: value for name, value in record.items() if value or name not in optional})
 
 
 def _check_file(storage: Storage, entry: FileEntry) -> Iterator[str]:

@@ -46,7 +46,7 @@ def loads(data):
 """
 
 
-# Every rule, a classifier among them, near-duplicates and questions of tasks; thresholds that leave some of the code that the tests read.
+# Every rule, a classifier among them, near-duplicates, repeated lines and questions of tasks; thresholds that leave some of the code that the tests read.
 EVERYTHING = {
     "corpus__rules": json.dumps(
         {
@@ -64,6 +64,7 @@ EVERYTHING = {
         }
     ),
     "corpus__near_duplicates": "{}",
+    "corpus__duplicate_paragraphs": json.dumps({"by": "line", "min_characters": 20}),
     "corpus__keep_rejected": "true",
     "cluster__classifier_actors": "2",
     "cluster__classifier_cpus": "0.2",
@@ -104,6 +105,8 @@ def test_bad_requests_and_cut_connections(
     if more:
         assert dataset.contamination is not None
         assert dataset.contamination.tasks["exam"].seen > 3
+        assert dataset.sources[0].changes["duplicate_paragraphs.lines"] > 100
+        assert dataset.sources[0].counts.filtered["classifier.min_score"] > 2
     with FaultyS3(endpoint, 0.10, 0.05) as proxy:
         config = run_config(
             jsonl,
