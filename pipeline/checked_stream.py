@@ -14,6 +14,8 @@ the bytes for the disk, which then takes longer than the hashing.
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import os
 from collections import deque
@@ -30,6 +32,8 @@ from pipeline.storage import Storage
 
 WINDOW = 32 * 2**20  # bytes
 BEHIND = 2  # windows that are written and not yet read back
+FALLOC_FL_KEEP_SIZE = 1  # of linux/falloc.h: the file is as long as what was written, whatever is reserved
+CANNOT_RESERVE = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINTR}
 BLOCK = 256 * 1024  # bytes that are read back at once: they stay in a core's cache
 
 Read = Callable[[int, memoryview], int]  # fills memory from a byte of the object on and says how far it got
@@ -77,11 +81,12 @@ class CheckedObject:
 
 
 @contextmanager
-def checked_stream(storage: Storage, path: str, *, window: int = WINDOW) -> Iterator[CheckedObject]:
+def checked_stream(storage: Storage, path: str, *, size: int = 0, window: int = WINDOW) -> Iterator[CheckedObject]:
     """Write an object as `Storage.stream` does, and read every byte of it back. Atomic in a folder: an object that was not read back
     as it was written is never there. On S3 it is there by then.
 
-    Raises NotAsWritten that names the object and where in it.
+    `size`: bytes that it is going to have, if that is known: a folder's disk is asked for the room at once, so one that is too full says so
+    before the first byte. Raises NotAsWritten that names the object and where in it.
     """
     if storage.config.is_s3:
         windows: list[Window] = []
@@ -96,6 +101,7 @@ def checked_stream(storage: Storage, path: str, *, window: int = WINDOW) -> Iter
             out.sha256 = back.finish()
         return
     with storage.stream(path) as file, Follower(file, storage.uri(path), window) as follower:
+        _reserve(file.fileno(), size)
         out = CheckedObject(file, window, follower.follow)
         yield out
         out.end_window()
@@ -174,6 +180,16 @@ class Follower:
         length = window.stop - window.start
         if length == self._window and hasattr(os, "posix_fadvise"):  # not on macOS
             os.posix_fadvise(self._source, window.start, length, os.POSIX_FADV_DONTNEED)
+
+
+def _reserve(file: int, size: int) -> None:
+    """Blocks for a file of so many bytes, where the file system can give them. The kernel writes into them at half the cost."""
+    # os.posix_fallocate would write into every block where the file system cannot
+    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)  # not on macOS
+    if size and fallocate and fallocate(file, FALLOC_FL_KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size)):
+        number = ctypes.get_errno()
+        if number not in CANNOT_RESERVE:
+            raise OSError(number, os.strerror(number))
 
 
 def _sync_data(file: int) -> None:

@@ -27,12 +27,15 @@ def places(tmp_path: Path, s3_root: StorageConfig) -> list[Storage]:
     return [open_storage(StorageConfig(root=str(tmp_path))), open_storage(s3_root)]
 
 
-@given(st.lists(st.binary(max_size=50), max_size=8), st.integers(1, 40))
+@given(st.lists(st.binary(max_size=50), max_size=8), st.integers(1, 40), st.integers(0, 10_000))
 @settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_pieces_are_the_bytes_of_a_plain_write(places: list[Storage], pieces: list[bytes], window: int) -> None:
+def test_any_pieces_are_the_bytes_of_a_plain_write(
+    places: list[Storage], pieces: list[bytes], window: int, size: int
+) -> None:
+    """Whatever the windows, and whatever was said of the size beforehand."""
     whole = b"".join(pieces)
     for storage in places:
-        with checked_stream(storage, "a/b", window=window) as out:
+        with checked_stream(storage, "a/b", size=size, window=window) as out:
             for piece in pieces:
                 out.write(piece)
         assert storage.read("a/b") == whole
@@ -141,6 +144,16 @@ def test_a_disk_that_did_not_take_it_is_told_of_once_and_heard(
             out.write(bytes(2 * WINDOW))
 
     with pytest.raises(OSError, match=r"Input/output error: .*a/b"):
+        write()
+    assert names(folder) == []
+
+
+def test_room_that_the_disk_does_not_have_is_refused_before_the_first_byte(folder: Storage) -> None:
+    def write() -> None:
+        with checked_stream(folder, "a/b", size=2**62):
+            raise AssertionError("something was written")
+
+    with pytest.raises(OSError, match=r"File too large: .*a/b"):
         write()
     assert names(folder) == []
 

@@ -10,13 +10,14 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 from jobs.on_ray.task import result_of, run_in_task, wants_gpu
 from pipeline.config.load import validate
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import RunConfig, StorageConfig
 from pipeline.lease import hold, say_waiting
 from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, ModelManifest, TrainManifest
 from pipeline.publishing import targets
@@ -24,6 +25,7 @@ from pipeline.publishing.version import PublishProgress, lease_path
 from pipeline.storage import Storage, open_storage
 
 if TYPE_CHECKING:
+    from pipeline.publishing.layout import WeightFile
     from pipeline.publishing.weights import Written
 
 Report = Callable[[PublishProgress], None]
@@ -109,28 +111,22 @@ def write_files(config: RunConfig, checkpoint: CheckpointManifest, folder: str) 
     write = ray.remote(_write_file).options(
         name="publish-weights", num_cpus=config.cluster.cpus_per_worker, max_retries=config.cluster.max_failures
     )
-    start = partial(write.remote, ray.put(config.model_dump(mode="json")), checkpoint.model_dump_json(), folder)
-    left = iter(range(len(plan_files(config))))
-    running: list[Any] = []
-    workers = config.publishing.workers or config.parallelism.world_size
-    while True:
-        while len(running) < workers and (number := next(left, None)) is not None:
-            running.append(start(number))
-        if not running:
-            return
+    start = partial(write.remote, ray.put(config.storage.model_dump(mode="json")), checkpoint.model_dump_json(), folder)
+    left = iter(plan_files(config))
+    running = [start(file) for file in islice(left, config.publishing.workers or config.parallelism.world_size)]
+    while running:
         (done,), running = ray.wait(running)
+        running += [start(file) for file in islice(left, 1)]
         yield result_of(done)
 
 
-def _write_file(config_values: dict[str, Any], checkpoint: str, folder: str, number: int) -> Written:
+def _write_file(storage_values: dict[str, Any], checkpoint: str, folder: str, file: WeightFile) -> Written:
     import torch
 
-    from pipeline.publishing.layout import plan_files
     from pipeline.publishing.weights import write_file
     from pipeline.training.files import CheckpointReader
 
     torch.set_num_threads(1)
-    config = validate(config_values)
-    storage = open_storage(config.storage)
+    storage = open_storage(StorageConfig.model_validate(storage_values))
     reader = CheckpointReader(storage, CheckpointManifest.model_validate_json(checkpoint))
-    return write_file(plan_files(config)[number], reader, storage, folder)
+    return write_file(file, reader, storage, folder)

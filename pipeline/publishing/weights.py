@@ -37,7 +37,7 @@ def write_file(file: WeightFile, reader: CheckpointReader, storage: Storage, fol
     bytes that storage gave back otherwise.
     """
     xxh3 = {file.name: xxhash.xxh3_128_hexdigest(file.header)}
-    with checked_stream(storage, f"{folder}/{file.name}") as out:
+    with checked_stream(storage, f"{folder}/{file.name}", size=file.nbytes) as out:
         out.write(file.header)
         for name, parts in groupby(checkpoint_bytes(file, reader), key=itemgetter(0)):
             one = xxhash.xxh3_128()
