@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,13 +20,19 @@ class DroppedShare(SourceShare):
 
     def __init__(self, sources: Sequence[SourceConfig], most: float) -> None:
         super().__init__(sources, most)
+        paths = Counter(source.path for source in sources)
+        self._split = {
+            source.name for source in sources if paths[source.path] > 1
+        }  # the others keep what one drops, by language
         self._examples: dict[tuple[str, str], list[str]] = {}
 
     def _counted(self, unit: dict[str, Any]) -> Mapping[str, int]:
         for name, locations in unit["examples"].items():
             shown = self._examples.setdefault((unit["source"], name), [])
             shown += locations[: SHOWN - len(shown)]
-        return {name: count for name, count in unit["counts"]["filtered"].items() if is_of_a_rule(name)}
+        filtered = unit["counts"]["filtered"].items()
+        meant = {"languages.keep"} if unit["source"] in self._split else set()
+        return {name: count for name, count in filtered if is_of_a_rule(name) and name not in meant}
 
     def _judge(self, source: str) -> None:
         documents = self._documents[source]

@@ -65,7 +65,7 @@ class FilterConfig(Section):
 
 
 class SourceConfig(Section):
-    """One named source of documents."""
+    """One named source of documents. `languages: {en: 3, de: 1}` in it makes a source of each language (languages.py)."""
 
     name: str
     path: Location  # folder, file or s3:// prefix; `{stdlib}` and `{site_packages}` stand for the running Python's folders

@@ -21,6 +21,7 @@ import yaml
 from botocore.exceptions import BotoCoreError
 from pydantic import ValidationError
 
+from pipeline.config.languages import with_languages
 from pipeline.config.outcome import with_preset_tasks
 from pipeline.config.places import make_absolute, put_beside
 from pipeline.config.rules import with_rules
@@ -63,7 +64,7 @@ def validate(values: dict[str, Any]) -> RunConfig:
     """Validate plain values (as read from YAML or JSON)."""
     try:
         return RunConfig.model_validate_json(
-            json.dumps(with_rules(with_preset_tasks(with_tokens(_with_text_keys(values)))), default=str)
+            json.dumps(with_languages(with_rules(with_preset_tasks(with_tokens(_with_text_keys(values))))), default=str)
         )
     except ValidationError as error:
         raise ConfigError("; ".join(dict.fromkeys(_describe(problem) for problem in error.errors()))) from None
