@@ -80,7 +80,7 @@ def push(
     """Make `revision` of the repository the published version; None if it was no longer `wanted` when its turn came.
 
     The repository is made where there is none. `tag`: the revision is a tag, made from a branch that is removed again.
-    Raises HubRefused.
+    Raises HubRefused, and what storage raises if it does not give back the version's files.
     """
     branch = f"{revision}-incoming" if tag else revision
     with _refusals(f"{repo}, revision {revision}"):
@@ -111,8 +111,9 @@ def _commit(
     from huggingface_hub.errors import HfHubHTTPError
 
     for left in reversed(range(ATTEMPTS)):
-        if not wanted():
-            return None
+        with _of_storage():
+            if not wanted():
+                return None
         head = str(api.repo_info(repo, revision=branch).sha)
         files = {*BESIDE, *(entry.path for entry in manifest.files)}
         there = set(api.list_repo_files(repo, revision=head))
@@ -143,14 +144,15 @@ def _added(
 
     folder = registry.folder(manifest.name, manifest.version)
     entry = next((entry for entry in manifest.files if entry.path == path), None)
-    if entry is None or entry.bytes <= SMALL:
-        return CommitOperationAdd(path, storage.read(f"{folder}/{path}"))
-    local = Path(storage.key(f"{folder}/{path}"))
-    if storage.config.is_s3:
-        local = scratch / path
-        local.parent.mkdir(parents=True, exist_ok=True)
-        storage.fs.get_file(storage.key(f"{folder}/{path}"), str(local))
-    operation = CommitOperationAdd(path, local)
+    with _of_storage():
+        if entry is None or entry.bytes <= SMALL:
+            return CommitOperationAdd(path, storage.read(f"{folder}/{path}"))
+        local = Path(storage.key(f"{folder}/{path}"))
+        if storage.config.is_s3:
+            local = scratch / path
+            local.parent.mkdir(parents=True, exist_ok=True)
+            storage.fs.get_file(storage.key(f"{folder}/{path}"), str(local))
+        operation = CommitOperationAdd(path, local)  # looks at the file
     operation.upload_info.sha256 = bytes.fromhex(entry.sha256)  # what the hub must find, whatever the disk says now
     api.preupload_lfs_files(repo, [operation], revision=branch)
     if storage.config.is_s3:
@@ -162,12 +164,29 @@ def _tagged(api: HfApi, repo: str, tag: str) -> str | None:
     return next((str(each.target_commit) for each in api.list_repo_refs(repo).tags if each.name == tag), None)
 
 
+class _Unread(Exception):
+    """A file of the version cannot be read: no fault of the hub's, whose client raises an OSError of its own, too."""
+
+    def __init__(self, error: OSError | ValueError) -> None:
+        self.error = error
+
+
+@contextlib.contextmanager
+def _of_storage() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise _Unread(error) from None
+
+
 @contextlib.contextmanager
 def _refusals(where: str) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
 
     try:
         yield
+    except _Unread as unread:
+        raise unread.error from None
     except (HTTPError, OSError, RuntimeError, ValueError) as error:  # uploads wrap theirs in a RuntimeError
         cause = error if isinstance(error, HfHubHTTPError) else error.__cause__ or error
         if isinstance(cause, HfHubHTTPError):

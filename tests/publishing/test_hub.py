@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -143,3 +145,20 @@ def test_a_hub_that_refuses_is_one_line(hub: Hub, run: PublishedRun, token: str 
 def test_a_hub_that_is_not_there_is_one_line(run: PublishedRun):
     with pytest.raises(HubRefused, match="look at HF_ENDPOINT, HF_HUB_OFFLINE and the network"):
         push(HfApi(endpoint="http://127.0.0.1:9", token=TOKEN), run.made.storage, run.manifest, REPO, "main")
+
+
+@pytest.mark.parametrize("small", [10, 10**9])
+def test_a_file_that_is_gone_is_no_fault_of_the_hub(
+    hub: Hub, run: PublishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: int
+):
+    """Sent with the commit or before it."""
+    monkeypatch.setattr(publishing_hub, "SMALL", small)
+    shutil.copytree(run.folder, tmp_path / run.folder.relative_to(run.made.storage.root))
+    storage = Storage(run.made.config.storage.model_copy(update={"root": str(tmp_path)}))
+    gone = registry.folder(run.manifest.name, run.manifest.version) + "/model-00001-of-"
+    (path,) = (info.path for info in storage.list("models") if info.path.startswith(gone))
+    storage.delete(path)
+    with pytest.raises((FileNotFoundError, ValueError), match=re.escape(path)) as error:
+        push(api(hub), storage, run.manifest, REPO, "main")
+    assert not isinstance(error.value, HubRefused)
+    assert hub.content(REPO, "main") == {}
