@@ -11,6 +11,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from pipeline.config.load import load_config
 from pipeline.config.schema import CheckpointConfig, ModelConfig, OptimizerConfig, StorageConfig
 from pipeline.kernels.activation import plain_swiglu, plain_swiglu_backward
 from pipeline.kernels.cross_entropy import plain_cross_entropy
+from pipeline.model import offload
 from pipeline.model.block import Block
 from pipeline.model.loss import IGNORE, LossOutput
 from pipeline.model.moonlight import Moonlight
@@ -179,6 +181,17 @@ def networks(device: torch.device) -> Iterator[tuple[str, Off]]:
         found = loss_and_gradients(network(config, device, device_dtype(device), mode), ids_BS, mask)
         for what, ours, theirs, limit in zip(("loss", "gradients"), found, exact, allowed):
             yield f"{name}: {what}", Off(distance(ours, theirs), limit)
+    deep = config.model_copy(update={"num_hidden_layers": 5})
+    again, plain = (loss_and_gradients(network(deep, device, device_dtype(device)), ids_BS) for _ in range(2))
+    model = network(deep, device, device_dtype(device))
+    on_host = offload.Offload(device, len(model.layers))
+    for block in model.layers:
+        cast(Block, block).offload = on_host
+    with mock.patch.object(offload, "LEAST", 1):
+        found = loss_and_gradients(model, ids_BS)
+    for what, ours, theirs, twice in zip(("loss", "gradients"), found, plain, again):
+        limit = 2 * distance(twice, theirs)  # 0 where the device gives the same bits twice
+        yield f"activations on the host: {what}", Off(distance(ours, theirs), limit)
     model = network(config, device, device_dtype(device))
     packed = model(ids_BS[:1].to(device), None, [[40, 30, 26]])
     alone = torch.cat([model(part.to(device)) for part in ids_BS[:1].split([40, 30, 26], dim=1)], dim=1)

@@ -10,8 +10,9 @@ from pipeline.config.schema import RunConfig
 from pipeline.planner.memory import RESERVED_GB
 from pipeline.rehearsal.chips import Chip, load_chip
 from pipeline.rehearsal.fuse import fuse
-from pipeline.rehearsal.step import BEHIND, Rehearsal, rehearse
-from pipeline.rehearsal.tape import Collective
+from pipeline.rehearsal.recorder import FROM_HOST, TO_HOST
+from pipeline.rehearsal.step import BEHIND, CHECKPOINT, Rehearsal, rehearse
+from pipeline.rehearsal.tape import MAIN, Collective, Kernel
 from pipeline.rehearsal.timeline import Timeline, simulate
 from pipeline.rehearsal.trace import to_trace
 from pipeline.training.flops import flops_per_token
@@ -20,6 +21,7 @@ GB = 1e9
 KINDS = {
     "matmul": "products", "grouped": "products of experts", "matmul_fp32": "products in fp32", "attention_forward": "attention",
     "attention_backward": "attention backward", "own": "kernels of our own", "memory": "memory",
+    "host_copy": "copies between host and device",
 }  # fmt: skip
 
 
@@ -82,12 +84,27 @@ def lines(config: RunConfig, found: Rehearsal, timeline: Timeline, chip: Chip) -
         if seconds >= 0.001 * timeline.seconds:
             yield f"           {_time(seconds)}  {seconds / timeline.seconds:5.1%}  waiting for {why}"
     yield from _wire(found, timeline)
+    yield from _bus(timeline)
     waits = Counter((wait.reason, wait.phase) for wait in found.host_waits())
     told = ", ".join(
         f"{times:,} {phase if phase == BEHIND else 'in ' + phase} ({reason})"
         for (reason, phase), times in waits.items()
     )
     yield f"host       waits for the device {sum(waits.values()):,} times a step" + (f": {told}" if told else "")
+
+
+def _bus(timeline: Timeline) -> Iterator[str]:
+    """Of activations that wait on the host: what moves on streams of its own."""
+    for name in (TO_HOST, FROM_HOST):
+        spans = [span for span in timeline.spans if span.name == name and span.stream not in (MAIN, CHECKPOINT)]
+        if spans:
+            seconds = sum(span.seconds for span in spans)
+            moved = sum(span.entry.bytes for span in spans if isinstance(span.entry, Kernel))
+            shown = timeline.idle.get(name, 0.0)
+            yield (
+                f"bus        {_bytes(moved).strip()} of activations, {name}: {_time(seconds).strip()}, "
+                f"{max(1 - shown / seconds, 0.0):.0%} hidden"
+            )
 
 
 def _wire(found: Rehearsal, timeline: Timeline) -> Iterator[str]:

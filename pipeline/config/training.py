@@ -91,6 +91,7 @@ class TrainingConfig(Section):
     micro_batch: Count = 1  # sequences per rank and forward pass
     compute_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    offload_activations: bool = False  # what backward needs waits in the host's memory (model/offload.py)
     compile: bool = False  # torch.compile per block
     reshard_after_forward: bool = True
     gather_once: bool = (

@@ -28,6 +28,7 @@ from pipeline.model.attention import Attention
 from pipeline.model.cache import LayerCache
 from pipeline.model.experts import MLP, MoE
 from pipeline.model.norm import RMSNorm
+from pipeline.model.offload import Offload
 from pipeline.model.recomputation import keeping_matmuls
 from pipeline.model.router import Routing
 from pipeline.model.sequences import SequenceLayout
@@ -52,10 +53,18 @@ class Block(nn.Module):
         else:
             self.mlp = MoE(config, aux_loss_weight)
         self.activation_checkpointing: Literal["none", "selective", "full"] = "none"
+        self.layer = layer
+        self.offload: Offload | None = None  # of the network, if activations wait on the host
 
     def forward(self, x_BSD: Tensor, layout: SequenceLayout, cached: LayerCache | None = None) -> BlockOutput:
         if cached is not None:
             return self._run_cached(x_BSD, layout, cached)
+        if self.offload is None or not torch.is_grad_enabled():
+            return self._checkpointed(x_BSD, layout)
+        shared = [*self.parameters(), *layout.tensors()]
+        return self.offload.run(self.layer, lambda: self._checkpointed(x_BSD, layout), lambda out: out.x_BSD, shared)
+
+    def _checkpointed(self, x_BSD: Tensor, layout: SequenceLayout) -> BlockOutput:
         if self.activation_checkpointing == "full" and torch.is_grad_enabled():
             return checkpoint(self._run, x_BSD, layout, use_reentrant=False, preserve_rng_state=False)
         return self._run(x_BSD, layout)

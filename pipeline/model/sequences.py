@@ -34,6 +34,9 @@ class SequenceLayout:
     text_BS: Tensor | None = None  # True where a slot holds text; None: everywhere
     tokens: int = 0  # slots that hold text, over all rows
 
+    def tensors(self) -> list[Tensor]:
+        return [value for value in vars(self).values() if isinstance(value, Tensor)]
+
 
 def sequence_layout(
     batch: int,

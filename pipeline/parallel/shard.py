@@ -50,6 +50,7 @@ from pipeline.model.block import Block
 from pipeline.model.devices import is_gpu
 from pipeline.model.experts import Experts, MoE
 from pipeline.model.moonlight import Moonlight
+from pipeline.model.offload import Offload
 from pipeline.parallel.bounded import BoundedDispatch, Room
 from pipeline.parallel.dispatch import AllToAllDispatch
 from pipeline.parallel.exposed import Exposed
@@ -81,8 +82,10 @@ def shard_model(model: Moonlight, meshes: Meshes, training: TrainingConfig, devi
         for block in layers:
             if isinstance(block.mlp, MoE):
                 _spread_experts(block.mlp.experts, meshes.ep, room, meshes.exposed)
+    offload = Offload(device, len(layers)) if training.offload_activations else None
     for block in layers:
         block.activation_checkpointing = training.activation_checkpointing
+        block.offload = offload
         if training.compile:
             block.compile()
 

@@ -59,3 +59,21 @@ def block_bytes(
     # Scores, weights twice; the choice, and where rows are.
     router = (E + 3 * K + 2) * FP32 + (4 * K + 1) * INDEX + travel
     return (attention + feed_forward + routed) * itemsize + router + norms + log_sum_exp
+
+
+def offloaded_bytes(
+    model: ModelConfig, *, moe: bool, checkpointing: Checkpointing, itemsize: int, ep: int = 1, room: float = 1.0
+) -> int:
+    """Of `block_bytes`, what training.offload_activations sends to the host: everything as wide as a row. Numbers a row stay, as
+    they are small, and of selective checkpointing what its pieces keep, which autograd does not see."""
+    K, F = model.num_experts_per_tok, model.moe_intermediate_size
+    if checkpointing == "full" or (checkpointing == "selective" and not moe):
+        return model.hidden_size * itemsize
+    if checkpointing == "selective":
+        met = room * ranks_met(model.n_routed_experts, K, ep) if ep > 1 else 0.0
+        rows = 2 * model.hidden_size + round(
+            met * model.hidden_size
+        )  # the block's input, the experts', those that arrived
+        return (rows + 2 * model.shared_intermediate_size + round(room * K * 2 * F)) * itemsize
+    everything = block_bytes(model, moe=moe, checkpointing="none", itemsize=itemsize, ep=ep, room=room)
+    return everything - block_bytes(model, moe=moe, checkpointing="none", itemsize=0, ep=ep, room=room)

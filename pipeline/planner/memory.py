@@ -6,7 +6,7 @@
                  the next, with the experts of all blocks where no axis cuts them; on the way back one unit's gradients in
                  the compute dtype and in fp32, to be reduced. With training.gather_once all of both, whole
     activations  what the blocks keep for backward (activations.py), what one checkpointed block needs while it is
-                 computed again, and a chunk of logits with its gradient
+                 computed again, and a chunk of logits with its gradient; with training.offload_activations not what waits on the host
     exchange     Muon's buffers: two buckets in flight and the workspace of Newton-Schulz (pipeline/optim/muon.py)
 
 `activations` and `gathered` are at their peak together, at the start of backward; `exchange` comes after both are gone,
@@ -21,7 +21,8 @@ from functools import partial
 
 from pipeline.config.schema import RunConfig
 from pipeline.model.loss import CUDA_CHUNK
-from pipeline.planner.activations import block_bytes
+from pipeline.model.offload import LEAST, STAY
+from pipeline.planner.activations import block_bytes, offloaded_bytes
 from pipeline.planner.sizes import FP32, Sizes, momentum_itemsize
 
 RESERVED_GB = 4.0  # what is not counted here: CUDA's context, NCCL's buffers
@@ -85,8 +86,11 @@ def _activations(config: RunConfig, itemsize: int) -> int:
     ep = config.parallelism.ep
     room = (training.expert_capacity or 1.0) if ep > 1 else 1.0
     block = partial(block_bytes, model, itemsize=itemsize, ep=ep, room=room)
-    kept = dense * block(moe=False, checkpointing=kind)
-    kept += (model.num_hidden_layers - dense) * block(moe=True, checkpointing=kind)
+    layers = [index >= dense for index in range(model.num_hidden_layers)]  # whether a mixture
+    kept = sum(block(moe=moe, checkpointing=kind) for moe in layers)
+    if training.offload_activations and tokens * model.hidden_size * itemsize >= LEAST:
+        leaves = partial(offloaded_bytes, model, checkpointing=kind, itemsize=itemsize, ep=ep, room=room)
+        kept -= sum(leaves(moe=moe) for moe in layers[:-STAY])
     if kind != "none":
         kept += block(moe=dense < model.num_hidden_layers, checkpointing="none")
     logits = 2 * min(CUDA_CHUNK, tokens) * model.vocab_size * FP32

@@ -13,7 +13,7 @@ from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationMan
 
 FORMAT = 5  # enters the version's name: raise it when the same inputs would publish other bytes
 MECHANICS = {  # of training: how the same steps are computed and watched
-    "micro_batch", "activation_checkpointing", "compile", "reshard_after_forward", "gather_once", "collect_every",
+    "micro_batch", "activation_checkpointing", "offload_activations", "compile", "reshard_after_forward", "gather_once", "collect_every",
     "max_skipped_steps", "step_timeout_s", "log_every",
 }  # fmt: skip
 

@@ -30,6 +30,7 @@ from pipeline.rehearsal.device import NAME
 from pipeline.rehearsal.tape import HostWait, Kernel, Tape
 
 UNIT = 512  # bytes
+TO_HOST, FROM_HOST = "copy to host", "copy from host"
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,9 @@ class Recorder(TorchDispatchMode):
         made = [t for t in outputs if self.memory.number(t) not in known]
         if func in _TAKES_MEMORY or not (made or changed):
             return
+        if func in _COPIES and len({tensor.device.type for tensor in (*inputs, *outputs)}) == 2:
+            self._write_host_copy(next(t for t in (*inputs, *outputs) if t.device.type == NAME), changed or made)
+            return
         seen = self._seen if func._schema.name in _SEE_WHAT_IS_FILLED else _size
         writes = [(self.memory.number(t), seen(t)) for t in (*made, *changed)]
         taken = {number for number, _ in writes} if func in _OVERWRITES else set()
@@ -161,6 +165,14 @@ class Recorder(TorchDispatchMode):
                 tuple(writes),
             )
         )
+
+    def _write_host_copy(self, on_device: Tensor, written: list[Tensor]) -> None:
+        """What goes over the bus: counted once, where it is on the device."""
+        side = ((self.memory.number(on_device), _size(on_device)),)
+        back = written[0].device.type == NAME
+        name, reads, writes = (FROM_HOST, (), side) if back else (TO_HOST, side, ())
+        at = self.tape
+        at.add(Kernel(name, "host_copy", at.stream, at.phase, at.where, 0, reads, writes))
 
     def _seen(self, tensor: Tensor) -> int:
         """Bytes of the rows that are filled."""
@@ -294,5 +306,6 @@ _TAKES_MEMORY = frozenset(
         _aten.new_empty_strided.default,
     }
 )  # fmt: skip
+_COPIES = frozenset({_aten.copy_.default, _aten._to_copy.default})
 _GATHERS = frozenset({_aten.index_select.default, _aten.embedding.default, _aten.gather.default, _aten.index.Tensor})
 _OVERWRITES = frozenset({_aten.copy_.default, _aten.zero_.default, _aten.fill_.Scalar, _aten._foreach_copy_.default})

@@ -35,13 +35,14 @@ from pipeline.parallel.mesh import build_meshes
 from pipeline.parallel.shard import shard_model
 from pipeline.rehearsal import attention as rehearsed
 from pipeline.rehearsal.device import TAPE, install
-from pipeline.rehearsal.recorder import Memory, Recorder
+from pipeline.rehearsal.recorder import TO_HOST, Memory, Recorder
 from pipeline.rehearsal.tape import Begin, Entry, HostWait, Kernel
 from pipeline.training.batches import MicroBatch, StepBatch
 from pipeline.training.guard import Guard
 from pipeline.training.phases import Stopwatch
 from pipeline.training.step import Step
 
+CHECKPOINT = "checkpoint"  # a phase, and a stream of its own
 BEHIND = "behind the step"  # the phase in which all of a step has been launched
 
 
@@ -125,7 +126,7 @@ def rehearse(config: RunConfig, *, limit: int | None = None) -> Rehearsal:
             step.happened()
         stopwatch.lap(1)
         stopwatch.read(1)
-        with TAPE.during("checkpoint"), TAPE.on("checkpoint"):
+        with TAPE.during(CHECKPOINT), TAPE.on(CHECKPOINT):
             for tensor in {**model.state_dict(), **optimizer.state_dict()}.values():
                 _to_host(memory, tensor)
         TAPE.running = False
@@ -238,4 +239,4 @@ def _to_host(memory: Memory, tensor: Tensor) -> None:
     """A tensor's share on this rank copied to the host, as a checkpoint stages it."""
     local = getattr(tensor, "_local_tensor", tensor)
     size = local.numel() * local.element_size()
-    TAPE.add(Kernel("copy to host", "host_copy", TAPE.stream, TAPE.phase, "", 0, ((memory.number(local), size),), ()))
+    TAPE.add(Kernel(TO_HOST, "host_copy", TAPE.stream, TAPE.phase, "", 0, ((memory.number(local), size),), ()))

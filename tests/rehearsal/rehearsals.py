@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config.schema import RunConfig
+from pipeline.model import offload
 from pipeline.rehearsal.step import rehearse
 from pipeline.rehearsal.tape import Collective, Entry
 from tests.training.make import tiny
@@ -49,6 +50,8 @@ def rehearsed(config: RunConfig, limit: int | None = None) -> Seen:
 
 
 def _rehearse(config: RunConfig, limit: int | None) -> Seen:
+    if config.model.hidden_size < 1024:
+        offload.LEAST = 1  # of a small network small storages are worth a copy
     found = rehearse(config, limit=limit)
     memory = found.memory
     return Seen(

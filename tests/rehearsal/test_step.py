@@ -18,9 +18,11 @@ from pipeline.optim.schedule import segments
 from pipeline.parallel.mesh import build_meshes
 from pipeline.planner.estimate import Hardware, estimate
 from pipeline.planner.sizes import sizes_of
-from pipeline.rehearsal.recorder import UNIT
-from pipeline.rehearsal.step import BEHIND, _batch
-from pipeline.rehearsal.tape import Collective, HostWait, Kernel, Mark
+from pipeline.rehearsal.chips import load_chip
+from pipeline.rehearsal.recorder import FROM_HOST, TO_HOST, UNIT
+from pipeline.rehearsal.step import BEHIND, CHECKPOINT, _batch
+from pipeline.rehearsal.tape import MAIN, Collective, HostWait, Kernel, Mark
+from pipeline.rehearsal.timeline import simulate
 from pipeline.training.flops import flops_per_token
 from pipeline.training.guard import Guard
 from pipeline.training.step import Step
@@ -87,6 +89,23 @@ def test_room_that_is_empty_costs_no_work() -> None:
     assert work(training__expert_capacity=2.0) == work()
 
 
+def test_activations_on_the_host_are_counted() -> None:
+    """What leaves comes back, on streams of its own, and the host waits for token counts alone, as without."""
+    config = small("ep 4", training__activation_checkpointing="full", training__offload_activations=True)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"num_hidden_layers": 5})})
+    offloaded, micro_batches = rehearsed(config), 2
+    assert offloaded.host_waits == 2 * 4 * micro_batches  # in forward, and where it is computed again
+    moved: Counter[tuple[str, str]] = Counter()
+    for entry in offloaded.run:
+        if isinstance(entry, Kernel) and entry.kind == "host_copy" and entry.stream not in (MAIN, CHECKPOINT):
+            moved[entry.name, entry.phase] += entry.bytes
+    row = config.model.hidden_size * 2  # bytes
+    left = micro_batches * 3 * row * config.training.sequence_length  # inputs of blocks, but of the last two
+    assert moved == {(TO_HOST, "forward"): left, (FROM_HOST, "backward"): left}
+    spans = simulate(offloaded.whole, load_chip("h100")).spans
+    assert sum(span.name == FROM_HOST and span.stream != MAIN for span in spans) == micro_batches * 3
+
+
 @pytest.mark.long
 def test_bf16_momentum_is_counted() -> None:
     """Two bytes less an element of this rank's matrices, up to the allocator's units, and as much less copied for a checkpoint."""
@@ -137,8 +156,10 @@ def test_a_rehearsal_counts_and_names_the_allocation_without_room() -> None:
         [],
         ["parallelism.replicate=4", "parallelism.shard=64"],
         ["optimizer.muon.momentum_dtype=bf16"],
+        ["training.offload_activations=true"],
+        ["training.offload_activations=true", "training.activation_checkpointing=full"],
     ],
-    ids=["64", "256", "shard 64", "bf16 momentum"],
+    ids=["64", "256", "shard 64", "bf16 momentum", "offloaded", "inputs offloaded"],
 )
 def test_the_real_model_agrees_with_the_planner(mesh: list[str]) -> None:
     config = load_config("moonlight-16b-a3b", mesh)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.manifest import DatasetManifest
+from pipeline.model import offload
 from pipeline.optim import muon
 from pipeline.parallel.flight import Flight
 from pipeline.storage import Storage
@@ -74,7 +75,12 @@ def trained(root: str, dataset: DatasetManifest, overrides: dict) -> Outcome:
         finish(flight)
         return arrived
 
-    with mock.patch.object(muon, "orthogonalize", orthogonalize), mock.patch.object(Flight, "_start", awaited):
+    every_block = mock.patch.multiple(offload, LEAST=1, STAY=0)  # of these small ones
+    with (
+        mock.patch.object(muon, "orthogonalize", orthogonalize),
+        mock.patch.object(Flight, "_start", awaited),
+        every_block,
+    ):
         run = Run(config, dataset, Storage(config.storage))
         records = [run.advance(False).fetch() for _ in range(STEPS)]
         biases = {name: router.e_score_correction_bias.tolist() for name, router in run.model.routers()}
@@ -88,7 +94,7 @@ def all_trained(root: str, dataset: DatasetManifest, cases: list[dict]) -> list[
 
 MECHANICS = {
     "parallelism", "training__micro_batch", "training__activation_checkpointing", "training__expert_capacity", "blocking",
-    "training__gather_once",
+    "training__gather_once", "training__offload_activations",
 }  # fmt: skip
 
 
@@ -121,6 +127,7 @@ def accumulated(steps: int, world: int) -> dict:
 
 FULL, SELECTIVE = ({"training__activation_checkpointing": kind} for kind in ("full", "selective"))
 ONCE = {"training__gather_once": True}
+OFFLOAD = {"training__offload_activations": True}
 FSDP2 = {"parallelism": {"shard": 2}}
 EP2 = {"parallelism": {"shard": 2, "ep": 2}}
 EP2_EFSDP2 = {"parallelism": {"shard": 4, "ep": 2}}
@@ -162,6 +169,22 @@ def test_four_ranks(tmp_path):
     )
 
 
+def test_activations_on_the_host_change_no_bit(tmp_path):
+    """Two ranks whose rows travel in either way, with weights that are gathered once in bf16, or for each block in fp32."""
+    once, four_times = accumulated(1, 2), accumulated(4, 2)
+    ways = [
+        {**EP2, **four_times, **ONCE, "training__compute_dtype": "bf16"},
+        {**EP2, **once, **SELECTIVE, "training__expert_capacity": 4.0},
+    ]
+    dataset = tiny_dataset(Storage(tiny(str(tmp_path)).storage))
+    cases = [each for way in ways for each in (way, {**way, **OFFLOAD})]
+    outcomes = run_distributed(all_trained, 2, str(tmp_path), dataset, cases, timeout=800.0)[0]
+    for way, plain, offloaded in zip(ways, outcomes[::2], outcomes[1::2], strict=True):
+        bits = [[(r.loss, r.gradient_norm, r.load_imbalance) for r in records] for records, _ in (plain, offloaded)]
+        assert bits[0] == bits[1], way
+        assert plain[1] == offloaded[1], way  # biases
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
@@ -172,7 +195,8 @@ def test_four_ranks(tmp_path):
 def test_every_way(tmp_path, mesh):
     world = math.prod(mesh["parallelism"].get(axis, 1) for axis in ("replicate", "shard"))
     ways = [{**save, **accumulated(steps, world)} for save in ({}, FULL, SELECTIVE) for steps in (1, 4)]
-    ways += [{**way, **ONCE} for way in ways[1::2]]
+    ways += [{**way, **OFFLOAD} for way in ways[::2]]
+    ways += [{**way, **ONCE} for way in ways[1:6:2]]
     if mesh["parallelism"].get("ep", 1) > 1:  # exchanges that block, and such in buffers of fixed size
         ways += [{**way, "blocking": True} for way in ways[:6:2]]
         ways += [{**way, "training__expert_capacity": 4.0} for way in ways[1:6:2]]
