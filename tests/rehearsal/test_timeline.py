@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.rehearsal.chips import FOLDER, load_chip
 from pipeline.rehearsal.fuse import fuse
@@ -123,3 +125,15 @@ def test_chips(tmp_path: Path) -> None:
         load_chip(str(tmp_path / "mine.yaml"))
     with pytest.raises(ValueError, match="known are b200, h100, h200, mi300x"):
         load_chip("h1000")
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.floats(1e-9, 1e-3), min_size=2, max_size=30))
+def test_what_follows_does_not_overlap(durations: list[float]) -> None:
+    """Perfetto counts in nanoseconds and drops what overlaps by one."""
+    found = simulate([product(seconds) for seconds in durations], CHIP)
+    events = [event for event in json.loads(to_trace(found, "x"))["traceEvents"] if event["ph"] == "X"]
+    times = [(round(event["ts"] * 1e3), round((event["ts"] + event["dur"]) * 1e3)) for event in events]
+    assert len(times) == len(durations)
+    assert all(before[1] <= after[0] for before, after in zip(times, times[1:]))
+    assert all(end - start == pytest.approx(s * 1e9, abs=1.5) for (start, end), s in zip(times, durations))
