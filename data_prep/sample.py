@@ -47,6 +47,7 @@ class Sampled:
     filtered: Counter[str] = field(default_factory=Counter)
     quarantined: Counter[str] = field(default_factory=Counter)
     alone: Counter[str] = field(default_factory=Counter)  # by rule
+    languages: Counter[str] = field(default_factory=Counter)  # of all records, where they are asked for
     held: dict[str, list[int]] = field(default_factory=dict)  # of each task the numbers of records that hold a question
 
     @property
@@ -69,9 +70,6 @@ class Sampled:
     def scores(self) -> list[float]:
         """By the classifier, of what came that far."""
         return [outcome.score for outcome in self.outcomes if outcome.score is not None]
-
-    def languages(self) -> Counter[str]:
-        return Counter(outcome.language for outcome in self.outcomes if outcome.language)
 
 
 def sample(config: RunConfig, index: int, files: Listing, rules: Rules, finder: Finder | None = None) -> Sampled:
@@ -118,6 +116,7 @@ def _apply_rules(found: Sampled, rules: Rules) -> None:
         if (rule := getattr(rules, name)) is not None:
             only = apply(texts, Rules(**{name: rule}))
             found.alone[name] = sum(bool(outcome.rejected) for outcome in only)
+            found.languages.update(outcome.language for outcome in only if outcome.language)
 
 
 def _look_for_questions(found: Sampled, finder: Finder) -> None:

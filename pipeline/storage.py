@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import fsspec
+import psutil
 
 from pipeline.config.schema import StorageConfig
 from pipeline.s3_listing import below
@@ -223,7 +224,7 @@ class Storage:
             return
         for leftover in Path(self.key(prefix)).rglob("*.tmp-*-*"):
             host, _, pid = leftover.name.rpartition(".tmp-")[2].rpartition("-")[0].rpartition("-")
-            if host == socket.gethostname() and pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            if host == socket.gethostname() and pid.isdigit() and not _lives(int(pid)):
                 leftover.unlink(missing_ok=True)
 
     @contextlib.contextmanager
@@ -371,6 +372,14 @@ def sha256_of(file: IO[bytes]) -> str:
     while chunk := file.read(CHUNK):
         digest.update(chunk)
     return digest.hexdigest()
+
+
+def _lives(pid: int) -> bool:
+    """One that was killed and that nobody has reaped, as in containers whose first process does not, does not."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _temporary(target: Path) -> Path:

@@ -239,11 +239,15 @@ def test_temporaries_are_never_listed_and_dead_ones_are_swept(folder: Storage, t
     dead = tmp_path / "a" / f"data.tmp-{host}-{gone.pid}-0123"
     alive = tmp_path / "a" / f"data.tmp-{host}-{os.getpid()}-0123"
     elsewhere = tmp_path / "a" / f"data.tmp-another-host-{gone.pid}-0123"
-    for path in (dead, alive, elsewhere):
+    killed = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)  # it is over, and nobody has reaped it
+    zombie = tmp_path / "a" / f"data.tmp-{host}-{killed.pid}-0123"
+    for path in (dead, alive, elsewhere, zombie):
         path.write_bytes(b"half")
     assert names(folder) == ["a/data"]
     folder.sweep("")
-    assert [path.exists() for path in (dead, alive, elsewhere)] == [False, True, True]
+    assert [path.exists() for path in (dead, alive, elsewhere, zombie)] == [False, True, True, False]
+    killed.wait()
     assert folder.read("a/data") == b"2"
 
 

@@ -2,7 +2,8 @@
 FineWeb's (on what C4 left), a classifier of one's own, personal data (which is replaced). A document is dropped, and counted, by the first rule that it fails.
 
 A pure function of texts and settings, so a unit that is done again has the same bytes. Changes come before the document's hash:
-two documents that are equal after them are exact duplicates.
+two documents that are equal after them are exact duplicates. Where languages are only counted, they are looked for in what is kept alone:
+finding one costs as much as all other rules together.
 """
 
 from __future__ import annotations
@@ -24,14 +25,17 @@ class Outcome:
     text: str
     rejected: str = ""  # rule.threshold: the name it is counted under
     changes: Counter[str] = field(default_factory=Counter)  # to a document that is kept, by name
-    language: str = ""  # if it was asked for
+    language: str = (
+        ""  # of the text as it was, if it was asked for; where languages are only counted, of one that is kept
+    )
     score: float | None = None  # by the classifier, if it came that far
 
 
 def apply(texts: Sequence[str], rules: Rules, classify: classifier.Call = classifier.in_process) -> list[Outcome]:
     """Of each text, in order. `classify`: where the classifier runs. Raises ClassifierFailed."""
     outcomes = [Outcome(text) for text in texts]
-    if rules.languages:
+    decides = rules.languages is not None and (rules.languages.keep or rules.languages.min_score)
+    if rules.languages and decides:
         for outcome in outcomes:
             outcome.language, score = language.identify(outcome.text)
             _reject([outcome], "languages", [language.verdict(outcome.language, score, rules.languages)])
@@ -49,6 +53,10 @@ def apply(texts: Sequence[str], rules: Rules, classify: classifier.Call = classi
             if not outcome.rejected:
                 outcome.text, found = personal_data.replaced(outcome.text, rules.personal_data)
                 outcome.changes.update({f"personal_data.{kind}": count for kind, count in found.items()})
+    if rules.languages and not decides:
+        for text, outcome in zip(texts, outcomes):
+            if not outcome.rejected:
+                outcome.language, _ = language.identify(text)
     return outcomes
 
 

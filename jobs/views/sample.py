@@ -113,7 +113,7 @@ def source_lines(found: Sampled, examples: int) -> Iterator[str]:
     yield f"  kept: {len(kept):,} ({len(kept) / total:.1%})"
     if changes := found.changes():
         yield f"  changed in them: {', '.join(f'{name} {count:,}' for name, count in sorted(changes.items()))}"
-    if languages := found.languages():
+    if languages := found.languages:
         shares = ", ".join(f"{code} {count / languages.total():.1%}" for code, count in languages.most_common(8))
         yield f"  languages: {shares}"
     if scores := found.scores():

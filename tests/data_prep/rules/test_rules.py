@@ -14,7 +14,7 @@ from data_prep.prepare import prepare
 from data_prep.rules import language
 from data_prep.rules.apply import apply
 from pipeline.config.load import ConfigError, load_config
-from pipeline.config.rules import Rules
+from pipeline.config.rules import Languages, Rules
 from pipeline.config.schema import RunConfig
 from pipeline.dataset.verify import verify
 from pipeline.file_index import open_index
@@ -113,6 +113,26 @@ EVERY = {
     "c4": True,
     "personal_data": True,
 }
+
+
+def test_languages_that_are_only_counted_are_those_of_what_is_kept() -> None:
+    """As if each had been asked at once: of the text before lines were taken out of it."""
+    texts = [prose(number) + "\nNo full stop" for number in range(6)] + [GERMAN.format(1) * 3, "Too short.", "12 34"]
+    rules = Rules.model_validate(
+        {
+            "gopher_quality": {"min_words": 3, "min_stop_words": 0, "min_alphabetic_word_fraction": 0.5},
+            "c4": {"min_sentences": 1},
+        }
+    )
+    before = apply(texts, rules)
+    counted = apply(texts, rules.model_copy(update={"languages": Languages()}))
+    assert [(outcome.text, outcome.rejected) for outcome in counted] == [
+        (outcome.text, outcome.rejected) for outcome in before
+    ]
+    assert [outcome.language for outcome in counted] == [
+        "" if outcome.rejected else language.identify(text)[0] for text, outcome in zip(texts, before)
+    ]
+    assert {outcome.language for outcome in counted} == {"en", "de", ""}
 
 
 def test_documents_are_dropped_and_changed_by_name(config: Callable[..., RunConfig]) -> None:
