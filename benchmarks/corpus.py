@@ -135,6 +135,9 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
                 "met": least is None or rate >= least,
             }
         )
+    if "datatrove" in sides:  # its rules alone: neither languages, reading nor tokens
+        results.append(_result("prepare with all rules, datatrove's rules alone", rate, rates["datatrove"], 10.0))
+        print(f"{'':18}{rate / rates['datatrove']:.0f} times datatrove's rules alone")
     print(json.dumps(results))
 
 

@@ -20,13 +20,12 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -125,13 +124,24 @@ def find_duplicates(storage_config: StorageConfig, indexes: Mapping[str, Indexes
     return partition.output
 
 
-def duplicates_bytes(ordinals: Sequence[np.ndarray], kind: Any = ORDINAL) -> bytes:
-    """Of each unit the sorted ordinals of its documents that are left out, or what else is told of them, as `read_duplicates` reads them."""
-    offsets = np.concatenate([[0], np.cumsum([len(found) for found in ordinals])]).astype("<u8")
-    parts = [found.astype(kind).tobytes() for found in ordinals]
-    spans = pairwise(offsets.tolist())
-    digests = [_digest_of(unit, span, part) for unit, (span, part) in enumerate(zip(spans, parts))]
-    return b"".join([offsets.tobytes(), np.array(digests, "<u8").tobytes(), *parts])
+def duplicates_bytes(ordinals: Sequence[np.ndarray]) -> bytes:
+    """Of each unit the sorted ordinals of its documents that are left out, as `read_duplicates` reads them."""
+    file = io.BytesIO()
+    write_duplicates(file, len(ordinals), ordinals)
+    return file.getvalue()
+
+
+def write_duplicates(file: IO[bytes], units: int, ordinals: Iterable[np.ndarray], kind: Any = ORDINAL) -> None:
+    """The same into a file, a unit at a time; of another `kind` what else is told of documents."""
+    offsets, digests = np.zeros(units + 1, "<u8"), np.zeros(units, "<u8")
+    file.seek((2 * units + 1) * 8)
+    for unit, found in enumerate(ordinals):
+        data = found.astype(kind).tobytes()
+        offsets[unit + 1] = offsets[unit] + np.uint64(len(found))
+        digests[unit] = _digest_of(unit, (int(offsets[unit]), int(offsets[unit + 1])), data)
+        file.write(data)
+    file.seek(0)
+    file.write(offsets.tobytes() + digests.tobytes())
 
 
 def read_index(storage: Storage, path: str, low: int = 0, high: int = 256) -> np.ndarray:

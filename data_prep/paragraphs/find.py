@@ -5,15 +5,18 @@ of the source that the configuration names first, of these the one of the smalle
 others lose it; within the document that keeps it, it may come again. Documents that go for a near-duplicate have no say. Exact copies need
 no such care: the one that stays comes before them in every order.
 
-A partition reads its range of every file (ranged reads), sorts, and writes for every unit (ordinal, place) of what goes. Memory: about 150
-bytes a part of the partition, of which there are PARTITION_PARTS on average.
+A partition reads its range of every file twice (ranged reads): first to find of every hash the document that keeps it, then to write for every
+unit (ordinal, place) of what goes. Memory: about 100 bytes a hash of the partition, of which there are PARTITION_PARTS on average, however
+many documents have the same one, and the records of READ_THREADS units.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +24,16 @@ from numpy.typing import NDArray
 from data_prep import hash_sorted
 from data_prep.paragraphs.parts import PART
 from data_prep.records import UnitManifest
-from data_prep.resolve import READ_THREADS, Heldout, duplicates_bytes, read_duplicates
+from data_prep.resolve import READ_THREADS, Heldout, read_duplicates, write_duplicates
 from data_prep.units import Units
+from data_prep.writer import put
 from pipeline.config.schema import RunConfig, StorageConfig
 from pipeline.manifest import digest_of
 from pipeline.storage import Storage, open_storage
 
 PARTITION_PARTS = 4_000_000
 GOING = np.dtype("<u8")  # ordinal << 32 | place
+KEEPER = np.dtype([("hash", "<u8"), ("document", "<u8"), ("unit", "<u4"), ("ordinal", "<u4"), ("rank", "<u2")])
 
 
 @dataclass(frozen=True)
@@ -79,31 +84,60 @@ def ranges(tokenized: Sequence[UnitManifest], corpus: Corpus, folder: str) -> li
 
 
 def find_going(storage_config: StorageConfig, corpus: Corpus, wanted: Range) -> str:
-    """Write the range's file, as `resolve.duplicates_bytes` lays it out. Returns its path."""
+    """Write the range's file, as `resolve.duplicates_bytes` lays one out. Returns its path."""
     storage = open_storage(storage_config)
-    if storage.exists(wanted.output):
-        return wanted.output
+    if not storage.exists(wanted.output):
+        keepers = _keepers(storage, corpus, wanted)
+        with TemporaryDirectory(prefix="paragraphs-") as folder:
+            path = Path(folder) / "going"
+            with path.open("wb") as file:
+                write_duplicates(file, len(corpus.paths), _going(storage, corpus, wanted, keepers), GOING)
+            put(storage, path, wanted.output)
+    return wanted.output
+
+
+def _keepers(storage: Storage, corpus: Corpus, wanted: Range) -> NDArray[np.void]:
+    """KEEPER of every hash of the range, ascending by hash."""
+    found = np.zeros(0, KEEPER)
+    waiting = [found]
+    for place, records, rank in _units(storage, corpus, wanted):
+        mine = np.empty(len(records), KEEPER)
+        mine["hash"], mine["rank"], mine["document"] = records["hash"], rank, records["document"]
+        mine["unit"], mine["ordinal"] = place, records["ordinal"]
+        waiting.append(mine)
+        if sum(map(len, waiting)) > len(found) + PARTITION_PARTS:
+            found = _best(np.concatenate(waiting))
+            waiting = [found]
+    return _best(np.concatenate(waiting))
+
+
+def _best(keepers: NDArray[np.void]) -> NDArray[np.void]:
+    """The first of each hash."""
+    names = ("ordinal", "unit", "document", "rank", "hash")
+    keepers = keepers[np.lexsort([keepers[name] for name in names])]
+    return keepers[np.append(True, keepers["hash"][1:] != keepers["hash"][:-1])[: len(keepers)]]
+
+
+def _going(storage: Storage, corpus: Corpus, wanted: Range, keepers: NDArray[np.void]) -> Iterator[NDArray[np.uint64]]:
+    """Of every unit GOING of what other documents keep, ascending."""
+    for place, records, _ in _units(storage, corpus, wanted):
+        mine = keepers[np.searchsorted(keepers["hash"], records["hash"])]
+        records = records[(mine["unit"] != place) | (mine["ordinal"] != records["ordinal"])]
+        yield np.sort(records["ordinal"].astype(GOING) << np.uint64(32) | records["number"].astype(GOING))
+
+
+def _units(
+    storage: Storage, corpus: Corpus, wanted: Range
+) -> Iterator[tuple[int, NDArray[np.void], NDArray[np.uint16]]]:
+    """Place, records and ranks of every unit, READ_THREADS of them at once in memory."""
     heldout = dict(corpus.heldout)
 
-    def load(place: int) -> tuple[NDArray[np.void], NDArray[np.uint16]]:
-        return _of_unit(storage, corpus, wanted, place, heldout.get(place, ()))
+    def load(place: int) -> tuple[int, NDArray[np.void], NDArray[np.uint16]]:
+        return place, *_of_unit(storage, corpus, wanted, place, heldout.get(place, ()))
 
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        found = list(pool.map(load, range(len(corpus.paths))))
-    records = np.concatenate([part for part, _ in found])
-    rank = np.concatenate([rank for _, rank in found])
-    unit = np.repeat(np.arange(len(found), dtype=np.uint32), [len(part) for part, _ in found])
-    order = np.lexsort((records["number"], records["ordinal"], unit, records["document"], rank, records["hash"]))
-    records, unit = records[order], unit[order]
-    again = np.append(False, records["hash"][1:] == records["hash"][:-1])[: len(records)]
-    first = np.maximum.accumulate(np.where(again, 0, np.arange(len(records)))) if len(records) else order
-    goes = (unit != unit[first]) | (records["ordinal"] != records["ordinal"][first])
-    unit = unit[goes]
-    places = records["ordinal"][goes].astype(GOING) << np.uint64(32) | records["number"][goes].astype(GOING)
-    arranged = np.lexsort((places, unit))
-    edges = np.searchsorted(unit[arranged], np.arange(len(found) + 1))
-    storage.write(wanted.output, duplicates_bytes(np.split(places[arranged], edges[1:-1]), GOING))
-    return wanted.output
+        for first in range(0, len(corpus.paths), READ_THREADS):
+            yield from pool.map(load, range(first, min(first + READ_THREADS, len(corpus.paths))))
 
 
 def _of_unit(
