@@ -238,6 +238,11 @@ def _disagreements(run: RunConfig) -> list[str]:
         found.append(
             f"training.profile.ranks {list(training.profile.ranks)}: the run has ranks 0 to {parallelism.world_size - 1}"
         )
+    if training.interleave and (training.micro_batch % 2 or parallelism.ep == 1):
+        found.append(
+            f"training.interleave takes turns between the two halves of a micro-batch while rows travel between ep ranks: it needs an even "
+            f"training.micro_batch (now {training.micro_batch}) and parallelism.ep above 1 (now {parallelism.ep})"
+        )
     per_step = parallelism.world_size * training.micro_batch
     for index, stage in enumerate(run.schedule.global_batch):
         if stage.sequences % per_step:

@@ -100,6 +100,8 @@ class TrainingConfig(Section):
     # With ep > 1: rows that ranks and their experts have room for, over those of even routing, so that the host waits once
     # a step, not for counts in every layer; a step that needs more is computed again with buffers that fit (training/room.py).
     expert_capacity: Annotated[float, Field(ge=1.0, le=64.0)] | None = None
+    # With ep > 1: the two halves of a micro-batch take turns, and one computes while the other's rows travel; micro_batch is even
+    interleave: bool = False
     document_mask: bool = False  # attention stays inside a document of a packed row
     loss_on: Literal["all", "answers"] = (
         "all"  # tokens that are labels; answers: what an assistant says in conversations

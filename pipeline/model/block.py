@@ -12,7 +12,8 @@ to the ranks of their experts and back, behind the shared experts (pipeline/para
 keep what "selective" keeps whatever the setting, and kernels of its own, so nothing is left to compile; and neither a compiled
 graph nor selective checkpointing reaches over exchanges: their sizes change with every batch, and twice the communication
 costs more than keeping what arrived. `compile()` makes the first and the last piece one graph each, selective checkpointing inside
-of it (pipeline/model/recomputation.py says why); full checkpointing goes around the pieces and their exchanges.
+of it (pipeline/model/recomputation.py says why); full checkpointing goes around the pieces and their exchanges. With `SequenceLayout.halves`
+the two halves of the rows go through the pieces in turn (pipeline/model/interleave.py).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pipeline.config.schema import ModelConfig
 from pipeline.model.attention import Attention
 from pipeline.model.cache import LayerCache
 from pipeline.model.experts import MLP, MoE
+from pipeline.model.interleave import Paused, in_turn
 from pipeline.model.norm import RMSNorm
 from pipeline.model.offload import Offload
 from pipeline.model.recomputation import keeping_matmuls
@@ -79,10 +81,22 @@ class Block(nn.Module):
         selective = self.activation_checkpointing == "selective" and torch.is_grad_enabled()
         if isinstance(self.mlp, MLP):
             return BlockOutput(self._dense(x_BSD, layout, selective), None, None)
+        if layout.halves is None:
+            ((x_BSD, routing),) = in_turn(self._mixture(x_BSD, layout, selective))
+            return BlockOutput(x_BSD, routing.aux_loss, routing.tokens_per_expert_E)
+        halves = zip(x_BSD.chunk(2), layout.halves)
+        (x0_BSD, first), (x1_BSD, second) = in_turn(*(self._mixture(x_BSD, half, selective) for x_BSD, half in halves))
+        sequences = [half.sequences for half in layout.halves]
+        aux_loss = first.aux_loss * sequences[0] + second.aux_loss * sequences[1]
+        counts_E = first.tokens_per_expert_E + second.tokens_per_expert_E
+        return BlockOutput(torch.cat([x0_BSD, x1_BSD]), aux_loss / max(sum(sequences), 1), counts_E)
+
+    def _mixture(self, x_BSD: Tensor, layout: SequenceLayout, selective: bool) -> Paused[tuple[Tensor, Routing]]:
+        """The pieces of a mixture layer; pauses while rows travel."""
+        assert isinstance(self.mlp, MoE)
         x_BSD, h_BSD, routing, plan = self._to_experts(x_BSD, layout, selective)
-        shared_BSD, routed_ND = self.mlp.mix(h_BSD, routing, plan, layout)
-        x_BSD = self._from_experts(x_BSD, shared_BSD, routed_ND)
-        return BlockOutput(x_BSD, routing.aux_loss, routing.tokens_per_expert_E)
+        shared_BSD, routed_ND = yield from self.mlp.mixing(h_BSD, routing, plan, layout)
+        return self._from_experts(x_BSD, shared_BSD, routed_ND), routing
 
     def _run_cached(self, x_BSD: Tensor, layout: SequenceLayout, cached: LayerCache) -> BlockOutput:
         """Without gradients, and not compiled: every pass has other shapes."""

@@ -8,7 +8,8 @@ for its gradient. The shared experts are one ungated MLP of n_shared x F.
 
 Where experts are spread over ranks the shared experts run while rows travel, gate and up behind the way there, down behind
 the way back. In backward all of them runs behind the first exchange, and the gradients of the routed experts' weights
-behind the second (pipeline/parallel/flight.py, expert_products.py).
+behind the second (pipeline/parallel/flight.py, expert_products.py). With two halves of a micro-batch one half's layer runs there as well
+(pipeline/model/interleave.py).
 
 Every row that reaches the experts belongs to one of them. Padding of packed rows stays behind: the number of tokens is
 known on the host, its slots name no expert, cost nothing from here on and get only the shared experts' output. An expert
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from pipeline.config.schema import ModelConfig
 from pipeline.model.expert_products import Held, expert_products, hold
 from pipeline.model.grouped import ALIGNMENT
+from pipeline.model.interleave import Paused, in_turn
 from pipeline.model.matmul import Linear
 from pipeline.model.mlp_products import finish, first
 from pipeline.model.router import Router, Routing
@@ -115,10 +117,18 @@ class MoE(nn.Module):
         self, x_BSD: Tensor, routing: Routing, plan: Plan | None, layout: SequenceLayout | None = None
     ) -> tuple[Tensor, Tensor]:
         """(output of the shared experts BSD, of the routed ones ND); what needs no rows runs while they travel."""
+        return in_turn(self.mixing(x_BSD, routing, plan, layout))[0]
+
+    def mixing(
+        self, x_BSD: Tensor, routing: Routing, plan: Plan | None, layout: SequenceLayout | None = None
+    ) -> Paused[tuple[Tensor, Tensor]]:
+        """`mix`, with a pause at each exchange that is under way."""
         journey = self.experts.dispatcher.send(x_BSD.flatten(0, 1), self._choices(routing, layout), plan)
+        yield
         gate, up = self.shared_experts.first(x_BSD)
         held = self.experts.hold()
         journey.send_back(self.experts(*journey.arrive(), held))
+        yield
         shared_BSD = self.shared_experts.finish(x_BSD, gate, up)
         return shared_BSD, journey.come_home()
 

@@ -35,6 +35,7 @@ class Moonlight(nn.Module):
     def __init__(self, config: ModelConfig, *, aux_loss_weight: float = 0.0) -> None:
         super().__init__()
         self.config = config
+        self.interleave = False  # whether training takes the two halves of a micro-batch in turn (interleave.py)
         # Not drawn here, as it is drawn below: on the meta device torch would import its compiler for that, 0.7 CPU seconds a process.
         embedding_VD = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(embedding_VD, freeze=False)
@@ -69,7 +70,10 @@ class Moonlight(nn.Module):
         rope_dim, rope_theta = self.config.qk_rope_head_dim, self.config.rope_theta
         if cached is None:
             device = input_ids_BS.device
-            layout = sequence_layout(B, S, doc_lens, lengths, rope_dim=rope_dim, rope_theta=rope_theta, device=device)
+            halves = self.interleave and self.training
+            layout = sequence_layout(
+                B, S, doc_lens, lengths, rope_dim=rope_dim, rope_theta=rope_theta, device=device, halves=halves
+            )
         else:
             assert doc_lens is None
             assert lengths is None

@@ -14,7 +14,7 @@ B rows, S tokens a row, R rotary dimensions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,10 @@ class SequenceLayout:
     longest_document: int = 0
     text_BS: Tensor | None = None  # True where a slot holds text; None: everywhere
     tokens: int = 0  # slots that hold text, over all rows
+    sequences: int = 0  # rows that hold text
+    halves: tuple[SequenceLayout, SequenceLayout] | None = (
+        None  # of the first and the last half of the rows, if mixtures take these in turn
+    )
 
     def tensors(self) -> list[Tensor]:
         return [value for value in vars(self).values() if isinstance(value, Tensor)]
@@ -47,19 +51,44 @@ def sequence_layout(
     rope_dim: int,
     rope_theta: float,
     device: torch.device,
+    halves: bool = False,
 ) -> SequenceLayout:
     """The layout of `batch` rows of `length` slots. Raises ValueError if the text of a row does not fit in it.
 
-    `lengths`: text of each row in tokens; None: that of its documents, or without these the whole row.
+    `lengths`: text of each row in tokens; None: that of its documents, or without these the whole row. `halves`: with those of the two
+    halves of the rows, whose number is even.
     """
+    whole = _layout(batch, length, doc_lens, lengths, rope_dim, rope_theta, device)
+    if not halves:
+        return whole
+    half = batch // 2
+    first, last = (
+        _layout(
+            half, length, None if doc_lens is None else doc_lens[rows], None if lengths is None else lengths[rows],
+            rope_dim, rope_theta, device,
+        )
+        for rows in (slice(half), slice(half, None))
+    )  # fmt: skip
+    return replace(whole, halves=(first, last))
+
+
+def _layout(
+    batch: int,
+    length: int,
+    doc_lens: Sequence[Sequence[int]] | None,
+    lengths: Sequence[int] | None,
+    rope_dim: int,
+    rope_theta: float,
+    device: torch.device,
+) -> SequenceLayout:
     rows = None if doc_lens is None else _complete(doc_lens, batch, length)
     used = _used(lengths, doc_lens, batch, length)
-    tokens, text_BS = sum(used), None
+    tokens, sequences, text_BS = sum(used), sum(n > 0 for n in used), None
     if tokens < batch * length:
         text_BS = to_device(torch.arange(length) < torch.tensor(used)[:, None], device)
     if rows is None or all(len(row) == 1 for row in rows):
         cos, sin = rotary_tables(torch.arange(length, device=device), rope_dim, rope_theta)
-        return SequenceLayout(cos, sin, text_BS=text_BS, tokens=tokens)
+        return SequenceLayout(cos, sin, text_BS=text_BS, tokens=tokens, sequences=sequences)
     documents = torch.tensor([n for row in rows for n in row], dtype=torch.int64)
     ends = documents.cumsum(0)
     starts = ends - documents
@@ -75,11 +104,13 @@ def sequence_layout(
             longest_document=max(map(max, rows)),
             text_BS=text_BS,
             tokens=tokens,
+            sequences=sequences,
         )
     numbers = torch.arange(len(documents))
     document_BS = numbers.repeat_interleave(documents, output_size=batch * length).view(batch, length)
     same_BSS = document_BS[:, :, None] == document_BS[:, None, :]
-    return SequenceLayout(cos, sin, mask_B1SS=same_BSS.tril_().unsqueeze(1).to(device), text_BS=text_BS, tokens=tokens)
+    mask_B1SS = same_BSS.tril_().unsqueeze(1).to(device)
+    return SequenceLayout(cos, sin, mask_B1SS, text_BS=text_BS, tokens=tokens, sequences=sequences)
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

@@ -82,6 +82,7 @@ def shard_model(model: Moonlight, meshes: Meshes, training: TrainingConfig, devi
         for block in layers:
             if isinstance(block.mlp, MoE):
                 _spread_experts(block.mlp.experts, meshes.ep, room, meshes.exposed)
+        model.interleave = training.interleave
     offload = Offload(device, len(layers)) if training.offload_activations else None
     for block in layers:
         block.activation_checkpointing = training.activation_checkpointing

@@ -93,7 +93,7 @@ def rehearse(config: RunConfig, *, limit: int | None = None) -> Rehearsal:
     memory = Memory(TAPE, limit)
     in_all = segments(config.schedule, training.sequence_length)[-1].sequences // (world * training.micro_batch)
     batch = _batch(config, min(in_all, 3))
-    tokens = training.micro_batch * training.sequence_length
+    tokens = training.micro_batch * training.sequence_length // (2 if training.interleave else 1)  # that travel at once
     network = config.model
     met = ranks_met(network.n_routed_experts, network.num_experts_per_tok, config.parallelism.ep)
     rows, pairs = int(tokens * met), tokens * network.num_experts_per_tok
@@ -136,7 +136,7 @@ def rehearse(config: RunConfig, *, limit: int | None = None) -> Rehearsal:
 
 @contextmanager
 def on_stage(memory: Memory, rows: int = 0, pairs: int = 0, filled: Mapping[int, int] | None = None) -> Iterator[None]:
-    """What is computed on the device inside is written down. `rows`, `pairs`: those of a micro-batch that travel and meet experts;
+    """What is computed on the device inside is written down. `rows`, `pairs`: those that travel at once and meet experts;
     `filled`: see Recorder."""
     with ExitStack() as stack:
         stack.enter_context(

@@ -40,7 +40,7 @@ class Seen:
 
 def small(mesh: str, **overrides: Any) -> RunConfig:
     """Every token goes to every expert: even shares, as a rehearsal takes them to be."""
-    config = tiny("nowhere", parallelism=MESHES[mesh], training__micro_batch=1, **overrides)
+    config = tiny("nowhere", parallelism=MESHES[mesh], **{"training__micro_batch": 1, **overrides})
     return config.model_copy(update={"model": config.model.model_copy(update={"num_experts_per_tok": 4})})
 
 

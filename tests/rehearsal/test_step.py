@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from pipeline.planner.sizes import sizes_of
 from pipeline.rehearsal.chips import load_chip
 from pipeline.rehearsal.recorder import FROM_HOST, TO_HOST, UNIT
 from pipeline.rehearsal.step import BEHIND, CHECKPOINT, _batch
-from pipeline.rehearsal.tape import MAIN, Collective, HostWait, Kernel, Mark
+from pipeline.rehearsal.tape import MAIN, Await, Collective, HostWait, Kernel, Mark
 from pipeline.rehearsal.timeline import simulate
 from pipeline.training.flops import flops_per_token
 from pipeline.training.guard import Guard
@@ -71,6 +72,35 @@ def test_measuring_a_step_waits_for_nothing() -> None:
     assert fixed.host_waits == 1  # behind the step, to know whether it happened
     in_step = [entry for entry in fixed.whole if isinstance(entry, HostWait) and entry.phase != BEHIND]
     assert in_step == []
+
+
+def test_rows_travel_behind_the_other_half_of_the_micro_batch() -> None:
+    """Between the launch of an exchange and its end lie products of the other half, in both directions, or at least the shared
+    experts'; without halves some have nothing but the latter."""
+
+    def hidden(**settings: Any) -> Counter[str]:
+        micro = {"training__micro_batch": 2, "training__compute_dtype": "bf16", "training__expert_capacity": 2.0}
+        found = rehearsed(small("ep 2 x efsdp 2", **micro, **settings))
+        work: Counter[str] = Counter()
+        under_way: dict[int, set[str]] = {}
+        for entry in found.run:
+            if isinstance(entry, Collective) and entry.name == "all_to_all" and entry.phase != "optimizer":
+                under_way[entry.number] = set()
+            elif isinstance(entry, Await) and entry.number in under_way:
+                kinds = under_way.pop(entry.number)
+                if kinds & {"grouped", "attention_forward", "attention_backward"}:
+                    work["experts or attention"] += 1
+                else:
+                    work["shared experts" if kinds else "nothing"] += 1
+            elif isinstance(entry, Kernel) and entry.kind not in ("memory", "own"):
+                for kinds in under_way.values():
+                    kinds.add(entry.kind)
+        assert not under_way
+        return work
+
+    # of a layer: rows and what they weigh there, results back, and the gradients of all three
+    assert hidden() == {"shared experts": 4, "experts or attention": 2}
+    assert hidden(training__interleave=True) == {"shared experts": 2, "experts or attention": 10}
 
 
 def test_room_that_is_empty_costs_no_work() -> None:

@@ -94,7 +94,7 @@ def all_trained(root: str, dataset: DatasetManifest, cases: list[dict]) -> list[
 
 MECHANICS = {
     "parallelism", "training__micro_batch", "training__activation_checkpointing", "training__expert_capacity", "blocking",
-    "training__gather_once", "training__offload_activations",
+    "training__gather_once", "training__offload_activations", "training__interleave",
 }  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def accumulated(steps: int, world: int) -> dict:
 
 
 FULL, SELECTIVE = ({"training__activation_checkpointing": kind} for kind in ("full", "selective"))
-ONCE = {"training__gather_once": True}
+ONCE, TURNS = {"training__gather_once": True}, {"training__interleave": True}
 OFFLOAD = {"training__offload_activations": True}
 FSDP2 = {"parallelism": {"shard": 2}}
 EP2 = {"parallelism": {"shard": 2, "ep": 2}}
@@ -150,7 +150,7 @@ def test_two_ranks(tmp_path):
             {**EP2, **four_times, **FULL, **ONCE},
             {**EP2, **once, **options},
             {**EP2, **once, "blocking": True},
-            {**EP2, **once, **SELECTIVE, "training__expert_capacity": 4.0},
+            {**EP2, **once, **SELECTIVE, **TURNS, "training__expert_capacity": 4.0},
         ],
     )
 
@@ -163,6 +163,7 @@ def test_four_ranks(tmp_path):
         [
             {**EP2_EFSDP2, **once, **SELECTIVE},
             {**HSDP, **four_times, **ONCE},
+            {**HSDP, **accumulated(2, 4), **TURNS},
             {**EP2_EFSDP2, **once, "experts": 2},
             {**EP2_EFSDP2, **four_times, **EXACT},
         ],
@@ -200,6 +201,7 @@ def test_every_way(tmp_path, mesh):
     if mesh["parallelism"].get("ep", 1) > 1:  # exchanges that block, and such in buffers of fixed size
         ways += [{**way, "blocking": True} for way in ways[:6:2]]
         ways += [{**way, "training__expert_capacity": 4.0} for way in ways[1:6:2]]
+        ways += [{**way, **TURNS} for way in (*ways[:6:2], ways[-1])]
     compare(str(tmp_path), world, [{**mesh, **way} for way in ways] + [{**mesh, **ways[0], **EXACT}], timeout=1700)
 
 
