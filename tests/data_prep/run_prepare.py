@@ -58,21 +58,24 @@ def logged(log: Path, function: Callable[[Any], Any], item: Any) -> Any:
     """`function(item)` in a worker whose unit functions write down that they begin."""
     from data_prep import attempts, pack_unit
 
-    def announce(module: Any, name: str, unit_argument: int) -> None:
+    def announce(module: Any, name: str, unit_argument: int, said: str) -> None:
         original = getattr(module, name)
         if hasattr(original, "announced"):
             return
 
         def announcing(*arguments: Any) -> Any:
             with log.open("a") as file:
-                file.write(f"{name} {arguments[unit_argument].id} {os.getpid()}\n")
+                file.write(f"{said} {arguments[unit_argument].id} {os.getpid()}\n")
             return original(*arguments)
 
         announcing.announced = True  # type: ignore[attr-defined]
         setattr(module, name, announcing)
 
-    announce(attempts, "tokenize_unit", 1)
-    announce(pack_unit, "_pack", 1)
+    announce(attempts, "tokenize_unit", 1, "tokenize")
+    announce(
+        attempts, "_tokenize_alone", 2, "tokenize"
+    )  # a unit that was killed twice, perhaps before it said that it begins
+    announce(pack_unit, "_pack", 1, "pack")
     return function(item)
 
 
