@@ -211,6 +211,8 @@ def remedy(config: RunConfig, found: Estimate) -> str:
         stronger = {"none": "selective", "selective": "full"}.get(training.activation_checkpointing)
         if stronger:
             return f"Set training.activation_checkpointing to {stronger}."
+        if not training.offload_activations:
+            return "Set training.offload_activations."
         return f"Lower training.sequence_length (now {training.sequence_length})."
     if memory.gathered > memory.parameters + memory.optimizer:
         return f"Raise parallelism.ep (now {config.parallelism.ep}), or set training.reshard_after_forward."

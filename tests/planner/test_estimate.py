@@ -81,6 +81,13 @@ def test_what_a_run_leaves_in_its_storage() -> None:
     assert checkpoint_bytes(with_adamw) == 12 * 15_960_108_544
 
 
+LONG_ROWS = [
+    "data.sequence_length=131072", "training.sequence_length=131072", "model.max_position_embeddings=131072",
+    "evaluation.sequence_length=8192", "parallelism.shard=64", "parallelism.replicate=4", "training.gather_once=false",
+    "training.activation_checkpointing=full",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("overrides", "remedy"),
     [
@@ -88,6 +95,11 @@ def test_what_a_run_leaves_in_its_storage() -> None:
         (
             ["parallelism.shard=64", "parallelism.replicate=4", "--gpu-memory", "24"],
             "Set training.activation_checkpointing to full.",
+        ),
+        ([*LONG_ROWS, "--gpu-memory", "24"], "Set training.offload_activations."),
+        (
+            [*LONG_ROWS, "training.offload_activations=true", "--gpu-memory", "24"],
+            "Lower training.sequence_length (now 131072).",
         ),
         (["parallelism.shard=1", "parallelism.ep=1"], "Raise parallelism.shard (now 1)."),
     ],
