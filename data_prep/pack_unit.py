@@ -121,15 +121,18 @@ def pack_unit(settings: PackSettings, task: PackTask) -> PackManifest:
         packed = tuple(put_packed(storage, pack_id, file) for file in writer.files)
         rest = put_packed(storage, pack_id, writer.rest) if writer.rest else None
         rejected, emptied = None, cutter.emptied if cutter else []
-        named = {**excluded.copies, RULE: np.array(emptied, np.int64)}
+        named = {
+            **excluded.copies,
+            RULE: np.array(emptied, np.int64),
+            "longer_than_a_row": np.array(too_long, np.int64),
+        }
         if settings.keep_rejected and (copies := write_copies(storage, unit, named, Path(folder))).count:
             rejected = put(storage, copies.path, shard_path("rejected", pack_id, ".parquet"))
     found = {name: len(ordinals) for name, ordinals in named.items() if len(ordinals)}
-    found |= {"longer_than_a_row": too_long} if too_long else {}
     filtered = {**unit.counts.filtered, **found}
     counts = DocumentCounts(
         docs_in=unit.counts.docs_in,
-        docs_out=unit.counts.docs_out - len(excluded.ordinals) - len(emptied) - too_long,
+        docs_out=unit.counts.docs_out - len(excluded.ordinals) - len(emptied) - len(too_long),
         heldout=excluded.heldout,
         filtered=dict(sorted(filtered.items())),
         quarantined=unit.counts.quarantined,
@@ -218,10 +221,10 @@ def _pack(
     packer: Packer,
     writer: PackedWriter,
     cutter: Cutter | None,
-) -> tuple[int, int]:
-    """Stream the shard through the packer. Returns the text bytes of the documents packed, and how many were left out because
+) -> tuple[int, list[int]]:
+    """Stream the shard through the packer. Returns the text bytes of the documents packed, and the ordinals of those left out because
     they are longer than a row and may not be cut."""
-    first, text_bytes, too_long = 0, 0, 0
+    first, text_bytes, too_long = 0, 0, list[int]()
     held: dict[int, np.ndarray] = {}  # tokens of documents that rows still open refer to
     for tokens, offsets, n_bytes, hashes in _windows(storage, unit, writer.dtype):
         count = len(offsets) - 1
@@ -235,7 +238,7 @@ def _pack(
         if packer.method == "whole":
             long = lengths > packer.length
             lengths[long], n_bytes[long] = 0, 0
-            too_long += int(long.sum())
+            too_long += (np.flatnonzero(long) + first).tolist()
         text_bytes += int(n_bytes.sum())
         rows = packer.add(first, lengths.tolist())
         window = _Window(first, tokens, offsets.tolist(), held)

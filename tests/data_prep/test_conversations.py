@@ -7,11 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from data_prep.prepare import prepare
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig, TokenizerConfig
+from pipeline.dataset.verify import verify
+from pipeline.file_index import open_index
 from pipeline.storage import open_storage
 from pipeline.tokenizer import Encoder, train_tokenizer
 from tests.data_prep.test_prepare import packed_documents
@@ -61,9 +64,15 @@ def config_of(run_config: Make, chats: Path, folder: Path, **changes: object) ->
 
 
 def test_every_conversation_is_whole_or_counted(chats: Path, tokenizer: Path, run_config: Make) -> None:
-    config = config_of(run_config, chats, tokenizer)
+    config = config_of(run_config, chats, tokenizer, corpus__keep_rejected="true")
     storage = open_storage(config.storage)
     dataset = prepare(config, storage)
+    assert verify(dataset, storage).findings == ()
+    reasons = [
+        pq.read_table(storage.open(file.path))["reason"].to_pylist()
+        for file in open_index(storage, dataset).rejected[0]
+    ]
+    assert any("longer_than_a_row" in found for found in reasons)
     counts = dataset.sources[0].counts
     assert counts.docs_in == len(GOOD) + len(BAD)
     assert counts.filtered == {"longer_than_a_row": 1, "no_answer": 2}
