@@ -32,7 +32,7 @@ test: $(STAMP) ## All tests but the long ones
 test-long: $(STAMP) ## Fault and scale tests
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m long
 
-test-faults: $(STAMP) ## Every fault of docs/reliability.md, and its table anew (about an hour)
+test-faults: $(STAMP) ## Every fault of docs/reliability.md, and its table anew (an hour and a half)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m faults tests/faults --reliability docs/reliability.md
 
 test-demo: $(STAMP) ## The demo in every way it can be run: killed, submitted, on S3 (about ten minutes)

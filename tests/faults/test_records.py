@@ -31,7 +31,7 @@ COMPLETE = {
     "evaluation": (f"runs/{RUN}/evaluate/step-*.json", REFUSED),
     "published manifest.json": (f"models/{RUN}/*/manifest.json", REFUSED),
     "published model.safetensors": (f"models/{RUN}/*/model*.safetensors", REFUSED),
-    "latest.json": (f"models/{RUN}/latest.json", UNUSED),
+    "latest.json": (f"models/{RUN}/latest.json", REFUSED),
     "events.jsonl": (f"runs/{RUN}/events.jsonl", WITHOUT),
 }
 # Of a run that is killed before its last record, and trained on.
