@@ -39,7 +39,9 @@ class SequenceLayout:
     )
 
     def tensors(self) -> list[Tensor]:
-        return [value for value in vars(self).values() if isinstance(value, Tensor)]
+        """All of them, those of halves included."""
+        own = [value for value in vars(self).values() if isinstance(value, Tensor)]
+        return own + [tensor for half in self.halves or () for tensor in half.tensors()]
 
 
 def sequence_layout(

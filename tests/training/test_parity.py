@@ -174,7 +174,7 @@ def test_activations_on_the_host_change_no_bit(tmp_path):
     """Two ranks whose rows travel in either way, with weights that are gathered once in bf16, or for each block in fp32."""
     once, four_times = accumulated(1, 2), accumulated(4, 2)
     ways = [
-        {**EP2, **four_times, **ONCE, "training__compute_dtype": "bf16"},
+        {**EP2, **four_times, **ONCE, "training__compute_dtype": "bf16", "training__interleave": True},
         {**EP2, **once, **SELECTIVE, "training__expert_capacity": 4.0},
     ]
     dataset = tiny_dataset(Storage(tiny(str(tmp_path)).storage))
