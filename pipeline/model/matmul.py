@@ -142,7 +142,20 @@ def _multiply(x_MI: Tensor, weight_OI: Tensor, tile: slice) -> Tensor:
     whole = tile.stop - tile.start in TILES and M * I * O >= SMALLEST
     if not whole:
         return x_MI @ weight_OI.T
-    return torch.ops.mkldnn._linear_pointwise(x_MI, weight_OI, None, "none", [], "")
+    return _onednn(x_MI, _dense(weight_OI))
+
+
+def _dense(weight_OI: Tensor) -> Tensor:
+    """Without gaps between rows or columns. oneDNN has a fast kernel for no other second factor: the half of a wider matrix, which is how gradients
+    of gate and up come, took 1,700 times as long (torch 2.13.0; findings/onednn_factor_with_gaps.sh). The first one may be anything."""
+    if weight_OI.is_contiguous() or weight_OI.T.is_contiguous():
+        return weight_OI
+    return weight_OI.T.contiguous().T if weight_OI.stride(0) == 1 else weight_OI.contiguous()
+
+
+def _onednn(x_MI: Tensor, weight_OI: Tensor) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(x_MI, weight_OI, None, "none", [], "")
+    return found
 
 
 @torch.library.custom_op("moonlight::linear", mutates_args=())

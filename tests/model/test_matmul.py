@@ -58,6 +58,26 @@ def test_any_number_of_rows_makes_few_shapes(monkeypatch, onednn):
     assert shapes == {((m, 128), (100, 128)) for m in tiles} | {((100, m), (128, m)) for m in tiles}
 
 
+@pytest.mark.parametrize("part", [slice(None, 160), slice(160, None)])
+def test_the_second_factor_has_no_gaps(monkeypatch, part):
+    """Halves of a wider matrix, as gradients of gate and up are: oneDNN's fast kernels take none as the second factor."""
+    real = torch.ops.mkldnn._linear_pointwise
+
+    def spy(x, weight, *rest):
+        assert weight.is_contiguous() or weight.T.is_contiguous()
+        return real(x, weight, *rest)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", spy)
+    generator = torch.Generator().manual_seed(0)
+    wide, x, narrow = (torch.randn(512, width, generator=generator) for width in (320, 96, 64))
+    half = wide[:, part]
+    near = {"rtol": 1e-4, "atol": 1e-3}
+    torch.testing.assert_close(outer(half, x), half.T @ x, **near)  # the half is the wider one: the second factor
+    torch.testing.assert_close(outer(half, torch.cat([wide, x], 1)), half.T @ torch.cat([wide, x], 1), **near)
+    torch.testing.assert_close(product(narrow.T.contiguous().T, wide[:128, :64]), narrow @ wide[:128, :64].T, **near)
+    torch.testing.assert_close(product(x, wide[:256, :96]), x @ wide[:256, :96].T, **near)
+
+
 def test_only_amd_processors_take_onednn(monkeypatch):
     monkeypatch.undo()  # the fixture
     for name, expected in (("AMD EPYC 9355", True), ("Intel(R) Xeon(R) 6975P-C", False)):
