@@ -3,7 +3,8 @@ alone: the search for questions of tasks, and prepare with all rules on.
 
 Distinct real text of this machine, and pairs of documents planted among it that share a stated part of their 5-grams. Both sides read
 the same JSON lines on one core: signatures, bands and clusters; then Gopher's, C4's and FineWeb's rules and personal data. What is
-compared is the clusters (recall of planted pairs by overlap, and how much of the real text is dropped) and the verdicts.
+compared is the clusters (recall of planted pairs by overlap, and how much of the real text is dropped) and the verdicts. Of datatrove's own signatures our
+bands and components are to make the very clusters that it makes.
 
     python -m benchmarks.corpus --documents 20000 --peer-python /path/to/venv/bin/python
 
@@ -24,15 +25,18 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from unittest import mock
 
 import numpy as np
 
 from benchmarks.prepare import real_texts
 from data_prep.contamination.finder import Finder
 from data_prep.contamination.questions import parse, to_bytes
+from data_prep.near import file as near_file
 from data_prep.near.bands import EDGE, Corpus, band_partitions, find_edges
 from data_prep.near.components import Components, find_components
 from data_prep.near.file import Signatures
+from data_prep.near.signatures import Bands, hashes_of_bands
 from data_prep.prepare import prepare
 from data_prep.records import PrepareProgress, UnitManifest
 from data_prep.rules.apply import apply
@@ -40,8 +44,8 @@ from data_prep.tokenize_unit import BATCH_BYTES, document_hash
 from pipeline.config.load import load_config
 from pipeline.config.rules import C4, FineWeb, GopherQuality, GopherRepetition, PersonalData, Rules
 from pipeline.config.schema import Decontamination, NearDuplicates, StorageConfig
-from pipeline.manifest import DocumentCounts, FileEntry
-from pipeline.storage import open_storage
+from pipeline.manifest import DocumentCounts, FileEntry, NearDuplicatesFound
+from pipeline.storage import Storage, open_storage
 
 OVERLAPS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 WORDS = 250  # of a planted document
@@ -116,6 +120,18 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
                 "met": worst <= POINTS,
             }
         )
+        theirs = _groups([tuple(pair) for pair in sides["datatrove"]["clusters"]])
+        ours = _groups(_by_its_signatures(texts, path.with_suffix(".signatures.npy"), folder))
+        print(
+            f"of its signatures {len(ours):,} clusters; {len(ours ^ theirs):,} that datatrove does not make of them, or we do not"
+        )
+        results.append(
+            {
+                "benchmark": "clusters of its signatures that differ",
+                "ours": len(ours ^ theirs),
+                "met": ours == theirs and bool(ours),
+            }
+        )
         pairs = list(zip(sides["ours"]["verdicts"], sides["datatrove"]["verdicts"]))
         same = sum((ours == "") == (theirs == "") for ours, theirs in pairs)
         print(f"verdicts          {same:,} of {len(pairs):,} documents are kept or dropped by both")
@@ -126,7 +142,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
         *((f"questions by {rule}", real_mb / _questions_s(real, rule), None) for rule in ("ngram", "span")),
         ("prepare with all rules", real_mb / _prepare_s(real, folder), 15.0),
     ):
-        print(f"{name:18}{rate:.1f} MB/cpu-s")
+        print(f"{name:24}{rate:.1f} MB/cpu-s")
         results.append(
             {
                 "benchmark": f"{name} MB/cpu-s",
@@ -245,21 +261,44 @@ def _ours(texts: list[str], planted: int, folder: Path) -> dict[str, object]:
     verdicts = [outcome.rejected for batch in _batches(texts[planted:]) for outcome in apply(batch, RULES)]
     rules_s = time.process_time() - start
     start = time.process_time()
+    found = _clustered(storage, batches)
+    near_s = time.process_time() - start
+    clusters = _pairs(storage, found)
+    return {"clusters": clusters, "verdicts": verdicts, "cpu_s": {"near-duplicates": near_s, "rules": rules_s}}
+
+
+def _clustered(storage: Storage, batches: list[list[str]]) -> NearDuplicatesFound:
     signatures = Signatures(NearDuplicates())
     for batch in batches:
         data = [text.encode() for text in batch]
         signatures.add(data, [document_hash(text) for text in data])
     storage.write("a.bands", signatures.to_bytes())
-    corpus = Corpus(("a.bands",), (len(texts),), (0,))
-    edges = [
-        find_edges(storage.config, corpus, part)
-        for part in band_partitions([_unit(len(texts))], NearDuplicates(), "near")
-    ]
-    found = find_components(storage.config, corpus, Components(tuple(edges), (), "near/all"))
-    near_s = time.process_time() - start
-    pairs = np.frombuffer(storage.read(found.clusters.path), EDGE)
-    clusters = [(int(pair["other"]), int(pair["first"])) for pair in pairs]
-    return {"clusters": clusters, "verdicts": verdicts, "cpu_s": {"near-duplicates": near_s, "rules": rules_s}}
+    documents = sum(map(len, batches))
+    corpus = Corpus(("a.bands",), (documents,), (0,))
+    parts = band_partitions([_unit(documents)], NearDuplicates(), "near")
+    edges = tuple(find_edges(storage.config, corpus, part) for part in parts)
+    return find_components(storage.config, corpus, Components(edges, (), "near/all"))
+
+
+def _pairs(storage: Storage, found: NearDuplicatesFound) -> list[tuple[int, int]]:
+    """(document, first of its cluster)"""
+    return [(int(pair["other"]), int(pair["first"])) for pair in np.frombuffer(storage.read(found.clusters.path), EDGE)]
+
+
+def _by_its_signatures(texts: list[str], path: Path, folder: Path) -> list[tuple[int, int]]:
+    """The clusters that our banding and components make of datatrove's signatures."""
+    found, settings = np.load(path), NearDuplicates()
+    bands = Bands(found[:, 0].astype(np.int64), hashes_of_bands(found[:, 1:].T.copy(), settings))
+    storage = open_storage(StorageConfig(root=str(folder / "by-its-signatures")))
+    with mock.patch.object(near_file, "bands", return_value=bands):
+        return _pairs(storage, _clustered(storage, [texts]))
+
+
+def _groups(clusters: list[tuple[int, int]]) -> set[frozenset[int]]:
+    by_first: dict[int, set[int]] = {}
+    for document, first in clusters:
+        by_first.setdefault(first, {first}).add(document)
+    return {frozenset(group) for group in by_first.values() if len(group) > 1}
 
 
 def _batches(texts: list[str]) -> list[list[str]]:

@@ -1,4 +1,7 @@
-"""datatrove's side of benchmarks/corpus.py: a file of JSON lines -> a JSON line. Needs only datatrove and spaCy."""
+"""datatrove's side of benchmarks/corpus.py: a file of JSON lines -> a JSON line, and beside the file the signatures, NAME.signatures.npy.
+
+Needs only datatrove and spaCy.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 from datatrove.data import Document
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupSignature
@@ -36,6 +40,7 @@ def main(path: Path, planted: int) -> None:
         start = _cpu_seconds()
         clusters = _clusters(texts, Path(folder))
         near_s = _cpu_seconds() - start
+        np.save(path.with_suffix(".signatures.npy"), _signatures(Path(folder)))
     print(
         json.dumps({"clusters": clusters, "verdicts": verdicts, "cpu_s": {"near-duplicates": near_s, "rules": rules_s}})
     )
@@ -69,6 +74,18 @@ def _clusters(texts: list[str], folder: Path) -> list[tuple[int, int]]:
     found = list(struct.iter_unpack("<2I", data))
     first: dict[int, int] = {}
     return [(document, first.setdefault(number, document)) for document, number in found]
+
+
+def _signatures(folder: Path) -> np.ndarray:
+    """[documents with a signature, 1 + all hashes] uint64: their numbers, and the hashes bucket by bucket."""
+    config, columns = MinhashConfig(), []
+    record = np.dtype([("hashes", "<u8", config.hashes_per_bucket), ("document", "<u4")])
+    for bucket in range(config.num_buckets):
+        data = (folder / "signatures" / f"bucket_{bucket:03}" / "00000.minhash.sig").read_bytes()
+        found = np.sort(np.frombuffer(data, record), order="document")
+        columns += [] if columns else [found["document"][:, None].astype(np.uint64)]
+        columns.append(found["hashes"])
+    return np.concatenate(columns, axis=1)
 
 
 def _cpu_seconds() -> float:

@@ -45,7 +45,7 @@ def bands(texts: Sequence[str], settings: NearDuplicates) -> Bands:
         some = np.flatnonzero(np.diff(edges))
         if len(some):
             documents.append(some + first)
-            hashes.append(_bands(_signatures(shingles, edges[some], settings), settings))
+            hashes.append(hashes_of_bands(_signatures(shingles, edges[some], settings), settings))
     return Bands(np.concatenate(documents), np.concatenate(hashes))
 
 
@@ -152,8 +152,8 @@ def _factors(count: int, seed: int) -> Hashes:
     return mix(np.arange(1, count + 1, dtype=np.uint64) * RADIX + np.uint64(seed)) | np.uint64(1)
 
 
-def _bands(signatures: Hashes, settings: NearDuplicates) -> Hashes:
-    """[documents, bands]"""
+def hashes_of_bands(signatures: Hashes, settings: NearDuplicates) -> Hashes:
+    """[documents, bands] from [bands * rows, documents]."""
     rows = signatures.reshape(settings.bands, settings.rows_per_band, -1)
     return np.stack([mix(ngrams_of(band)) for band in rows], axis=1)
 
