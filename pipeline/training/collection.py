@@ -19,7 +19,7 @@ def collecting(every: int | None) -> Iterator[Callable[[int], None]]:
     if every is None:
         yield lambda step: None
         return
-    was_on = gc.isenabled()
+    was_on, frozen = gc.isenabled(), gc.get_freeze_count()
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -31,6 +31,7 @@ def collecting(every: int | None) -> Iterator[Callable[[int], None]]:
     try:
         yield after
     finally:
-        gc.unfreeze()
+        if not frozen:  # who froze objects before wants them left alone
+            gc.unfreeze()
         if was_on:
             gc.enable()

@@ -38,6 +38,16 @@ def test_it_runs_at_multiples_of_its_steps(collections):
     assert gc.get_freeze_count() == 0
 
 
+def test_what_was_frozen_stays_frozen():
+    gc.freeze()
+    try:
+        with collecting(3):
+            pass
+        assert gc.get_freeze_count() > 1000
+    finally:
+        gc.unfreeze()
+
+
 def test_without_a_number_python_decides():
     with collecting(None) as after:
         assert gc.isenabled()
