@@ -10,11 +10,12 @@ from typing import Any
 
 from pipeline.config.schema import TASK_SETTINGS, RunConfig
 from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, digest_of
+from pipeline.training.identity import MECHANICS_OF_MUON
 
 FORMAT = 5  # enters the version's name: raise it when the same inputs would publish other bytes
 MECHANICS = {  # of training: how the same steps are computed and watched
     "micro_batch", "activation_checkpointing", "offload_activations", "compile", "reshard_after_forward", "gather_once", "collect_every",
-    "max_skipped_steps", "step_timeout_s", "log_every",
+    "expert_capacity", "interleave", "recompute_every", "profile", "max_skipped_steps", "step_timeout_s", "log_every",
 }  # fmt: skip
 
 
@@ -66,6 +67,8 @@ def published_config(config: RunConfig) -> dict[str, Any]:
             "cluster": True,
             "parallelism": True,
             "checkpoint": True,
+            "tracking": True,
+            "optimizer": {"muon": MECHANICS_OF_MUON},
             "training": MECHANICS,
             "data": {"cache_bytes", "max_padding"},
             "publishing": {"promote", "max_loss", "gates", "beats_frequencies", "workers", "revisions", "hub"},

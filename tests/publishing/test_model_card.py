@@ -102,12 +102,19 @@ def test_settings_that_may_change_at_any_start_make_no_other_version(run: Publis
     values = made.config.model_dump(mode="json")
     values["parallelism"] = {"replicate": 1, "shard": 2, "ep": 2}
     values["training"] |= {"micro_batch": 2, "log_every": 3, "activation_checkpointing": "full", "compile": True}
+    values["training"] |= {"interleave": True, "expert_capacity": 1.5, "gather_once": True, "offload_activations": True}
+    values["training"] |= {"profile": {"steps": [1, 2]}}
+    values["optimizer"]["muon"] |= {"bucket_bytes": 1 << 20, "products": "fp32", "hsdp_split": "off"}
+    values["tracking"] |= {"trackers": ["tensorboard"], "project": "elsewhere"}
     values["checkpoint"] |= {"every_steps": 7}
     values["data"] |= {"cache_bytes": 12345}
     values["evaluation"] |= {"batch": 1}
     other = validate(values)
     facts = (made.checkpoint, run.evaluation, made.dataset)
     assert version_name(other, *facts) == version_name(made.config, *facts) == run.manifest.version
+    values["parallelism"] |= {"replicate": 2}  # somebody to compute again what others did
+    values["training"] |= {"micro_batch": 1, "interleave": False, "recompute_every": 9}
+    assert version_name(validate(values), *facts) == run.manifest.version
     values["publishing"] |= {"dtype": "bf16"}
     assert version_name(validate(values), *facts) != run.manifest.version
 
