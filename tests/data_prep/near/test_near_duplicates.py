@@ -29,6 +29,7 @@ from pipeline.file_index import open_index
 from pipeline.integrity import DamagedFile
 from pipeline.manifest import DatasetManifest
 from pipeline.storage import Storage, open_storage
+from tests.data_prep.sources import write_in_three
 
 Make = Callable[..., RunConfig]
 VOCABULARY = ["".join(Random(n).choices("abcdefghijklmnopqrstuvwxyz", k=7)) for n in range(4000)]
@@ -143,12 +144,7 @@ def corpus(folder: Path) -> dict[str, list[str]]:
     other += [near, far]
     texts = {"web": web, "other": other}
     for name, documents in texts.items():
-        (folder / name).mkdir(parents=True)
-        for part in range(3):
-            lines = [
-                json.dumps({"text": text, "id": f"{name}-{n}"}) for n, text in enumerate(documents) if n % 3 == part
-            ]
-            (folder / name / f"{part}.jsonl").write_text("\n".join(lines) + "\n")
+        write_in_three(folder, name, documents)
     return texts
 
 

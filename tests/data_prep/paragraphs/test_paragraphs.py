@@ -25,6 +25,7 @@ from pipeline.integrity import DamagedFile
 from pipeline.manifest import DatasetManifest
 from pipeline.storage import Storage, open_storage
 from pipeline.tokenizer import Encoder
+from tests.data_prep.sources import write_in_three
 from tests.data_prep.test_prepare import objects, packed_documents
 
 Make = Callable[..., RunConfig]
@@ -88,12 +89,7 @@ def corpus(folder: Path, by: str) -> dict[str, list[str]]:
         long = between.join(part() for _ in range(6))
         documents += [long, long + " and more", documents[4], long + between + common[5]]
         made[name] = documents
-        (folder / name).mkdir(parents=True)
-        for number in range(3):
-            lines = [
-                json.dumps({"text": text, "id": f"{name}-{n}"}) for n, text in enumerate(documents) if n % 3 == number
-            ]
-            (folder / name / f"{number}.jsonl").write_text("\n".join(lines) + "\n")
+        write_in_three(folder, name, documents)
     return made
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -120,23 +121,20 @@ def test_what_it_may_not_do(run_config: Make, jsonl: Path, name: str, why: str) 
     assert ("(unit " in str(error.value)) is not before_any_unit
 
 
+def sample_of(jsonl: Path, folder: Path, classifier: dict[str, Any]) -> list[str]:
+    """The command."""
+    source = {"name": "web", "path": str(jsonl), "rules": {"classifier": classifier}}
+    corpus = json.dumps({"sources": [source]})
+    return ["data", "sample", "--config", "debug", f"storage.root={folder / 'root'}", f"corpus={corpus}"]
+
+
 def test_a_command_refuses_with_exit_code_2(tmp_path: Path, jsonl: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, why in (
         ("no.such.package:score", "No module named 'no'"),
         ("tests.data_prep.plugs:one_too_few", "63 scores for 64 texts"),
     ):
-        source = {
-            "name": "web",
-            "path": str(jsonl),
-            "rules": {"classifier": {"function": name, "version": "1", "min_score": 0.1}},
-        }
-        arguments = [
-            "--config",
-            "debug",
-            f"storage.root={tmp_path / 'root'}",
-            f"corpus={json.dumps({'sources': [source]})}",
-        ]
-        assert main(["data", "sample", *arguments]) == 2
+        section = {"function": name, "version": "1", "min_score": 0.1}
+        assert main(sample_of(jsonl, tmp_path, section)) == 2
         error = capsys.readouterr().err
         assert error.startswith(f"error: corpus.sources[0].rules.classifier.function: {name} ")
         assert why in error
@@ -144,14 +142,7 @@ def test_a_command_refuses_with_exit_code_2(tmp_path: Path, jsonl: Path, capsys:
 
 
 def test_sample_shows_scores(tmp_path: Path, jsonl: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = {"name": "web", "path": str(jsonl), "rules": {"classifier": SECTION}}
-    arguments = [
-        "--config",
-        "debug",
-        f"storage.root={tmp_path / 'root'}",
-        f"corpus={json.dumps({'sources': [source]})}",
-    ]
-    assert main(["data", "sample", *arguments]) == 0
+    assert main(sample_of(jsonl, tmp_path, SECTION)) == 0
     told = capsys.readouterr().out
     assert "    classifier.min_score " in told
     assert "    classifier.max_score " in told
