@@ -40,12 +40,12 @@ def identity(config: RunConfig, listings: Mapping[str, Listing]) -> str:
         "layout": layout(config.data),
         "versions": versions(),
     }
-    if (
-        config.corpus.drop_duplicates_across_sources
-        or config.corpus.near_duplicates is not None
-        or config.corpus.duplicate_paragraphs is not None
-    ):  # then their order decides which of two copies stays
-        parts["order_of_sources"] = [source.name for source in config.corpus.sources]
+    corpus = config.corpus
+    alike = corpus.near_duplicates is not None or corpus.duplicate_paragraphs is not None
+    if corpus.drop_duplicates_across_sources or alike:  # then their order decides which of two copies stays
+        parts["order_of_sources"] = [source.name for source in corpus.sources]
+    if corpus.drop_duplicates_across_sources and alike:  # alone the order says it: names that were given stay
+        parts["drop_duplicates_across_sources"] = True
     return digest_of(parts)[:32]
 
 
