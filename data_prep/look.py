@@ -1,7 +1,7 @@
 """A look into a source before it is prepared: the first records of its first files, read as prepare reads them.
 
-Costs up to `DOCUMENTS` records of `FILES` files (of texts, as many files), whatever the corpus. A text_field or id_field that is not there is refused with the
-fields that are; hours of tokenizing would otherwise end in quarantine.
+Costs up to `DOCUMENTS` records of `FILES` files (of texts, as many files), whatever the corpus. A text_field or id_field that none of a
+file's first records has is refused with the fields that are there; hours of tokenizing would otherwise end in quarantine.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -34,6 +35,7 @@ FILES = 4
 JUDGED = 10_000  # files, by their names
 HEAD_BYTES = 1 << 20
 SHOWN = 30  # fields in a message
+_BETWEEN = re.compile(r"[\s,\]]*")  # values of lines or of an array
 
 
 @dataclass
@@ -103,10 +105,10 @@ def look(source: SourceConfig, index: int, files: Listing, config: RunConfig) ->
 
 
 def fields_of(path: str, file: IO[bytes], kind: str | None) -> list[str] | None:
-    """The fields of a file's first record, nested ones with dots; None where there are none to speak of."""
+    """The fields of a file's first records, nested ones with dots; None where there are none to speak of."""
     try:
         if kind == "parquet":
-            return _columns(pq.ParquetFile(file).schema_arrow)
+            return list(_columns(pq.ParquetFile(file).schema_arrow))
         if kind == "arrow":
             return None
         if kind in ("json", "jsonl", "csv", "tsv"):
@@ -128,18 +130,27 @@ def _refuse_unknown_fields(source: SourceConfig, index: int, path: str, file: IO
             raise ConfigError(f"corpus.sources[{index}].{key}: there is no field {wanted!r} in {path}; it has {shown}")
 
 
-def _columns(schema: pa.Schema) -> list[str]:
-    found = []
-    for column in schema:
-        found.append(column.name)
-        if pa.types.is_struct(column.type):
-            found += [f"{column.name}.{inner.name}" for inner in column.type]
-    return found
+def _columns(fields: Iterable[pa.Field], before: str = "") -> Iterator[str]:
+    for each in fields:
+        yield before + each.name
+        if pa.types.is_struct(each.type):
+            yield from _columns(each.type, f"{before}{each.name}.")
 
 
 def _keys(head: str) -> list[str] | None:
-    value, _ = json.JSONDecoder().raw_decode(head[1:].lstrip() if head.startswith("[") else head)
-    return list(_dotted(value)) if isinstance(value, dict) else None
+    """Of up to DOCUMENTS objects together: any one of them may be broken, or lack what the others have."""
+    found, decoder, objects = dict[str, None](), json.JSONDecoder(), 0
+    at = _BETWEEN.match(head, head.startswith("[")).end()  # type: ignore[union-attr]  # matches nothing, too
+    while at < len(head) and objects < DOCUMENTS:
+        try:
+            value, at = decoder.raw_decode(head, at)
+        except (ValueError, RecursionError):
+            value, at = None, head.find("\n", at) + 1 or len(head)
+        if isinstance(value, dict):
+            found.update(dict.fromkeys(_dotted(value)))
+            objects += 1
+        at = _BETWEEN.match(head, at).end()  # type: ignore[union-attr]
+    return list(found) or None
 
 
 def _dotted(value: dict[str, Any], before: str = "") -> Iterator[str]:
