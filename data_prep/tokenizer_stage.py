@@ -117,19 +117,28 @@ def tokenizer_sources(config: RunConfig) -> dict[str, float]:
 def sample(config: RunConfig, listings: dict[str, Listing]) -> Iterator[str]:
     """About `tokenizer.training_bytes` of text: of each source its share of it, spread over its files in hash order.
 
-    Documents that could be held out are not looked at.
+    Documents that could be held out are not looked at. Sources that are read alike from the same files (the languages of one) are read
+    once, for their shares together: each would give the same texts.
     """
-    shares = tokenizer_sources(config)
+    shares, together = tokenizer_sources(config), dict[str, tuple[SourceConfig, float]]()
     for source in config.corpus.sources:
-        budget = int(config.tokenizer.training_bytes * shares.get(source.name, 0.0))
-        files = sorted((file for file in listings[source.name] if file.bytes), key=lambda file: hash_order(file.path))
-        share = max(budget // max(len(files), 1), min(budget // 64, 1 << 24), SMALLEST_SHARE)
-        for file in files:
-            if budget <= 0:
-                break
-            for text in _texts(config, source, listings[source.name].root, file, min(share, budget)):
-                budget -= len(text)
-                yield text.decode()
+        files = listings[source.name]
+        alike = digest_of([files.root, files.digest, _reading(source)])
+        first, share = together.get(alike, (source, 0.0))
+        together[alike] = first, share + shares.get(source.name, 0.0)
+    for source, share in together.values():
+        yield from _sample(config, source, listings[source.name], int(config.tokenizer.training_bytes * share))
+
+
+def _sample(config: RunConfig, source: SourceConfig, listing: Listing, budget: int) -> Iterator[str]:
+    files = sorted((file for file in listing if file.bytes), key=lambda file: hash_order(file.path))
+    share = max(budget // max(len(files), 1), min(budget // 64, 1 << 24), SMALLEST_SHARE)
+    for file in files:
+        if budget <= 0:
+            break
+        for text in _texts(config, source, listing.root, file, min(share, budget)):
+            budget -= len(text)
+            yield text.decode()
 
 
 def _texts(config: RunConfig, source: SourceConfig, root: str, file: InputFile, budget: int) -> Iterator[bytes]:
@@ -163,13 +172,18 @@ def _corpus_of(config: RunConfig, listings: dict[str, Listing]) -> dict[str, Any
     for source in config.corpus.sources:
         if source.name not in tokenizer_sources(config):
             continue
-        settings = source.model_dump(mode="json", include={"format", "text_field", "filters"})
-        del settings["filters"]["drop_exact_duplicates"]  # the sample takes documents as they come
         corpus[source.name] = {
-            "settings": settings,
+            "settings": _reading(source),
             "files": {file.path: file.identity for file in listings[source.name]},
         }
     return {"sources": corpus, "heldout_fraction": config.corpus.heldout_fraction}
+
+
+def _reading(source: SourceConfig) -> dict[str, Any]:
+    """What decides the texts of a source's files. The sample takes documents as they come."""
+    settings = source.model_dump(mode="json", include={"format", "text_field", "filters"})
+    del settings["filters"]["drop_exact_duplicates"]
+    return settings
 
 
 def _trained_on_less(storage: Storage, settings: dict[str, Any], corpus: dict[str, Any]) -> TokenizerManifest | None:

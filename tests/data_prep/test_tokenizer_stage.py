@@ -72,6 +72,20 @@ def test_a_new_source_keeps_the_tokenizer(run_config: Make, sources: dict) -> No
     assert tokenizer_of(config_of(run_config, sources["code"])) != first  # it has lost what the first was trained on
 
 
+def test_languages_of_a_source_are_sampled_once(run_config: Make, sources: dict) -> None:
+    """They are in the same files: each by itself would give the same texts again in place of others."""
+    alone, split = (
+        config_of(run_config, sources["code"] | more, sources["prose"], tokenizer__sources=json.dumps(shares))
+        for more, shares in (
+            ({}, {"code": 3, "prose": 1}),
+            ({"languages": {"en": 3, "de": 1}}, {"code-en": 1, "code-de": 2, "prose": 1}),
+        )
+    )
+    found = list(sample(split, list_corpus(split)))
+    assert found == list(sample(alone, list_corpus(alone)))
+    assert len(set(found)) == len(found) > 10
+
+
 def test_only_named_sources_train_it(run_config: Make, sources: dict) -> None:
     named = json.dumps({"vocab_size": 600, "training_bytes": 200_000, "sources": {"code": 1.0}})
     first = config_of(run_config, sources["code"], sources["prose"], tokenizer=named)
