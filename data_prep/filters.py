@@ -8,13 +8,20 @@ from __future__ import annotations
 import re
 
 from pipeline.config.schema import FilterConfig
+from pipeline.tokenizer.chat import said
 
 _ASCII_ALPHANUMERIC = bytes(byte for byte in range(128) if chr(byte).isalnum())
+_OF_TEXT = ("min_characters", "max_characters", "max_repeated_line_fraction", "min_alphanumeric_fraction")
 _NON_ASCII = re.compile(r"[^\x00-\x7f]+")
 
 
-def rejected_by(text: bytes, config: FilterConfig) -> str | None:
-    """The name of the filter that rejects a document (valid UTF-8, not empty), or None. Costs nothing at the defaults."""
+def rejected_by(text: bytes, config: FilterConfig, *, conversation: bool = False) -> str | None:
+    """The name of the filter that rejects a document (valid UTF-8, not empty), or None. Costs nothing at the defaults.
+
+    `conversation`: the text is one as JSON, of which what is said is judged.
+    """
+    if conversation and judges_text(config):
+        text = said(text).encode()
     if config.min_characters > 1 or len(text) > config.max_characters:
         characters = _characters(text)
         if characters < config.min_characters:
@@ -26,6 +33,12 @@ def rejected_by(text: bytes, config: FilterConfig) -> str | None:
     if config.min_alphanumeric_fraction > 0.0 and alphanumeric_fraction(text) < config.min_alphanumeric_fraction:
         return "min_alphanumeric_fraction"
     return None
+
+
+def judges_text(config: FilterConfig) -> bool:
+    """Whether any filter looks at the text at all, beyond what nobody has set."""
+    usual = FilterConfig()
+    return any(getattr(config, name) != getattr(usual, name) for name in _OF_TEXT)
 
 
 def repeated_line_fraction(text: bytes) -> float:

@@ -83,7 +83,9 @@ def look(source: SourceConfig, index: int, files: Listing, config: RunConfig) ->
             ):
                 if record.reason:
                     found.quarantined[record.reason] += 1
-                elif rejection := record.rejected or rejected_by(record.text, source.filters):
+                elif rejection := record.rejected or rejected_by(
+                    record.text, source.filters, conversation=source.conversations
+                ):
                     found.filtered[rejection] += 1
                 else:
                     found.kept.append(record)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from data_prep import warc_versions
 from data_prep.contamination import CONTAMINATION_VERSION
+from data_prep.filters import judges_text
 from data_prep.formats import format_of, is_compressed
 from data_prep.listing import InputFile, Listing
 from data_prep.near import SIGNATURES_VERSION
@@ -82,7 +83,9 @@ def unit_settings(source: SourceConfig, corpus: CorpusConfig, tokenizer_sha256: 
         "heldout_max_documents": corpus.heldout_max_documents,
         "max_document_bytes": corpus.max_document_bytes,
     }
-    settings |= {"conversations": True} if source.conversations else {}
+    if source.conversations:
+        settings["conversations"] = True
+        settings |= {"filters_judge": "what is said"} if judges_text(source.filters) else {}
     if source.format == "warc":
         settings["warc"] = warc_versions.versions()
     if source.rules.any:

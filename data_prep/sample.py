@@ -25,9 +25,10 @@ from data_prep.readers import ReaderSettings, Record, read_slice
 from data_prep.rules.apply import Outcome, apply
 from data_prep.rules.check import check_classifiers, check_rules
 from data_prep.rules.classifier import ClassifierFailed, refused
-from data_prep.tokenize_unit import open_input, said
+from data_prep.tokenize_unit import open_input
 from pipeline.config.rules import Rules
 from pipeline.config.schema import DuplicateParagraphs, NearDuplicates, RunConfig, SourceConfig
+from pipeline.tokenizer.chat import said
 
 DOCUMENTS = 1000  # of a source
 FILES = 20  # of a source whose files hold many documents
@@ -90,7 +91,9 @@ def sample(config: RunConfig, index: int, files: Listing, rules: Rules, finder: 
             for record in itertools.islice(read_slice(part, handle, reader), share):
                 if record.reason:
                     found.quarantined[record.reason] += 1
-                elif rejection := record.rejected or rejected_by(record.text, source.filters):
+                elif rejection := record.rejected or rejected_by(
+                    record.text, source.filters, conversation=source.conversations
+                ):
                     found.filtered[rejection] += 1
                 else:
                     found.records.append(record)

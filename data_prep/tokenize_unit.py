@@ -41,6 +41,7 @@ from pipeline.integrity import read_record
 from pipeline.manifest import DocumentCounts, FileEntry, TokenizerManifest
 from pipeline.storage import Storage, filesystem, open_storage
 from pipeline.tokenizer import Encoder
+from pipeline.tokenizer.chat import said
 from pipeline.tokenizer.engines import REFERENCE, concatenated
 
 log = logging.getLogger(__name__)
@@ -227,7 +228,7 @@ def _usable(
     rejected: RejectedDocuments | None,
 ) -> Iterator[Record]:
     """Count every record; pass on those that are fit to tokenize."""
-    filters = settings.source.filters
+    filters, talks = settings.source.filters, settings.source.conversations
     for record in records:
         state.docs_in += 1
         if record.reason:
@@ -238,7 +239,7 @@ def _usable(
                 "excerpt": record.excerpt.decode("utf-8", errors="backslashreplace"),
             }
             quarantine.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
-        elif rejection := record.rejected or rejected_by(record.text, filters):
+        elif rejection := record.rejected or rejected_by(record.text, filters, conversation=talks):
             state.filtered[rejection] += 1
             if rejected is not None:
                 rejected.add(record.location, record.doc_id, rejection, record.text)
@@ -295,11 +296,6 @@ def _decontaminated(
             record = replace(record, text=outcome.text.encode())
         kept.append(record)
     return kept
-
-
-def said(conversation: bytes) -> str:
-    """What is said in it, without who says it."""
-    return "\n".join(message["content"] for message in orjson.loads(conversation))
 
 
 def _drop(record: Record, name: str, state: _Unit, rejected: RejectedDocuments | None) -> None:

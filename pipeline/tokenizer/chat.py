@@ -189,6 +189,11 @@ def conversation_of(value: Any) -> tuple[bytes, str]:
     return orjson.dumps(messages), "" if answered else "no_answer"
 
 
+def said(conversation: bytes) -> str:
+    """What is said in it (`conversation_of`), without who says it; a message a line."""
+    return "\n".join(message["content"] for message in orjson.loads(conversation))
+
+
 def template_of(files: dict[str, bytes]) -> str | None:
     """A file of its own goes before the one in the settings, as transformers has it."""
     if CHAT_TEMPLATE in files:

@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from data_prep.identity import list_corpus
+from data_prep.look import look
 from data_prep.prepare import prepare
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig, TokenizerConfig
@@ -88,6 +90,23 @@ def test_every_conversation_is_whole_or_counted(chats: Path, tokenizer: Path, ru
     assert all(piece[-1] == dataset.tokenizer.eos_id for piece in trained)
     assert max(map(len, trained)) <= 128
     assert np.dtype(dataset.token_dtype).itemsize == 2
+
+
+def test_filters_judge_what_is_said(tmp_path: Path, tokenizer: Path, run_config: Make) -> None:
+    """As JSON the first has 66 characters, the second a single line, and the third mostly letters."""
+    bad = [
+        said(("user", "Hi"), ("assistant", "Yo")),
+        said(("user", "Say it four times, please, each on a line."), ("assistant", "Again and again.\n" * 4)),
+        said(("user", "What?"), ("assistant", "-=" * 40)),
+    ]
+    (tmp_path / "chats").mkdir()
+    (tmp_path / "chats" / "a.jsonl").write_text("\n".join(map(json.dumps, [*GOOD, *bad])))
+    filters = {"min_characters": 25, "max_repeated_line_fraction": 0.5, "min_alphanumeric_fraction": 0.4}
+    config = config_of(run_config, tmp_path / "chats", tokenizer, source={"filters": filters})
+    expected = {"min_characters": 1, "max_repeated_line_fraction": 1, "min_alphanumeric_fraction": 1}
+    seen = look(config.corpus.sources[0], 0, list_corpus(config)["main"], config)
+    assert seen.filtered == expected
+    assert prepare(config, open_storage(config.storage)).sources[0].counts.filtered == expected
 
 
 def test_other_files_are_no_conversations(tmp_path: Path, tokenizer: Path, run_config: Make) -> None:
