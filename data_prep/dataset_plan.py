@@ -27,7 +27,7 @@ def plan_dataset(
     if not storage.exists(path):
         report(PrepareProgress("tokenizer", 0, 1, 0, 0, 0, 0, 0.0))
         tokenizer = ensure_tokenizer(config, storage, listings)
-        units = Units(_planned(config, listings, tokenizer, _known_units(storage)))
+        units = Units(planned_units(config, listings, tokenizer, known_units(storage)))
         data = units.to_bytes()
         sha256 = hashlib.sha256(data).hexdigest()
         entry = FileEntry(path=units_path(dataset_identity, sha256), bytes=len(data), sha256=sha256)
@@ -37,9 +37,10 @@ def plan_dataset(
     return Plan.parse(storage.read(path), path)
 
 
-def _planned(
+def planned_units(
     config: RunConfig, listings: dict[str, Listing], tokenizer: TokenizerManifest, known: Units
 ) -> Iterator[Unit]:
+    """Of all sources, in the order of a plan. `known`: units of earlier plans here."""
     for source in config.corpus.sources:
         settings = unit_settings(source, config.corpus, tokenizer.sha256)
         files, unit_bytes = listings[source.name], config.corpus.unit_bytes
@@ -47,7 +48,7 @@ def _planned(
         yield from plan_source(source, files, unit_bytes, settings, known, groups, lines)
 
 
-def _known_units(storage: Storage) -> Units:
+def known_units(storage: Storage) -> Units:
     """Units of earlier plans here, larger plans first: a later version of a dataset contains the earlier ones."""
     heads = [entry.path for entry in storage.list("datasets/plans") if entry.path.endswith(".json")]
     plans = [Plan.parse(storage.read(path), path) for path in heads]

@@ -11,6 +11,7 @@ from data_prep.listing import InputFile, Listing
 from data_prep.look import look
 from data_prep.prepare import prepare
 from data_prep.records import PrepareProgress
+from data_prep.room import text_bytes, written_share
 from data_prep.rules.check import check_classifiers
 from data_prep.tokenizer_stage import check_given, find_tokenizer
 from jobs.on_ray.gauges import PREPARING, PrepareGauges
@@ -57,12 +58,12 @@ def check(config: RunConfig, storage: Storage, records: Records, *, here: bool) 
             look(source, index, listings[source.name], config)
         check_given(config)
         check_supply(config, listings)
-        text = sum(listing.bytes for listing in listings.values())
         check_room(
             storage,
-            planned.preparing(config, text).dataset_bytes,
+            planned.preparing(config, text_bytes(config, listings)).dataset_bytes,
             "tokenized and packed rows",
             "lower corpus.sources.max_bytes",
+            lambda: written_share(questions.pinned(config, storage), storage, listings),
         )
         check_tokenizer(config, storage, listings)
         if here:

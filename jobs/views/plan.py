@@ -9,7 +9,8 @@ from pathlib import Path
 
 import psutil
 
-from data_prep.listing import list_source
+from data_prep.identity import list_corpus
+from data_prep.room import text_bytes
 from jobs.cli import locate, parser, refusing
 from pipeline.config.load import expand_path
 from pipeline.config.schema import RunConfig
@@ -89,8 +90,7 @@ def _corpus_bytes(config: RunConfig, given: str | None) -> int | None:
         for source in config.corpus.sources
     ):
         return None
-    listed = (list_source(source, index, config.storage) for index, source in enumerate(config.corpus.sources))
-    return sum(listing.bytes for listing in listed)
+    return text_bytes(config, list_corpus(config))
 
 
 def show(config: RunConfig, hardware: Hardware, price: float | None, corpus_bytes: int | None = None) -> int:
