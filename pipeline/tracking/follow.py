@@ -2,7 +2,8 @@
 
 Training neither knows nor waits for them. The run's storage is the source, so a tracker whose server was away, that was killed with
 the run, or that was only named later gets all that it lacks, each step once; what it has is asked of itself. That it does not
-answer is said once, until it does. A trainer that was taken for dead sends nothing more: its successor does.
+answer is said once, until it does. A trainer that was taken for dead sends nothing more: its successor does. A run that goes back on a
+spike while it is followed is from then on another run there.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.storage import Storage
 from pipeline.tracking.names import named
 from pipeline.tracking.records import Records
-from pipeline.tracking.tracker import Tracker, open_tracker
+from pipeline.tracking.tracker import RunName, Tracker, open_tracker, run_name
 
 EVERY_S = 5.0
 RETRY_S = 60.0  # after a tracker did not answer
@@ -57,6 +58,7 @@ class Sender:
         self.name, self._config, self._storage, self._check = name, config, storage, check
         self._records = Records(storage, config.run_id)
         self._tracker: Tracker | None = None
+        self._run: RunName | None = None  # for which it is open
         self._away = False
         self.sent = 0  # records
 
@@ -65,8 +67,11 @@ class Sender:
         try:
             self._check()
             records = self._records.read()
+            run = run_name(self._config, self._storage, self._records.gone_back)
+            if run != self._run:
+                self.close()
             if records and self._tracker is None:
-                self._tracker = open_tracker(self.name, self._config, self._storage)
+                self._tracker, self._run = open_tracker(self.name, self._config, self._storage, run), run
             if self._tracker is not None:
                 self._add(self._tracker, records)
         except Exception as error:  # of a client of somebody else's: nothing that it raises may end training

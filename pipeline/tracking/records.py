@@ -20,10 +20,14 @@ class Records:
         self._journal = JournalReader(storage, run_id)
         self._attempts = -1  # not asked yet
         self._stored: dict[int, Record] = {}
+        self.gone_back: int | None = (
+            None  # how often the run had gone back on a spike where the records end, if they tell
+        )
 
     def read(self) -> list[Record]:
         """By step, ascending. `time` is there where the journal has it."""
         history = self._journal.read()
+        self.gone_back = history.attempts[-1].gone_back if history.attempts else None
         if len(history.attempts) != self._attempts:  # one that began may have lost lines of the one before
             self._attempts = len(history.attempts)
             self._stored = {record["step"]: record for record in self._metrics()}

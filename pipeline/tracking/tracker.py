@@ -46,9 +46,10 @@ class RunName:
     key: str  # of this run alone, whatever other storage has a run of that name
 
 
-def run_name(config: RunConfig, storage: Storage) -> RunName:
-    """A run that went back on a spike goes on under a name of its own: trackers cannot unwrite steps."""
-    ways = len(read_left_out(storage, config.run_id).detours) + 1
+def run_name(config: RunConfig, storage: Storage, gone_back: int | None = None) -> RunName:
+    """A run that went back on a spike goes on under a name of its own: trackers cannot unwrite steps. `gone_back`: how often, for
+    the records at hand; None: as often as it has by now."""
+    ways = 1 + (len(read_left_out(storage, config.run_id).detours) if gone_back is None else gone_back)
     name = config.run_id if ways == 1 else f"{config.run_id}-way-{ways}"
     return RunName(config.tracking.project, name, f"{name}-{digest_of(storage.root)[:8]}")
 
@@ -92,8 +93,8 @@ def _may_write_to_a_disk(name: str, tracking: TrackingConfig) -> bool:
     return name == "wandb"
 
 
-def open_tracker(name: str, config: RunConfig, storage: Storage) -> Tracker:
+def open_tracker(name: str, config: RunConfig, storage: Storage, run: RunName) -> Tracker:
     """Raises whatever the tracker's client raises, and ImportError where it is not installed."""
     module: Any = importlib.import_module(f"pipeline.tracking.{name}")
-    opened: Tracker = module.open_run(config, storage, run_name(config, storage))
+    opened: Tracker = module.open_run(config, storage, run)
     return opened

@@ -5,7 +5,7 @@
 `metrics/` holds what the run's inputs decide, as its checkpoints know it. A journal also holds times, rates and memory, and is there
 before the first checkpoint is; nothing hashes it and no stage reads it. Its first line says where an attempt went on:
 
-    {"attempt": 3, "from_step": 400, "ranks": 8, "time": 1764320000.1}
+    {"attempt": 3, "from_step": 400, "gone_back": 0, "ranks": 8, "time": 1764320000.1}
 
 and every other one is a logged step: the line of `metrics/`, the fields of its `TrainProgress`, those of its times (times.py), of the
 steps from "first_step" to "last_step", and "time" (UNIX seconds).
@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from botocore.exceptions import BotoCoreError
@@ -55,8 +55,10 @@ class Journal:
         from_step: int,
         ranks: int,
         check: Callable[[], None] = lambda: None,
+        gone_back: int = 0,
     ) -> None:
-        """`check`: asked before each write; raises LeaseLost if somebody has taken the run over."""
+        """`check`: asked before each write; raises LeaseLost if somebody has taken the run over. `gone_back`: how often the run has gone
+        back on a spike (left_out.py)."""
         self._storage = storage
         self._prefix = f"{journal_folder(run_id)}/{attempt:06d}-{time.time_ns() // 1_000_000:013d}"
         self._lines: list[bytes] = []  # from the first one of the last part that is not full
@@ -68,7 +70,7 @@ class Journal:
         self._ended = False
         self._due = threading.Event()  # to be written now
         self._due.set()  # the begin: an attempt that dies at once leaves a trace
-        self._append({"attempt": attempt, "from_step": from_step, "ranks": ranks})
+        self._append({"attempt": attempt, "from_step": from_step, "ranks": ranks, "gone_back": gone_back})
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
@@ -133,6 +135,7 @@ class Attempt:
     time: float  # UNIX
     last_step: int  # that it logged; `from_step` if none
     last_time: float  # UNIX
+    gone_back: int | None = None  # times, before it began; None: written by an older version
 
 
 @dataclass
@@ -196,16 +199,13 @@ def _in_a_row(lines: list[Line]) -> History:
             history.repeated += max(again, default=begun) - begun
             for step in again:
                 del kept[step]
-            history.attempts.append(
-                Attempt(line.get("attempt", 0), begun, line.get("ranks", 1), line["time"], begun, line["time"])
-            )
+            number, ranks, at = line.get("attempt", 0), line.get("ranks", 1), line["time"]
+            history.attempts.append(Attempt(number, begun, ranks, at, begun, at, line.get("gone_back")))
             continue
         kept[line["step"]] = line
         if history.attempts:
             last = history.attempts[-1]
-            history.attempts[-1] = Attempt(
-                last.number, last.from_step, last.ranks, last.time, line["step"], line["time"]
-            )
+            history.attempts[-1] = replace(last, last_step=line["step"], last_time=line["time"])
     history.steps = [kept[step] for step in sorted(kept)]
     return history
 

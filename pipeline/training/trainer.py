@@ -178,9 +178,7 @@ class Run:
             self.at = Position(resume_from.step, resume_from.next_sequence)
             self.loss, self.tokens_seen = resume_from.loss, resume_from.tokens_seen
             self.spikes = int(self.guard.spikes.found)
-            note = other_products(resume_from.newton_schulz, self.optimizer.muon.multiplied)
-            if note and self.rank == 0:
-                log.warning("%s", note)
+            self.tell_other_products(resume_from)
         elif parent is not None:
             self.branch_off(parent)
         elif config.training.initial_weights:
@@ -222,6 +220,15 @@ class Run:
         if goes_on:
             self.at = Position(parent.step, parent.next_sequence)
             self.loss, self.tokens_seen = parent.loss, parent.tokens_seen
+            self.spikes = int(
+                self.guard.spikes.found
+            )  # the parent's are behind: only the next one is a spike of this run
+            self.tell_other_products(parent)
+
+    def tell_other_products(self, before: CheckpointManifest) -> None:
+        note = other_products(before.newton_schulz, self.optimizer.muon.multiplied)
+        if note and self.rank == 0:
+            log.warning("%s", note)
 
     def close(self) -> None:
         if self.journal is not None:
@@ -241,7 +248,10 @@ class Run:
         files = MetricsFiles(self.storage, train_folder(config.run_id), at.step, logged) if self.rank == 0 else None
         world = self.meshes.world_size
         if self.rank == 0:
-            self.journal = Journal(self.storage, config.run_id, self.writer.number, at.step, world, self.writer.check)
+            attempt, gone_back = self.writer.number, len(self.left_out.detours)
+            self.journal = Journal(
+                self.storage, config.run_id, attempt, at.step, world, self.writer.check, gone_back=gone_back
+            )
         slots = at.next_sequence * config.training.sequence_length
         flops = flops_per_token(config.model, config.training.sequence_length)
         pace = Pace(self.tokens_seen, slots, self.steps, config.schedule.total_tokens, flops, world * peak(self.device))

@@ -34,8 +34,8 @@ from pipeline.training import journal
 from pipeline.training.commits import lease_path
 from pipeline.training.journal import Journal, journal_folder
 from pipeline.training.left_out import Detour, LeftOut, left_out_path
-from pipeline.training.trainer import train
-from tests.training.make import Watched, tiny, tiny_dataset
+from pipeline.training.trainer import TrainingStopped, train
+from tests.training.make import BATCH, Watched, spiking_data, tiny, tiny_dataset
 from tests.training.test_journal import progress
 from tests.training.test_metrics import record
 
@@ -272,6 +272,30 @@ def test_a_run_that_went_back_goes_on_under_another_name(tmp_path: Path) -> None
     assert (first.name, second.name) == ("tiny", "tiny-way-2")
     assert first.key != second.key
     assert tensorboard_tracker.folder_name(config, RunName("p", "tiny-way-2", "k")) == "tensorboard-tiny-way-2"
+
+
+def test_a_run_that_goes_back_while_it_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a tracker has of steps that were undone stays as it was, and the way that counts is whole under a name of its own."""
+    spikes = {"action": "go_back", "horizon_steps": 10, "go_back_steps": 5}
+    config = tiny(str(tmp_path), steps=20, training__spikes=spikes, checkpoint__every_steps=4, checkpoint__keep=9)
+    storage, folder = open_storage(config.storage), tmp_path / "runs/tiny/train"
+    spiking_data(monkeypatch)(13 * BATCH)
+    sender = Sender("tensorboard", config, storage)
+    asked = iter([False] * 11)
+    with pytest.raises(TrainingStopped, match="stopped after step 12"):
+        Watched().train(config, should_stop=lambda: next(asked, True))
+    assert sender.send()
+    before = in_tensorboard(folder / "tensorboard")
+    assert max(before[0]["train/loss"]) == 12
+    seen = Watched()
+    seen.train(config)
+    assert [progress.step for progress in seen.progress][:3] == [13, 14, 9]
+    assert sender.send()
+    assert in_tensorboard(folder / "tensorboard") == before
+    curves, values = in_tensorboard(folder / "tensorboard-tiny-way-2")
+    assert sorted(curves["train/loss"]) == list(range(1, 21))
+    same(curves, stored(tmp_path), rel=1e-6)
+    assert values == sum(len(values) for values in curves.values())
 
 
 def test_records_know_lost_lines_from_the_metrics(tmp_path: Path) -> None:

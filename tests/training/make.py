@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.file_index import dataset_path
 from pipeline.manifest import CheckpointManifest, DatasetManifest, TrainManifest
 from pipeline.storage import Storage
+from pipeline.training import trainer
 from pipeline.training.metrics import TrainProgress
+from pipeline.training.step import Step
 from pipeline.training.trainer import train
 from tests.dataset.make import documents, manifest, write_packed
 
@@ -76,6 +80,25 @@ def tiny_dataset(storage: Storage, rows: int = 64, *, padding: bool = True) -> D
     found = found.model_copy(update={"tokenizer": tokenizer})
     storage.write(dataset_path(found.identity), found.to_json())  # where workers on Ray read it
     return found
+
+
+def spiking_data(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`spiking_data(monkeypatch)(position, ...)`: a step that begins at one of these positions of the data spikes, whoever trains it and
+    whenever."""
+    positions: set[int] = set()
+    reading, backward, at = trainer.read_step, Step.forward_backward, list[int]()
+
+    def read(loader: Any, first: int, *arguments: Any) -> Any:
+        at.append(int(loader.order.positions(first)))
+        return reading(loader, first, *arguments)
+
+    def spiking(self: Step, *arguments: Any) -> Any:
+        loss, aux_loss = backward(self, *arguments)
+        return loss + (50.0 if at[-1] in positions else 0.0), aux_loss
+
+    monkeypatch.setattr(trainer, "read_step", read)
+    monkeypatch.setattr(Step, "forward_backward", spiking)
+    return lambda *more: positions.update(more)
 
 
 class Watched:

@@ -11,9 +11,8 @@ from pipeline.training import going_back, trainer
 from pipeline.training.commits import committed, manifest_path
 from pipeline.training.guard import RunDiverged
 from pipeline.training.left_out import left_out_path, read_left_out, union
-from pipeline.training.step import Step
 from pipeline.workflow.record import read_events
-from tests.training.make import BATCH, Watched, tiny
+from tests.training.make import BATCH, Watched, spiking_data, tiny
 
 STEPS, SPIKES_AT = 20, 14  # the spike's step, of checkpoints at 4, 8, 12, ...
 GO_BACK = {"action": "go_back", "horizon_steps": 10}
@@ -22,21 +21,7 @@ RANGE = (12 * BATCH, 14 * BATCH)
 
 @pytest.fixture
 def bad_data(monkeypatch):
-    """`bad_data(position, ...)`: a step that begins at one of these positions of the data spikes, whoever trains it and whenever."""
-    positions: set[int] = set()
-    reading, backward, at = trainer.read_step, Step.forward_backward, []
-
-    def read(loader, first, *arguments):
-        at.append(int(loader.order.positions(first)))
-        return reading(loader, first, *arguments)
-
-    def spiking(self, *arguments):
-        loss, aux_loss = backward(self, *arguments)
-        return loss + (50.0 if at[-1] in positions else 0.0), aux_loss
-
-    monkeypatch.setattr(trainer, "read_step", read)
-    monkeypatch.setattr(Step, "forward_backward", spiking)
-    return lambda *more: positions.update(more)
+    return spiking_data(monkeypatch)
 
 
 def run(root, **more):
@@ -135,6 +120,23 @@ def test_back_to_the_beginning(tmp_path, bad_data):
     manifest = Watched().train(run(tmp_path, checkpoint__every_steps=100))
     twin = Watched().train(run(tmp_path / "twin", training__skip_sequences=((0, 12 * BATCH),)))
     assert twin.checkpoint.content_sha256 == manifest.checkpoint.content_sha256
+
+
+def test_a_branch_does_not_go_back_on_its_parents_spikes(tmp_path, bad_data):
+    """The parent met one, counted it and went on; the branch has its counters, and goes back on the next one alone."""
+    bad_data(13 * BATCH)
+    Watched().train(run(tmp_path, run_id="base", training__spikes={**GO_BACK, "action": "skip"}))
+    storage = Storage(run(tmp_path).storage)
+    calm = run(tmp_path, run_id="calm", training__start_from="base@16")
+    seen = Watched()
+    seen.train(calm)
+    assert [progress.step for progress in seen.progress] == [17, 18, 19, 20]
+    assert [progress.spikes for progress in seen.progress] == [1] * 4
+    assert read_left_out(storage, "calm").detours == ()
+    bad_data(17 * BATCH)
+    Watched().train(run(tmp_path, run_id="child", training__start_from="base@16"))
+    (detour,) = read_left_out(storage, "child").detours
+    assert (detour.spike, detour.back_to, detour.left_out) == (18, 0, (16 * BATCH, 18 * BATCH))
 
 
 def test_the_limit_ends_the_run(tmp_path, bad_data):

@@ -151,6 +151,10 @@ def test_going_on_with_other_products_is_said_in_one_line(tmp_path, caplog):
     assert manifest.checkpoint.newton_schulz == "bf16"
     (line,) = [record.getMessage() for record in caplog.records if record.name == "pipeline.training.trainer"]
     assert line.startswith("Newton-Schulz multiplies bf16 here and multiplied fp32 up to this checkpoint")
+    caplog.clear()  # a branch, too, goes on from what was multiplied before it
+    Watched().train(tiny(str(tmp_path), optimizer=muon, run_id="branch", training__start_from="tiny@4", steps=6))
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "pipeline.training.trainer"]
+    assert line.startswith("Newton-Schulz multiplies fp32 here and multiplied bf16 up to this checkpoint")
 
 
 def test_bf16_momentum_is_in_checkpoints_and_stays(tmp_path):
