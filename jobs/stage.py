@@ -33,7 +33,8 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> int:
             storage.check_writable()
             if stage == "train":
                 config = initial.pin(config, storage)
-            records = stages.find(config, storage, stage, Records(listings=handed(config, storage)))
+            before = Records(listings=handed(config, storage))
+            records = stages.find(config, storage, stage, before, until=stage)
             if records.done(stage):
                 hold_dataset(config, storage, records.dataset)
                 stages.confirm(stage, storage, records)

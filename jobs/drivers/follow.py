@@ -12,6 +12,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from botocore.exceptions import BotoCoreError
+
 from jobs import stage, stages
 from jobs.cli import looking, open_run, parser
 from jobs.on_ray.signals import Interrupted, raise_on_signals
@@ -22,7 +24,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.evaluation.follow import Followed, follow
 from pipeline.evaluation.result import EvaluationProgress
 from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest
-from pipeline.storage import Storage
+from pipeline.storage import Storage, said_by_storage
 from pipeline.training.commits import lease_path, train_folder
 from pipeline.workflow.record import add_event
 
@@ -56,7 +58,7 @@ def judge_all(config_name: str, overrides: Sequence[str], *, wait: bool) -> int:
         with looking(config_name):
             config, storage = open_run(config_name, overrides)
             storage.check_writable()
-            records = stages.find(config, storage, "evaluate")
+            records = stages.find(config, storage, "evaluate", until="train")
             stages.require_inputs("train", records)
             assert records.dataset is not None
             hold_dataset(config, storage, records.dataset)
@@ -65,11 +67,14 @@ def judge_all(config_name: str, overrides: Sequence[str], *, wait: bool) -> int:
         with connect(config), watched("evaluate", storage, config.run_id):
             raise_on_signals()
             done = _follow(config, records.dataset, storage, wait)
-            if wait and stages.find(config, storage, "evaluate").done("train"):
+            if wait and stages.find(config, storage, "evaluate", until="train").done("train"):
                 stages.run("evaluate", config, storage)  # the chosen one, if it is the mean of several
     except Interrupted as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return error.exit_code
+    except (OSError, BotoCoreError) as error:
+        print(f"evaluate: {said_by_storage(error)}", file=sys.stderr)
+        return 1
     except ValueError as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2

@@ -34,10 +34,18 @@ def room(name: str) -> Stage:
     return next(stage for stage in STAGES if name == stage.NAME)
 
 
-def find(config: RunConfig, storage: Storage, stage: str = "prepare", before: Records | None = None) -> Records:
+def find(
+    config: RunConfig,
+    storage: Storage,
+    stage: str = "prepare",
+    before: Records | None = None,
+    *,
+    until: str = publish.NAME,
+) -> Records:
     """Read the records of the run, stage by stage, as `stage` sees them (see `records.held_dataset`). Raises ConfigError.
 
-    `before`: what this command has found already; its list of the corpus counts for all of the command.
+    `before`: what this command has found already; its list of the corpus counts for all of the command. `until`: the last stage that is
+    asked; a stage's own program asks no later ones, whose folders its role may not read (infra/modules/plan/storage.tf).
     """
     records = Records(seen_by=stage, listings=before.listings if before else {})
     for each in STAGES:
@@ -45,6 +53,8 @@ def find(config: RunConfig, storage: Storage, stage: str = "prepare", before: Re
         if record is None:
             break
         records.of[each.NAME] = record
+        if until == each.NAME:
+            break
     return records
 
 
@@ -82,7 +92,7 @@ def confirm(stage: str, storage: Storage, records: Records) -> None:
 
 def run(stage: str, config: RunConfig, storage: Storage, before: Records | None = None) -> None:
     """Do one stage on the connected Ray cluster; nothing if it is done. Raises MissingInput and what the stage raises."""
-    records = find(config, storage, stage, before)
+    records = find(config, storage, stage, before, until=stage)
     hold_dataset(config, storage, records.dataset)
     if records.done(stage):
         confirm(stage, storage, records)

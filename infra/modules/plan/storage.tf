@@ -9,9 +9,10 @@ locals {
 
   history = ["${local.root}/history/*"] # dashboards of clusters that are gone (k8s/components/history-server)
 
-  # Every writer reads what it writes. Nobody writes inputs; only publish writes models; only the driver keeps step logs.
+  # Every writer reads what it writes. Nobody writes inputs; only publish writes models; only the driver keeps step logs. Prepare reads
+  # models: a run that starts from one has its tokenizer, which prepare compares with its own before it tokenizes.
   grants = {
-    prepare  = { read = local.inputs, write = concat(local.product, local.runs, local.probe) }
+    prepare  = { read = concat(local.inputs, local.models), write = concat(local.product, local.runs, local.probe) }
     train    = { read = concat(local.inputs, local.product, local.models), write = concat(local.runs, local.probe) }
     evaluate = { read = concat(local.inputs, local.product), write = concat(local.runs, local.probe) }
     publish  = { read = concat(local.inputs, local.product), write = concat(local.runs, local.models, local.probe) }
