@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_prep.source_share import SourceShare
 from pipeline.config.load import ConfigError
+from pipeline.config.schema import SourceConfig
 
 
 class QuarantineShare(SourceShare):
-    """Of the documents that cannot be used; `corpus.max_quarantined_fraction`."""
+    """Of the documents that cannot be used, and of the units that killed their worker, each of which is one record but may hold a million
+    documents; `corpus.max_quarantined_fraction`."""
+
+    def __init__(self, sources: Sequence[SourceConfig], most: float) -> None:
+        super().__init__(sources, most)
+        self._units: Counter[str] = Counter()
+        self._failed: dict[str, list[str]] = {name: [] for name in self._names}  # why
+
+    def add(self, unit: dict[str, Any]) -> None:
+        self._units[unit["source"]] += 1
+        if unit["failed"]:
+            self._failed[unit["source"]].append(f"{unit['id']} {unit['failed']}")
+        super().add(unit)
+
+    def end(self) -> None:
+        for source, failed in self._failed.items():
+            if len(failed) > self._most * self._units[source]:
+                raise ConfigError(
+                    f"corpus.max_quarantined_fraction {self._most:g}: {len(failed):,} of the {self._units[source]:,} units of source {source!r} "
+                    f"cannot be used (unit {failed[-1]}); find out what in their files does it (datasets/quarantine names them) and take it out, "
+                    "delete their records in datasets/units to have them tried again, or raise the limit"
+                )
+        super().end()
 
     def _counted(self, unit: dict[str, Any]) -> Mapping[str, int]:
         counted: Mapping[str, int] = unit["counts"]["quarantined"]

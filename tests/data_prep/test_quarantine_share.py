@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from data_prep import attempts
+from data_prep.plan import Unit
 from data_prep.prepare import prepare
 from data_prep.quarantine_share import QuarantineShare
+from data_prep.records import UnitManifest
+from data_prep.tokenize_unit import TokenizeSettings
 from pipeline.config.load import ConfigError, load_config
 from pipeline.config.schema import RunConfig
 from pipeline.storage import open_storage
@@ -41,7 +45,44 @@ def test_past_the_limit_it_stops_and_again_it_stops(tmp_path: Path) -> None:
 
 def test_a_large_source_is_judged_before_its_end(tmp_path: Path) -> None:
     share = QuarantineShare(config(tmp_path, 0).corpus.sources, 0.25)
-    unit = {"source": "web", "counts": {"docs_in": 600, "quarantined": {"invalid_json": 200}}}
+    unit = {"source": "web", "failed": "", "counts": {"docs_in": 600, "quarantined": {"invalid_json": 200}}}
     share.add(unit)
     with pytest.raises(ConfigError, match=r"400 cannot be used \(invalid_json 400\); correct corpus.sources\[0\]"):
         share.add(unit)
+
+
+def test_units_that_kill_their_workers_are_more_than_a_record_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of four units are two records beside 80 documents, and half of the text."""
+    (tmp_path / "web").mkdir()
+    text = "The moon rose late. " * 20
+    for part in range(4):
+        lines = [json.dumps({"text": f"Page {part}-{n}. {text}"}) + "\n" for n in range(40)]
+        (tmp_path / "web" / f"{part}.jsonl").write_text("".join(lines))
+
+    def found(limit: float) -> RunConfig:
+        sources = [{"name": "web", "path": str(tmp_path / "web")}]
+        corpus = {"sources": sources, "max_quarantined_fraction": limit, "unit_bytes": 15_000}
+        small = ['tokenizer={"vocab_size": 300, "training_bytes": 10000}', "model.vocab_size=300", "data.max_padding=1"]
+        return load_config("debug", [f"storage.root={tmp_path / 'root'}", f"corpus={json.dumps(corpus)}", *small])
+
+    def guarded(settings: TokenizeSettings, unit: Unit) -> UnitManifest:
+        if unit.slices[0].path > "1.jsonl":
+            return attempts.tokenize_guarded(settings, unit)
+        return attempts._quarantine(storage, settings, unit, "killed its worker")
+
+    storage = open_storage(found(0.4).storage)
+    monkeypatch.setattr("data_prep.prepare.tokenize_guarded", guarded)
+    for _ in range(2):
+        with pytest.raises(
+            ConfigError, match=r"2 of the 4 units of source 'web' cannot be used \(unit [0-9a-f]{32} killed"
+        ):
+            prepare(found(0.4), storage)
+    assert len(prepare(found(0.5), storage).sources[0].failed_units) == 2
+    monkeypatch.undo()
+    storage.delete("datasets/units")  # as the message advises: they are tried again
+    for entry in storage.list("datasets"):
+        if entry.path.endswith("dataset.json"):
+            storage.delete(entry.path)
+    assert prepare(found(0.4), storage).sources[0].counts.quarantined == {}
