@@ -18,8 +18,9 @@ from botocore.exceptions import BotoCoreError
 
 from jobs import stages
 from jobs.on_ray.progress import ProgressLines, Work
-from jobs.stages.records import hold_dataset
+from jobs.stages.records import Records, hold_dataset
 from jobs.views.summary import print_summary
+from pipeline.config.load import ConfigError, load_config
 from pipeline.config.schema import RunConfig
 from pipeline.storage import Storage
 from pipeline.training.commits import committed
@@ -32,18 +33,20 @@ from pipeline.workflow.rayjobs import (
     StageStatus,
     connect,
     options_from,
+    overrides_of,
     run_stage,
 )
+from pipeline.workflow.rayjobs_template import OVERRIDES_ANNOTATION, template_name
 from pipeline.workflow.record import add_event, note_waiting
 
 FIRST_S = 10.0  # between two looks for the first checkpoint
 FOLLOW = "follow"  # what `--only` calls the evaluate stage beside training
 
 
-def run_on_kuberay(config: RunConfig, storage: Storage, given: argparse.Namespace) -> int:
-    """Run the wanted stages; returns the exit code (`rayjobs.Outcome`)."""
+def run_on_kuberay(config: RunConfig, storage: Storage, given: argparse.Namespace, records: Records) -> int:
+    """Run the wanted stages; returns the exit code (`rayjobs.Outcome`). `records`: of what is done. Raises ConfigError."""
     try:
-        return _run(config, storage, given)
+        return _run(config, storage, given, records)
     except StageFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.outcome)
@@ -78,10 +81,11 @@ def show(storage: Storage, run_id: str, status: StageStatus) -> None:
         note_waiting(storage, run_id, status.stage, line, begun=status.began if status.phase == "running" else None)
 
 
-def _run(config: RunConfig, storage: Storage, given: argparse.Namespace) -> int:
+def _run(config: RunConfig, storage: Storage, given: argparse.Namespace, records: Records) -> int:
     api, options = connect(os.environ), options_from(os.environ)
     arguments = ["--config", given.config, *given.overrides]
 
+    _refuse_overrides(given, records, api)
     followed: set[str] = set()  # stages whose RayJob this driver has seen at work
 
     def done(stage: str) -> bool:
@@ -127,6 +131,22 @@ def _run(config: RunConfig, storage: Storage, given: argparse.Namespace) -> int:
     if not given.only:
         print_summary(config, storage, stages.find(config, storage), given.config)
     return 0
+
+
+def _refuse_overrides(given: argparse.Namespace, records: Records, api: RayJobApi) -> None:
+    """What a template adds for its hardware must fit the run: found here, and not by the stage's program weeks later. Raises ConfigError."""
+    only = "evaluate" if given.only == FOLLOW else given.only
+    for stage in [only] if only else stages.names():
+        if records.done(stage):
+            continue
+        added = overrides_of(api, stage)
+        try:
+            load_config(given.config, [*given.overrides, *added])
+        except ConfigError as error:
+            raise ConfigError(
+                f"{template_name(stage)} adds {' '.join(added)} for its hardware, and with that {error}; change the run's setting, or have "
+                f"the template's annotation {OVERRIDES_ANNOTATION} changed"
+            ) from None
 
 
 def _asked(config: RunConfig, stage: str, arguments: list[str]) -> list[str]:

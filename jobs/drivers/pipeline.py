@@ -49,7 +49,7 @@ def run(given: argparse.Namespace) -> int:
         if given.backend == "kuberay":
             from jobs.drivers.kuberay import run_on_kuberay
 
-            return run_on_kuberay(config, storage, given)
+            return run_on_kuberay(config, storage, given, records)
         hold_dataset(config, storage, records.dataset)
         todo = [stage for stage in _wanted(given) if not _report_done(stage, storage, records)]
         if todo:

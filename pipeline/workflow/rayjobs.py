@@ -33,6 +33,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.workflow.rayjobs_api import ApiUnavailable, NotServed, RayJobApi, Refused, connect
 from pipeline.workflow.rayjobs_template import (
     ARGUMENTS_ANNOTATION,
+    OVERRIDES_ANNOTATION,
     QUEUE_ANNOTATION,
     QUEUE_LABEL,
     RUN_LABEL,
@@ -57,6 +58,7 @@ __all__ = [
     "StageStatus",
     "connect",
     "options_from",
+    "overrides_of",
     "run_stage",
     "stages_of",
 ]
@@ -219,7 +221,7 @@ def run_stage(
     Raises StageFailed; its `outcome` is the exit code. Idempotent: call it again after any failure or death.
     """
     options = options or Options()
-    with _terminated_by_signal():
+    with _terminated_by_signal(), _told(stage):
         name: str | None = None
         try:
             job = _newest(api, config.run_id, stage)
@@ -241,12 +243,6 @@ def run_stage(
                 name = job_name(config.run_id, stage, status.attempt + 1)
                 job = _create(api, config, stage, status.attempt + 1, arguments, options)
             raise AssertionError("attempts is at least 1")
-        except Refused as error:
-            raise StageFailed(Outcome.VALIDATION, f"{stage}: the cluster refused the request: {error}") from error
-        except NotServed as error:
-            raise StageFailed(Outcome.USAGE, f"{stage}: {error}") from error
-        except ApiUnavailable as error:
-            raise StageFailed(Outcome.INFRASTRUCTURE, f"{stage}: {error}") from error
         except _Terminated:
             if options.on_terminate == "cancel" and name:
                 _cancel(api, stage, name)
@@ -254,6 +250,26 @@ def run_stage(
             raise StageFailed(
                 Outcome.DETACHED, f"{stage}: SIGTERM; {name or 'its RayJob'} goes on, run the same command to follow it"
             ) from None
+
+
+def overrides_of(api: RayJobApi, stage: str) -> list[str]:
+    """section.key=value ... that the stage's template adds to the run's own; none where there is no template. Raises StageFailed."""
+    with _told(stage):
+        template = api.get(template_name(stage)) or {"metadata": {}}
+    return shlex.split(template["metadata"].get("annotations", {}).get(OVERRIDES_ANNOTATION, ""))
+
+
+@contextlib.contextmanager
+def _told(stage: str) -> Iterator[None]:
+    """What the API server does to a request, as an outcome of the stage."""
+    try:
+        yield
+    except Refused as error:
+        raise StageFailed(Outcome.VALIDATION, f"{stage}: the cluster refused the request: {error}") from error
+    except NotServed as error:
+        raise StageFailed(Outcome.USAGE, f"{stage}: {error}") from error
+    except ApiUnavailable as error:
+        raise StageFailed(Outcome.INFRASTRUCTURE, f"{stage}: {error}") from error
 
 
 def _newest(api: RayJobApi, run_id: str, stage: str) -> RayJob | None:

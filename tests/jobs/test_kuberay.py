@@ -52,6 +52,18 @@ def test_the_exit_code_is_the_truth(
     assert codes == [int(expected)]
 
 
+def test_a_run_that_a_later_template_does_not_fit_is_refused_before_its_first_stage(
+    cluster: FakeKubernetes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Six experts train on two ranks; evaluate's host has four."""
+    arguments = ["--backend", "kuberay", "--config", "debug", f"storage.root={tmp_path / 'runs'}"]
+    assert main([*arguments, "model.n_routed_experts=6"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: template-evaluate adds parallelism.replicate=1 parallelism.shard=4")
+    assert "parallelism.ep 4 must divide model.n_routed_experts 6; change the run's setting" in told
+    assert cluster.get("debug-prepare-1") is None
+
+
 def test_a_storage_that_fails_on_the_way_is_infrastructure_and_the_job_goes_on(
     cluster: FakeKubernetes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

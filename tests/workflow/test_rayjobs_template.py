@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config.load import load_config
+from pipeline.config.load import load_config, preset_names
 from pipeline.config.schema import ParallelismConfig
 from pipeline.workflow.rayjobs_template import STAGES, instantiate, job_name, size_workers, unsafe
 from tests.k8s import crds
@@ -76,13 +77,24 @@ def test_an_attempt_is_the_template_with_little_added(stage: str) -> None:
     assert spec[
         "entrypoint"
     ] == f"python -m jobs.{stage} --config debug storage.root=s3://bucket/runs 'tokenizer.eos_token=[a b]'" + {
-        "evaluate": " parallelism.replicate=1 parallelism.shard=4 parallelism.ep=4 parallelism.elastic=null training.recompute_every=null",
+        "evaluate": " parallelism.replicate=1 parallelism.shard=4 parallelism.ep=4 parallelism.elastic=null training.micro_batch=1 training.interleave=false training.profile=null training.recompute_every=null",
         "publish": " cluster.use_gpu=false",
     }.get(stage, "")
     logs = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][1]
     assert logs["args"] == ["--name", f"debug-{stage}-2", *ARGUMENTS, "tokenizer.eos_token=[a b]"]
     assert spec["metadata"]["job_name"] == f"debug: {stage}"
     assert crds.problems(job) == []
+
+
+@pytest.mark.parametrize("preset", preset_names())
+@pytest.mark.parametrize("stage", sorted(TEMPLATES))
+def test_what_a_template_adds_fits_every_preset(stage: str, preset: str) -> None:
+    """And settings that need the run's own mesh: rank 7 is profiled, halves of a micro-batch take turns."""
+    added = shlex.split(TEMPLATES[stage]["metadata"]["annotations"].get("moonlight.ai/overrides", ""))
+    mesh = ["parallelism.shard=8", "parallelism.ep=8", "training.micro_batch=2"]
+    own = [*mesh, "training.interleave=true", "training.profile={steps: [10, 11], ranks: [7]}"]
+    assert load_config(preset, added).run_id
+    assert load_config(preset, [*own, *added]).run_id
 
 
 def test_the_gang_is_as_large_as_the_mesh() -> None:
