@@ -2,6 +2,7 @@
 IMAGE ?= moonlight-pipeline:e2e
 IMAGE_BASE ?= rayproject/ray:2.60.0-py311-gpu
 PIP_ARGS ?=
+EXTRAS ?=
 OPERATORS ?= prometheus fluent-bit karpenter gpu-operator efa-device-plugin kuberay kueue argo-workflows
 VENV ?= .venv
 OVERLAY ?= prod
@@ -11,9 +12,9 @@ boards: $(STAMP) ## Write the Grafana boards of k8s/monitoring anew
 
 .PHONY: boards image k8s-check k8s-apply-check operators conformance e2e e2e-kind
 
-image: ## Build the one image of all stages
+image: ## Build the one image of all stages (EXTRAS="eval language ...": optional dependencies of pyproject.toml)
 	docker build --tag $(IMAGE) --build-arg BASE=$(IMAGE_BASE) --build-arg PIP_ARGS="$(PIP_ARGS)" \
-	  --build-arg GIT_COMMIT=$$(git rev-parse HEAD) .
+	  --build-arg EXTRAS="$(EXTRAS)" --build-arg GIT_COMMIT=$$(git rev-parse HEAD) .
 
 # In an environment of its own: it pins what others pin otherwise. Where it cannot be had, its one test skips and says so.
 CHECKOV := $(VENV)/checkov/bin/checkov

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
 import tomllib
 
 import yaml
@@ -51,6 +53,15 @@ def test_says_which_version_and_commit_it_is() -> None:
     assert "org.opencontainers.image.revision" in labels
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     assert f"VERSION={project['version']}" in all_of("ARG")
+
+
+def test_make_passes_on_what_an_image_may_be_given() -> None:
+    given = {"IMAGE_BASE": "a/base:1", "PIP_ARGS": "--index-url x", "EXTRAS": "eval gguf"}
+    command = ["make", "--dry-run", "image", *(f"{name}={value}" for name, value in given.items())]
+    said = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    passed = dict(word.split("=", 1) for word in shlex.split(said.replace("$(", "(")) if re.match(r"[A-Z_]+=", word))
+    assert passed.keys() == {text.partition("=")[0] for text in all_of("ARG")} - {"VERSION"}
+    assert [passed[name.removeprefix("IMAGE_")] for name in given] == list(given.values())
 
 
 def test_everything_that_is_written_goes_below_tmp() -> None:
