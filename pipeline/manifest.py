@@ -275,12 +275,13 @@ class CheckpointManifest(Record):
     mesh: dict[str, int] = {}  # replicate, shard, ep of the ranks that wrote it
     fence: int | None = None  # fencing number of the writer; None: written without a lease
     average_of: tuple[int, ...] = ()  # steps whose weights this is the mean of, without an optimizer's state
+    average_content: tuple[str, ...] = ()  # content_sha256 of each of these
     newton_schulz: str = (
         ""  # what its products multiplied up to here: bf16, fp16 or fp32; "": AdamW alone, or not recorded
     )
 
     VOLATILE: ClassVar[frozenset[str]] = frozenset(
-        {"files", "metadata_sha256", "metrics", "world_size", "mesh", "fence", "newton_schulz"}
+        {"files", "metadata_sha256", "metrics", "world_size", "mesh", "fence", "average_content", "newton_schulz"}
     )
     OPTIONAL: ClassVar[frozenset[str]] = frozenset({"skipped_steps", "left_out", "average_of"})
 

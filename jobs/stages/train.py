@@ -18,7 +18,7 @@ from pipeline.planner.preparing import checkpoint_bytes, model_bytes
 from pipeline.storage import Storage, filesystem
 from pipeline.tracking import tracker
 from pipeline.training import branch, initial, profiles
-from pipeline.training.commits import committed, committed_steps, read_average, read_manifest, train_folder
+from pipeline.training.commits import committed, committed_steps, find_average, read_manifest, train_folder
 from pipeline.training.identity import run_identity
 from pipeline.training.metrics import TrainProgress
 from pipeline.training.retention import averaged_steps, check_named
@@ -128,7 +128,7 @@ def _refuse_other_tokenizer(config: RunConfig, storage: Storage, records: Record
 def _chosen_checkpoint(config: RunConfig, train: TrainManifest, storage: Storage) -> CheckpointManifest | None:
     averaged = averaged_steps(config)
     if averaged:
-        return read_average(storage, config.run_id, averaged[-1], len(averaged))
+        return find_average(storage, config.run_id, averaged)
     wanted = config.evaluation.checkpoint
     if wanted == "last" or wanted == train.checkpoint.step:
         return train.checkpoint

@@ -30,7 +30,7 @@ from pipeline.manifest import CheckpointManifest
 from pipeline.model.moonlight import Moonlight
 from pipeline.storage import Storage
 from pipeline.training.checkpoint import cause_of, load_tensors
-from pipeline.training.commits import MANIFEST, average_folder, committed_steps, parts_of, read_average, read_manifest
+from pipeline.training.commits import MANIFEST, average_folder, committed_steps, find_average, parts_of, read_manifest
 from pipeline.training.files import CheckpointReader, CheckpointWriter
 from pipeline.training.retention import averaged_steps, reading
 
@@ -45,19 +45,19 @@ def make_average(config: RunConfig, storage: Storage, report: Report = lambda *_
     steps = averaged_steps(config)
     folder = average_folder(config.run_id, steps[-1], len(steps))
     sources = [_source(config, storage, step) for step in steps]
-    newest = sources[-1]
-    manifest = newest.model_copy(
+    found = find_average(storage, config.run_id, steps)
+    if found is not None:
+        return found
+    manifest = sources[-1].model_copy(
         update={
             "average_of": steps,
+            "average_content": tuple(source.content_sha256 for source in sources),
             "files": (),
             "metrics": (),
             "loss": None,
             "fence": None,
         }
     )
-    found = read_average(storage, config.run_id, steps[-1], len(steps))
-    if found is not None and found.model_copy(update=_of_content(manifest)) == manifest:
-        return found
     storage.delete(f"{folder}/{MANIFEST}")
     with contextlib.ExitStack() as pins:
         for step in steps:
@@ -131,8 +131,3 @@ def _source(config: RunConfig, storage: Storage, step: int) -> CheckpointManifes
             f"{committed_steps(storage, config.run_id)}: lower it, or set it before the run is trained, so that they are kept"
         )
     return found
-
-
-def _of_content(manifest: CheckpointManifest) -> dict[str, Any]:
-    """What only the making decides."""
-    return {name: getattr(manifest, name) for name in ("files", "metadata_sha256", "content_sha256")}

@@ -88,8 +88,19 @@ def read_manifest(storage: Storage, run_id: str, step: int) -> CheckpointManifes
 
 
 def read_average(storage: Storage, run_id: str, step: int, count: int) -> CheckpointManifest | None:
-    """The mean of the last `count` scheduled checkpoints up to a step, None before it is made. Raises DamagedRecord."""
+    """The mean of `count` checkpoints up to a step that was made last, None before. Raises DamagedRecord."""
     return read_record(storage, f"{average_folder(run_id, step, count)}/{MANIFEST}", CheckpointManifest)
+
+
+def find_average(storage: Storage, run_id: str, steps: tuple[int, ...]) -> CheckpointManifest | None:
+    """The mean of the checkpoints of these steps, None before it is made. One of others is none, although it has the name: of other steps,
+    as `checkpoint.every_steps` may change, or of a run that was trained again since. Costs a read a step. Raises DamagedRecord."""
+    found = read_average(storage, run_id, steps[-1], len(steps))
+    if found is None or found.average_of != steps or len(found.average_content) != len(steps):
+        return None
+    there = [read_manifest(storage, run_id, step) for step in steps]  # one that is gone contradicts nothing
+    same = (each is None or each.content_sha256 == was for each, was in zip(there, found.average_content))
+    return found if all(same) else None
 
 
 def commit(storage: Storage, manifest: CheckpointManifest) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from jobs.stages.train import chosen_checkpoint
 from pipeline.config.load import ConfigError
 from pipeline.evaluation.weights import load_model, read_tensors
 from pipeline.manifest import CheckpointManifest
@@ -16,7 +17,7 @@ from pipeline.model.moonlight import Moonlight
 from pipeline.storage import Storage
 from pipeline.training import average
 from pipeline.training.average import make_average
-from pipeline.training.commits import committed_steps, read_average, read_manifest
+from pipeline.training.commits import committed_steps, read_average, read_manifest, step_folder, train_folder
 from pipeline.training.retention import averaged_steps, named_steps
 from tests.training.make import Watched, tiny
 
@@ -86,6 +87,27 @@ def test_making_it_again_writes_nothing_and_a_killed_one_is_made_anew(run: tuple
     again = make_average(config, storage)
     assert (again.digest, again.content_sha256) == (made.digest, made.content_sha256)
     assert [file.bytes for file in again.files] == [file.bytes for file in made.files]
+
+
+def test_the_mean_of_other_checkpoints_is_not_this_one(tmp_path: Any):
+    """It lies under the same name: of other steps, and of a run that was trained again, as a message about foreign checkpoints advises."""
+    config, storage = trained(tmp_path)
+    made = make_average(config, storage)
+    assert chosen_checkpoint(config, storage) == made
+    section = config.checkpoint.model_copy(update={"every_steps": 3, "keep": 9})
+    often = config.model_copy(update={"checkpoint": section})
+    assert averaged_steps(often) == (3, 6, 7)
+    assert chosen_checkpoint(often, storage) is None
+    storage.delete(train_folder("tiny"))
+    other, _ = trained(tmp_path, seed=1)
+    assert chosen_checkpoint(other, storage) is None
+    again = make_average(other, storage)
+    assert again.content_sha256 != made.content_sha256
+    assert again.run_identity != made.run_identity
+    assert chosen_checkpoint(other, storage) == again
+    for step in (4, 6):
+        storage.delete(step_folder("tiny", step))
+    assert chosen_checkpoint(other, storage) == again
 
 
 def test_one_tensor_is_in_memory_at_a_time(run: tuple[Any, Storage], monkeypatch: pytest.MonkeyPatch):
