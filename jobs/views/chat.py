@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from jobs.cli import program
 from jobs.views.sampling import add_sampling, sampling_of
 
+TOP_P = 0.95
+
 
 def command(arguments: Sequence[str] | None) -> int:
     """`jobs.chat`. Returns the exit code."""
@@ -17,7 +19,11 @@ def command(arguments: Sequence[str] | None) -> int:
     made.add_argument("--system", help="what the model is told first, where it has a chat template")
     made.add_argument("--base", action="store_true", help="go on from each line by itself, as base models do")
     add_sampling(
-        made, tokens=(400, "of an answer, at most"), temperature=0.7, top_p=0.95, seed="the same seed, the same answers"
+        made,
+        tokens=(400, "of an answer, at most"),
+        temperature=0.7,
+        top_p=TOP_P,
+        seed="the same seed, the same answers",
     )
     return talk(**vars(made.parse_args(arguments)))
 
@@ -28,8 +34,8 @@ def talk(
     base: bool,
     tokens: int,
     temperature: float,
-    top_p: float,
-    seed: int,
+    top_p: float | None,
+    seed: int | None,
     endpoint_url: str | None,
 ) -> int:
     """Returns the exit code: 2 for wrong settings or a wrong folder, told in one line."""
@@ -37,7 +43,7 @@ def talk(
     from pipeline.generation.published import load_published
 
     try:
-        sampling = sampling_of(tokens, temperature, top_p, seed)
+        sampling = sampling_of(tokens, temperature, top_p, seed, usual_top_p=TOP_P)
         published = load_published(folder, endpoint_url=endpoint_url)
         has_template = published.encoder.has_chat_template
         if system is not None and (base or not has_template):

@@ -11,6 +11,8 @@ from pathlib import Path
 from jobs.cli import program
 from jobs.views.sampling import add_sampling, sampling_of
 
+TOP_P = 1.0
+
 
 def command(arguments: Sequence[str] | None) -> int:
     """`jobs.generate`. Returns the exit code."""
@@ -23,7 +25,7 @@ def command(arguments: Sequence[str] | None) -> int:
         made,
         tokens=(200, "how many new tokens at most"),
         temperature=0.0,
-        top_p=1.0,
+        top_p=TOP_P,
         seed="the same seed, the same text",
     )
     return write(**vars(made.parse_args(arguments)))
@@ -35,15 +37,15 @@ def write(
     file: str | None,
     tokens: int,
     temperature: float,
-    top_p: float,
-    seed: int,
+    top_p: float | None,
+    seed: int | None,
     endpoint_url: str | None,
 ) -> int:
     """Returns the exit code: 2 for wrong settings or a wrong folder, told in one line."""
     from pipeline.generation.published import load_published  # here: --help needs no torch
 
     try:
-        sampling = sampling_of(tokens, temperature, top_p, seed)
+        sampling = sampling_of(tokens, temperature, top_p, seed, usual_top_p=TOP_P)
         if prompt is None:
             assert file is not None
             prompt = sys.stdin.read() if file == "-" else Path(file).read_text()

@@ -21,6 +21,14 @@ from pipeline.planner.preparing import TEXT_BYTES_A_SECOND, checkpoint_bytes, mo
 from pipeline.workflow.duration import duration
 
 GB = 1e9
+OF_THE_ARITHMETIC = (
+    "mfu",
+    "peak_tflops",
+    "gpu_memory",
+    "network",
+    "price",
+    "corpus_bytes",
+)  # options that --rehearse does not ask
 
 
 @refusing
@@ -51,6 +59,11 @@ def command(arguments: Sequence[str] | None) -> int:
         made.error(f"--price {given.price:g} must be 0 or more")
     if not given.rehearse and (given.chip or given.trace):
         made.error(f"{'--chip' if given.chip else '--trace'} belongs to a rehearsal: add --rehearse")
+    unheard = [name for name in OF_THE_ARITHMETIC if getattr(given, name) is not None]
+    if given.rehearse and unheard:
+        made.error(
+            f"--{unheard[0].replace('_', '-')} is not asked by a rehearsal, whose rates are the chip's (--chip): leave it out"
+        )
     config, _ = locate(given.config, given.overrides)
     if given.rehearse:
         from jobs.views.rehearsal import rehearse_and_show  # here: it brings a device of its own

@@ -69,7 +69,9 @@ def test_the_command(run: PublishedRun, tmp_path: Path, capsys: pytest.CaptureFi
     [
         (["--temperature", "-1"], "temperature -1.0: give a number from 0"),
         (["--temperature", "nan"], "temperature nan"),
-        (["--top-p", "0"], "top_p 0.0: give a probability over 0"),
+        (["--temperature", "1", "--top-p", "0"], "top_p 0.0: give a probability over 0"),
+        (["--top-p", "0.9"], "--top-p 0.9: nothing is drawn at --temperature 0"),
+        (["--seed", "0"], "--seed 0: nothing is drawn at --temperature 0"),
         (["--tokens", "0"], "--tokens 0: give a number from 1 on"),
     ],
 )

@@ -1,10 +1,10 @@
-"""What the planner says of a run that may get smaller: it has to fit when each worker holds most."""
+"""What the planner says of a run that may get smaller, which has to fit when each worker holds most, and what it refuses."""
 
 from __future__ import annotations
 
 import pytest
 
-from jobs.views.plan import show
+from jobs.views.plan import command, show
 from pipeline.config.load import load_config
 from pipeline.planner.estimate import Hardware
 
@@ -23,3 +23,20 @@ def test_the_fullest_size_has_to_fit(capsys: pytest.CaptureFixture[str]) -> None
     out = capsys.readouterr().out
     assert "on 8 (replicate 1 x shard 8), the fullest" in out
     assert "it does not fit" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--rehearse", "--mfu", "0.3"], "--mfu is not asked by a rehearsal"),
+        (["--rehearse", "--corpus-bytes", "20TB"], "--corpus-bytes is not asked by a rehearsal"),
+        (["--trace", "step.json"], "--trace belongs to a rehearsal: add --rehearse"),
+    ],
+)
+def test_an_option_without_effect_is_refused(
+    options: list[str], told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.views.rehearsal.rehearse_and_show", lambda *_: 0)
+    with pytest.raises(SystemExit, match="2"):
+        command(["--config", "debug", *options])
+    assert told in capsys.readouterr().err
