@@ -1,14 +1,17 @@
-"""Fixtures shared by all tests: one S3 server a session, started when the first test asks for it."""
+"""Fixtures shared by all tests, one S3 server a session among them, and how two workers share the tests (`make test`)."""
 
 from __future__ import annotations
 
+import gc
 import os
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from moto.server import ThreadedMotoServer
+from xdist.scheduler import LoadScopeScheduling
 
 from pipeline.config.schema import StorageConfig
 from pipeline.storage import filesystem
@@ -17,10 +20,41 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which PyTorch does late: tests/kernels
 
 
+ONE_AFTER_ANOTHER = ("tests/data_prep/", "tests/faults/", "tests/jobs/", "tests/workflow/")
+"""Where Ray is started. Two that start on one machine at once reach for the same ports, and there is a core for each of two workers."""
+
+
+class Lanes(LoadScopeScheduling):
+    """A file is one worker's, so that what its tests share is made once; all that starts Ray is one worker's, which begins with it."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "Ray" if nodeid.startswith(ONE_AFTER_ANOTHER) else nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return Lanes(config, log)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """Two threads spin for each other on a busy machine, at many times the cost of these tiny networks."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _thawed_at_the_end() -> Iterator[None]:
+    """Or extension modules say, as the interpreter ends, that their types leaked."""
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _leave_what_was_there() -> None:
+    """Modules, reports and fixtures of the files before are looked at once and no more: a full collection, which training makes at
+    its start, takes a second of the whole session's objects, and as much as this file made of what is left."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

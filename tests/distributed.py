@@ -1,7 +1,7 @@
 """Real process groups for tests: `run_distributed(fn, world, *args)` runs `fn(*args)` on `world` gloo ranks.
 
-Every rank is a freshly spawned process with one thread; the ranks meet through a file in a temporary folder, so tests
-running side by side never share a port. `fn` must be importable (a module-level function of the test file) and finds
+Every rank is a process of its own with one thread, forked from one that has imported what it needs (`tests/forks.py`); the
+ranks meet through a file in a temporary folder, so tests running side by side never share a port. `fn` must be importable (a module-level function of the test file) and finds
 `torch.distributed` initialised. What the ranks return comes back as a list, rank 0 first; it must be picklable.
 
 An exception on any rank is re-raised here with the tracebacks of all ranks that failed, and ends the others at once:
@@ -10,43 +10,46 @@ they would wait in a collective for ever. A run that exceeds `timeout` seconds i
 
 from __future__ import annotations
 
-import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
-import sys
+import signal
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
+
+from tests.forks import fork
 
 GRACE_S = 2.0  # after the first failure: how long other ranks may take to report theirs
 
 
 def run_distributed(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 240.0) -> list[Any]:
     """`[fn(*args) of rank 0, ..., of rank world-1]`."""
-    spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        processes, pipes = [], []
-        for rank in range(world):
-            ours, theirs = spawn.Pipe(duplex=False)
-            process = spawn.Process(
-                target=_rank, args=(fn, args, rank, world, f"{folder}/store", theirs, timeout), daemon=True
-            )
-            process.start()
-            theirs.close()
-            processes.append(process)
-            pipes.append(ours)
+        ranks = [fork(rank, _rank, fn, args, rank, world, f"{folder}/store", timeout) for rank in range(world)]
         try:
-            return _collect(pipes, time.monotonic() + timeout, timeout)
+            return _collect([pipe for _, pipe in ranks], time.monotonic() + timeout, timeout)
         finally:
-            for process in processes:
-                process.join(0.5)
-                if process.is_alive():
-                    process.kill()
-                    process.join()
+            for process, pipe in ranks:
+                if not _ends(pipe, within=0.5):
+                    with suppress(ProcessLookupError):
+                        os.kill(process, signal.SIGKILL)
+                    _ends(pipe, within=10)  # not for ever: a child of it may hold the pipe, too
+                pipe.close()
+
+
+def _ends(pipe: Any, within: float) -> bool:
+    """Whether the process at the other end does, within so many seconds: it holds the pipe as long as it lives."""
+    try:
+        while pipe.poll(within):
+            pipe.recv_bytes()
+    except (EOFError, ConnectionResetError):
+        return True
+    return False
 
 
 def _collect(pipes: list[Any], deadline: float, timeout: float) -> list[Any]:
@@ -77,7 +80,7 @@ def _collect(pipes: list[Any], deadline: float, timeout: float) -> list[Any]:
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _rank(fn: Callable[..., Any], args: tuple, rank: int, world: int, store: str, pipe: Any, timeout: float) -> None:
+def _rank(pipe: Any, fn: Callable[..., Any], args: tuple, rank: int, world: int, store: str, timeout: float) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the ranks share a machine, whatever its name resolves to
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     try:
@@ -93,8 +96,3 @@ def _rank(fn: Callable[..., Any], args: tuple, rank: int, world: int, store: str
         dist.destroy_process_group()
     except BaseException:
         pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
-    finally:
-        pipe.close()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)  # the result is delivered; the exit of a process with gloo threads can be noisy

@@ -10,6 +10,14 @@ from tests.model.oracle import random_model, small_config
 
 
 @pytest.fixture
+def thawed():
+    """Nothing is frozen, as in a process that trains."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+@pytest.fixture
 def collections():
     """Generations collected so far."""
     seen: list[int] = []
@@ -23,7 +31,7 @@ def collections():
     gc.callbacks.remove(watch)
 
 
-def test_it_runs_at_multiples_of_its_steps(collections):
+def test_it_runs_at_multiples_of_its_steps(thawed, collections):
     with collecting(3) as after:
         assert not gc.isenabled()
         assert gc.get_freeze_count() > 1000
@@ -38,14 +46,11 @@ def test_it_runs_at_multiples_of_its_steps(collections):
     assert gc.get_freeze_count() == 0
 
 
-def test_what_was_frozen_stays_frozen():
+def test_what_was_frozen_stays_frozen(thawed):
     gc.freeze()
-    try:
-        with collecting(3):
-            pass
-        assert gc.get_freeze_count() > 1000
-    finally:
-        gc.unfreeze()
+    with collecting(3):
+        pass
+    assert gc.get_freeze_count() > 1000
 
 
 def test_without_a_number_python_decides():

@@ -1,7 +1,6 @@
 """Whatever may change between two starts may change at every start: the run ends complete, with the same weights, and its
 metrics have neither gap nor double (docs/training.md, "Stopping and going on")."""
 
-import gc
 import json
 import tempfile
 
@@ -29,15 +28,6 @@ EXACT = st.fixed_dictionaries(
     }
 )
 START = st.tuples(EXACT, st.sampled_from(["stopped", "killed"]), st.integers(1, STEPS))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def only_our_garbage():
-    """Each start looks at all objects there are, and after the tests before this one there are millions."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class Killed(Exception):
