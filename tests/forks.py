@@ -21,6 +21,7 @@ from collections.abc import Callable
 from functools import cache
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
+from types import FunctionType
 from typing import Any
 
 IMPORTED = ("torch.distributed.checkpoint", "torch.distributed.fsdp", "pipeline.training.trainer")
@@ -33,7 +34,8 @@ def fork(number: int, target: Callable[..., None], *args: Any) -> tuple[int, Con
     `number` of those that a test starts together; `args` are passed by value."""
     process, server = _server(number % SERVERS)
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    server.send_bytes(pickle.dumps((target.__module__, dict(os.environ), os.getcwd())))
+    modules = {each.__module__ for each in (target, *args) if isinstance(each, FunctionType)}
+    server.send_bytes(pickle.dumps((sorted(modules), dict(os.environ), os.getcwd())))
     server.send_bytes(pickle.dumps((target, args)))
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -62,7 +64,7 @@ def _serve(parent: Any) -> None:
         importlib.import_module(name)
     while True:
         try:
-            module, environment, folder = pickle.loads(parent.recv_bytes())
+            modules, environment, folder = pickle.loads(parent.recv_bytes())
         except (EOFError, ConnectionResetError):
             return
         task = parent.recv_bytes()
@@ -70,10 +72,13 @@ def _serve(parent: Any) -> None:
         while _ended():
             pass
         try:
-            importlib.import_module(module)  # the next one finds it
+            for name in modules:
+                importlib.import_module(name)  # the next one finds it
             gc.collect()
             gc.freeze()  # pages that a collection in a child would copy
-            assert threading.active_count() == 1, f"importing {module} starts a thread, which a fork would lose"
+            assert threading.active_count() == 1, (
+                f"importing {' or '.join(modules)} starts a thread, which a fork would lose"
+            )
             child = os.fork()
         except BaseException:
             parent.send(traceback.format_exc())
