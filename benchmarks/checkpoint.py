@@ -27,6 +27,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from benchmarks.arguments import positive
 from pipeline.config.load import load_config
 from pipeline.config.schema import CheckpointConfig, StorageConfig
 from pipeline.manifest import CheckpointManifest
@@ -275,13 +276,13 @@ def measure_s3(megabytes: int, times: int) -> None:
 
 def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--layers", type=int, default=12, help="of a network of 34 M parameters a layer")
-    made.add_argument("--rounds", type=int, default=3)
+    made.add_argument("--layers", type=positive, default=12, help="of a network of 34 M parameters a layer")
+    made.add_argument("--rounds", type=positive, default=3)
     made.add_argument("--folder", help="where to write; default: the temporary folder")
-    made.add_argument("--s3", type=int, default=0, metavar="MB")
+    made.add_argument("--s3", type=positive, default=0, metavar="MB")
     made.add_argument(
         "--loads",
-        type=int,
+        type=positive,
         default=0,
         metavar="TIMES",
         help="measure loads alone, so often; of the S3 server with --s3",

@@ -1,7 +1,7 @@
 """One training step on several GPUs at every degree of expert parallelism: speed, what of the exchange is hidden, the same loss.
 
-    torchrun --standalone --nproc-per-node 8 -m benchmarks.cluster [--layers 9] [--steps 5]
-    torchrun --standalone --nproc-per-node 4 -m benchmarks.cluster --tiny    # gloo ranks: figures mean nothing
+    python -m benchmarks.cluster [--layers 9] [--steps 5]   # all GPUs of this machine; torchrun, for several machines or fewer GPUs
+    python -m benchmarks.cluster --tiny                     # four gloo ranks: figures mean nothing
 
 The trainer's own step (FSDP2, experts spread, Muon) on random tokens, with Moonlight's layers at full width, as many as asked
 for; at most eight ranks to a shard, further ones are copies; two micro-batches a rank. Compiled, selective checkpointing. For each ep that
@@ -26,6 +26,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from benchmarks.arguments import on_ranks, positive
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
 from pipeline.model.block import Block
@@ -41,6 +42,7 @@ from pipeline.training.step import Step
 from pipeline.training.trainer import build
 
 MICRO_BATCHES = 2
+RANKS = 4  # of --tiny
 LOSS_MAY_DIFFER = {"bf16": 2e-2, "fp32": 1e-5}  # at another ep: sums in another order
 
 
@@ -155,8 +157,8 @@ def report(arguments: argparse.Namespace, device: torch.device) -> list[dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--layers", type=int, default=9, help="of the real model's 27")
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--layers", type=positive, default=9, help="of the real model's 27")
+    parser.add_argument("--steps", type=positive, default=5)
     parser.add_argument("--tiny", action="store_true", help="the debug preset on gloo ranks")
     arguments = parser.parse_args()
     if arguments.tiny:
@@ -164,6 +166,7 @@ def main() -> None:
         torch.set_num_threads(1)
     elif not torch.cuda.is_available():
         parser.error(f"torch {torch.__version__} sees no GPU here; --tiny runs through on gloo ranks")
+    on_ranks("benchmarks.cluster", RANKS if arguments.tiny else torch.cuda.device_count())
     dist.init_process_group("gloo" if arguments.tiny else "cpu:gloo,cuda:nccl")
     if not arguments.tiny:
         device = torch.device("cuda", dist.get_node_local_rank())

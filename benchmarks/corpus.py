@@ -29,6 +29,7 @@ from unittest import mock
 
 import numpy as np
 
+from benchmarks.arguments import existing_folder, interpreter, positive
 from benchmarks.prepare import real_texts
 from data_prep.contamination.finder import Finder
 from data_prep.contamination.questions import parse, to_bytes
@@ -64,11 +65,15 @@ RULES = Rules(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--documents", type=int, default=20_000, help="of real text: files, cut at empty lines")
-    parser.add_argument("--pairs", type=int, default=3000, help="planted pairs of each overlap")
-    parser.add_argument("--peer-python", help="an interpreter that has datatrove")
+    parser.add_argument("--documents", type=positive, default=20_000, help="of real text: files, cut at empty lines")
+    parser.add_argument("--pairs", type=positive, default=3000, help="planted pairs of each overlap")
+    parser.add_argument("--peer-python", type=interpreter, help="an interpreter that has datatrove")
     parser.add_argument(
-        "--prose", nargs="+", metavar="FOLDER", help="real text from these, .md .rst .txt .html; else code and all"
+        "--prose",
+        type=existing_folder,
+        nargs="+",
+        metavar="FOLDER",
+        help="real text from these, .md .rst .txt .html; else code and all",
     )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-corpus-") as temporary:

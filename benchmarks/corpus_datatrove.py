@@ -94,4 +94,6 @@ def _cpu_seconds() -> float:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) <= 2:
+        raise SystemExit("a part of python -m benchmarks.corpus, which starts it")
     main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -33,6 +33,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
+from benchmarks.arguments import positive, some_of
 from benchmarks.train_step import _for_transformers
 from pipeline.config.load import load_config
 from pipeline.evaluation.forward import Forward
@@ -58,8 +59,10 @@ Side = Callable[[], Answers]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", default=",".join(TARGETS), help="comparisons, with commas between")
+    parser.add_argument("--rounds", type=positive, default=7)
+    parser.add_argument(
+        "--only", type=some_of(TARGETS), default=",".join(TARGETS), help="comparisons, with commas between"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     library = Path(os.__file__).parent
@@ -71,7 +74,7 @@ def main() -> None:
         f"{torch.cpu.get_capabilities().get('cpu_name', 'unknown processor')}, torch runs as {torch.backends.cpu.get_cpu_capability()}"
     )
     found = pairs(files, text)
-    results = [compare(name, *found[name], given.rounds) for name in given.only.split(",")]
+    results = [compare(name, *found[name], given.rounds) for name in given.only]
     print(json.dumps(results))
 
 

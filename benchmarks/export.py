@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.arguments import positive
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
 from pipeline.manifest import CheckpointManifest
@@ -283,9 +284,9 @@ def load_peer(config: RunConfig, folder: Path) -> Any:
 
 def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--layers", type=int, default=14)
-    made.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
-    made.add_argument("--rounds", type=int, default=2)
+    made.add_argument("--layers", type=positive, default=14)
+    made.add_argument("--workers", type=positive, nargs="+", default=[1, 2, 4])
+    made.add_argument("--rounds", type=positive, default=2)
     made.add_argument("--folder")
     given = made.parse_args()
     if 2 not in given.workers:

@@ -35,6 +35,7 @@ from typing import Any
 import psutil
 import torch
 
+from benchmarks.arguments import positive
 from benchmarks.demo_step import demo_step
 from jobs.on_ray.task import step_back
 from pipeline.config.load import load_config
@@ -167,7 +168,7 @@ def _run(root: str, run_id: str, *arguments: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", action="store_true", help="a whole training, with a follower and without")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=positive, default=5)
     given = parser.parse_args()
     if given.run:
         whole_runs()

@@ -8,8 +8,8 @@ parity       kernels, network, document masks, recomputation, compilation, one u
              far each is off (gpu_parity.py)
 layers       embedding, one dense layer, as many mixture layers as fit, head and loss: forward and backward in bf16 of
              one sequence of 8,192 random tokens (4,096 last), routed as the router likes. Eager, compiled, and compiled
-             with selective checkpointing, the preset's way. TFLOP/s and MFU by pipeline/training/flops.py, which counts
-             nothing that is computed twice; neither optimizer nor communication. With it how often the host waits for the device
+             with selective checkpointing, the preset's way; the first two also as one CUDA graph (on a GPU). TFLOP/s and MFU by
+             pipeline/training/flops.py, which counts nothing that is computed twice; neither optimizer nor communication. With it how often the host waits for the device
              in a pass, by the profiler, and the peak of memory beside that of the same pass rehearsed (pipeline/rehearsal).
 attention    16 heads of 192/128 at 8,192 tokens, causal, forward and backward, by every kernel that takes them
 newton-schulz the five steps of Muon for each matrix shape of the model: one matrix after the other, batched, and batched
@@ -25,6 +25,7 @@ import argparse
 import functools
 import gc
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -49,22 +50,8 @@ from pipeline.model.loss import LossOutput
 from pipeline.model.moonlight import Moonlight
 from pipeline.optim.newton_schulz import coefficients, orthogonalize
 from pipeline.optim.newton_schulz import flops as newton_schulz_flops
-from pipeline.training.flops import flops_per_token
+from pipeline.training.flops import flops_per_token, peak_flops
 
-PEAK_BF16 = {  # dense, from data sheets; the first name found in the device's counts
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "GH200": 989e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "H800": 989e12,
-    "H20": 148e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "GB200": 2500e12,
-    "B200": 2250e12,
-}
 MFU_TARGET = 0.40
 MEMORY_SHARE = 0.85  # of the device, for weights, gradients and activations
 ACTIVATION_BYTES = 170_000  # of one mixture layer and token at real width, bf16: sets how many layers are tried first
@@ -76,9 +63,11 @@ class Mode(NamedTuple):
     name: str
     compiled: bool
     checkpointing: str
+    graph: bool = False  # the whole pass is one CUDA graph
 
 
 MODES = (Mode("eager", False, "none"), Mode("compiled", True, "none"), Mode("selective", True, "selective"))
+GRAPHS = (Mode("eager graph", False, "none", True), Mode("compiled graph", True, "none", True))
 
 
 def main() -> None:
@@ -111,39 +100,38 @@ def all_rows(device: torch.device, tiny: bool) -> dict[str, Row]:
     rows: dict[str, Row] = {"chip": functools.partial(chip, device)}
     for check in CHECKS:
         rows[f"parity {check.__name__}"] = functools.partial(parity, check, device)
-    for mode in MODES:
+    graphs = GRAPHS if device.type == "cuda" else ()
+    for mode in (*MODES, *graphs[:1]):
         rows[f"layers {length} {mode.name}"] = functools.partial(layers, config, length, device, mode)
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
         rows[f"attention {backend.name}"] = functools.partial(attention, config, length, device, backend)
     for name, shape in matrix_shapes(config).items():
         rows[f"newton-schulz {name}"] = functools.partial(newton_schulz, name, *shape, device)
-    for mode in MODES:
-        rows[f"layers {length // 2} {mode.name}"] = functools.partial(layers, config, length // 2, device, mode)
+    for mode, tokens in [*((mode, length // 2) for mode in MODES), *((mode, length) for mode in graphs[1:])]:
+        rows[f"layers {tokens} {mode.name}"] = functools.partial(layers, config, tokens, device, mode)
     return rows
 
 
+def name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def chip(device: torch.device) -> None:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    name = name_of(device)
     peak = peak_flops(name)
-    show(f"{name}: bf16 peak {f'{peak / 1e12:.0f} TFLOP/s' if peak else 'not in the table, hence no MFU'}")
-
-
-def peak_flops(chip: str) -> float | None:
-    """bf16 FLOP/s of a device by the name it gives itself; None for one that the table lacks."""
-    return next((flops for name, flops in PEAK_BF16.items() if name in chip), None)
+    show(f"{name}: bf16 peak {'not in the table, hence no MFU' if math.isnan(peak) else f'{peak / 1e12:.0f} TFLOP/s'}")
 
 
 def layers(config: ModelConfig, length: int, device: torch.device, mode: Mode) -> dict[str, Any]:
-    count, peak = config.num_hidden_layers, None
+    count, peak = config.num_hidden_layers, peak_flops(name_of(device))
     if device.type == "cuda":
         count = layers_that_fit(config, length, torch.cuda.mem_get_info(device)[0])
-        peak = peak_flops(torch.cuda.get_device_name(device))
     count, seconds, memory = shrink_to_fit(
         lambda count: time_layers(with_layers(config, count), length, device, mode), count
     )
     speed = length / seconds
     flops = speed * flops_per_token(with_layers(config, count), length)
-    mfu = flops / peak if peak else None
+    mfu = None if math.isnan(peak) else flops / peak
     show(
         f"{f'layers {length} {mode.name}':32}{count:4} layers{seconds * 1e3:10.1f} ms{speed:10.0f} tokens/s"
         f"{flops / 1e12:8.3g} TFLOP/s, MFU {f'{mfu:.1%}' if mfu is not None else '?'}, peak {memory / 2**30:.1f} GiB"
@@ -203,7 +191,8 @@ def time_layers(config: ModelConfig, length: int, device: torch.device, mode: Mo
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = timed(one_pass(without_memory(config), length, device, mode), device, warmup=3, rounds=8)
+    step = one_pass(without_memory(config), length, device, mode)
+    seconds = timed(captured(step, device) if mode.graph else step, device, warmup=3, rounds=8)
     return seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
@@ -239,6 +228,20 @@ def one_pass(model: Moonlight, length: int, device: torch.device, mode: Mode) ->
         model.zero_grad()
 
     return step
+
+
+def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """The same as one CUDA graph, which the host launches at once. Fails where the host waits for the device on the way."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles and allocates what stays
+            step()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 WAITS = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense"}

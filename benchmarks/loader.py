@@ -37,6 +37,7 @@ import numpy as np
 import psutil
 import torch
 
+from benchmarks.arguments import positive
 from data_prep.writer import PackedWriter, put_packed
 from pipeline.config.schema import CorpusConfig, DataConfig, SourceConfig, StorageConfig
 from pipeline.dataset.loader import Loader
@@ -55,8 +56,8 @@ COUNTS = DocumentCounts(docs_in=0, docs_out=0, heldout=0, filtered={}, quarantin
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=33_000_000)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=positive, default=33_000_000)
+    parser.add_argument("--rounds", type=positive, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="loader-benchmark-"))

@@ -38,8 +38,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from benchmarks.arguments import folder_of, positive
 from benchmarks.processor import processor
-from pipeline.config.load import load_config
+from pipeline.config.load import load_config, preset_names
 from pipeline.config.schema import OptimizerConfig
 from pipeline.model.moonlight import Moonlight
 from pipeline.optim.muon import build_optimizer
@@ -51,11 +52,11 @@ Step = Callable[[], object]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--preset", default="debug")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--dion", help="folder that contains the package dion")
+    parser.add_argument("--preset", choices=preset_names(), default="debug")
+    parser.add_argument("--layers", type=positive, default=4)
+    parser.add_argument("--rounds", type=positive, default=9)
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 4])
+    parser.add_argument("--dion", type=folder_of("dion"), help="folder that contains the package dion")
     arguments = parser.parse_args()
     results = []
     for world in arguments.ranks:

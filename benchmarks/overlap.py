@@ -1,8 +1,8 @@
 """How much of a slow exchange a step waits for: every exchange of tokens is made to take a fixed time longer.
 
-    torchrun --standalone --nproc-per-node 4 -m benchmarks.overlap [--rounds 5] [--delay-ms 20]
+    python -m benchmarks.overlap [--rounds 5] [--delay-ms 20]
 
-The gloo ranks, with experts over all of them, run forward and backward of one network, in turn with exchanges as they are,
+Four gloo ranks (of this machine; torchrun takes others), with experts over all of them, run forward and backward of one network, in turn with exchanges as they are,
 delayed (an exchange arrives `delay` after it was launched at the earliest), and delayed and awaited where they are
 launched, as if nothing ran meanwhile. The figure is the growth of the slowest rank's step over the delays that it met,
 the exchange of counts included, which nothing can hide. Outputs of all three are compared bit by bit. Medians of rounds.
@@ -20,12 +20,14 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from benchmarks.arguments import on_ranks, positive
 from pipeline.config.load import load_config
 from pipeline.model.experts import MoE
 from pipeline.model.moonlight import Moonlight
 from pipeline.parallel.dispatch import AllToAllDispatch
 
 TARGET = 0.40
+RANKS = 4
 WAYS = ("plain", "delayed", "blocking")
 
 
@@ -97,9 +99,10 @@ def measure(rounds: int, delay: float) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--delay-ms", type=float, default=20.0)
     arguments = parser.parse_args()
+    on_ranks("benchmarks.overlap", RANKS)
     delay = arguments.delay_ms / 1e3
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

@@ -17,6 +17,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from benchmarks.arguments import positive
 from benchmarks.demo_step import demo_step
 from pipeline.parallel.exposed import HostClock
 from pipeline.training.phases import Stopwatch
@@ -76,8 +77,8 @@ def times_of_rank(steps: int) -> tuple[dict[str, list[float]], float, float, lis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--ranks", type=positive, default=2)
+    parser.add_argument("--steps", type=positive, default=12)
     given = parser.parse_args()
     found = run_distributed(times_of_rank, given.ranks, given.steps, timeout=900.0)
     plain, measured = (

@@ -23,6 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from urllib.parse import parse_qs, urlparse
 
+from benchmarks.arguments import positive
 from benchmarks.memory import peak_bytes
 from data_prep.handed_listing import ENVIRONMENT, hand_over, handed
 from data_prep.identity import identity, list_corpus
@@ -37,7 +38,7 @@ TARGET_S, TARGET_MB = 30.0, 500.0
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--files", type=int, default=1_000_000)
+    parser.add_argument("--files", type=positive, default=1_000_000)
     parser.add_argument("--only", choices=("folder", "S3"))
     given = parser.parse_args()
     files = given.files

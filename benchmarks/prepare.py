@@ -28,6 +28,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.arguments import interpreter, positive
 from benchmarks.memory import peak_bytes
 
 ENDINGS = {
@@ -42,14 +43,14 @@ FORMATS = ("jsonl.zst", "parquet")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", type=int, default=500, help="text to prepare")
-    parser.add_argument("--peer-megabytes", type=int, help="text for datatrove; default: the same")
+    parser.add_argument("--megabytes", type=positive, default=500, help="text to prepare")
+    parser.add_argument("--peer-megabytes", type=positive, help="text for datatrove; default: the same")
     parser.add_argument(
-        "--check-megabytes", type=int, default=100, help="text whose ids are compared with Hugging Face"
+        "--check-megabytes", type=positive, default=100, help="text whose ids are compared with Hugging Face"
     )
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--vocab-size", type=int, default=32_000)
-    parser.add_argument("--peer-python", help="an interpreter that has datatrove")
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--vocab-size", type=positive, default=32_000)
+    parser.add_argument("--peer-python", type=interpreter, help="an interpreter that has datatrove")
     parser.add_argument("--folder", type=Path, help="working folder, kept and used again; default: a temporary one")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-prepare-") as temporary:

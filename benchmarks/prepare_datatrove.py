@@ -56,4 +56,6 @@ def _cpu_seconds() -> float:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) <= 4:
+        raise SystemExit("a part of python -m benchmarks.prepare, which starts it")
     main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), float(sys.argv[4]))

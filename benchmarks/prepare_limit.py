@@ -80,4 +80,6 @@ def _texts(folder: Path) -> Iterator[bytes]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) <= 3:
+        raise SystemExit("a part of python -m benchmarks.prepare, which starts it")
     main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

@@ -40,4 +40,6 @@ def main(folder: Path, name: str, tokenizer: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) <= 3:
+        raise SystemExit("a part of python -m benchmarks.prepare, which starts it")
     main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from benchmarks.arguments import positive
 from benchmarks.demo_step import demo_step
 from pipeline.training.recompute import Recomputation
 from tests.distributed import run_distributed
@@ -37,8 +38,8 @@ def times_of_rank(steps: int) -> dict[str, list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--ranks", type=positive, default=2)
+    parser.add_argument("--steps", type=positive, default=6)
     given = parser.parse_args()
     found = run_distributed(times_of_rank, given.ranks, given.steps, timeout=900.0)
     medians = {kind: sum(statistics.median(each[kind][1:]) for each in found) for kind in ("plain", "recomputed")}

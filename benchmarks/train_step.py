@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from benchmarks.arguments import folder_of, positive, some_of
 from benchmarks.memory import peak_bytes
 from benchmarks.processor import processor
 from benchmarks.train_step_torchtitan import build, torchtitan_name
@@ -79,12 +80,14 @@ def sizes() -> dict[str, Size]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--sizes", default="demo,wide")
-    parser.add_argument("--torchtitan", help="folder that contains the package torchtitan")
+    parser.add_argument("--rounds", type=positive, default=7)
+    parser.add_argument("--sizes", type=some_of(sizes()), default="demo,wide")
+    parser.add_argument(
+        "--torchtitan", type=folder_of("torchtitan"), help="folder that contains the package torchtitan"
+    )
     arguments = parser.parse_args()
     results = []
-    for name in arguments.sizes.split(","):
+    for name in arguments.sizes:
         results += compare(name, sizes()[name], arguments.rounds, arguments.torchtitan)
     print(json.dumps(results))
 

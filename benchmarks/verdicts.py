@@ -16,6 +16,7 @@ from pathlib import Path
 
 import xxhash
 
+from benchmarks.arguments import existing_folder, interpreter, positive
 from benchmarks.corpus import documents, prose
 from data_prep.rules.apply import apply
 from pipeline.config.rules import Rules
@@ -25,11 +26,15 @@ RULES = ("gopher_repetition", "gopher_quality", "fineweb", "c4")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--documents", type=int, default=20_000)
+    parser.add_argument("--documents", type=positive, default=20_000)
     parser.add_argument(
-        "--prose", nargs="+", metavar="FOLDER", help="text from these, .md .rst .txt .html; else code and all"
+        "--prose",
+        type=existing_folder,
+        nargs="+",
+        metavar="FOLDER",
+        help="text from these, .md .rst .txt .html; else code and all",
     )
-    parser.add_argument("--peer-python", required=True, help="an interpreter that has datatrove")
+    parser.add_argument("--peer-python", type=interpreter, required=True, help="an interpreter that has datatrove")
     arguments = parser.parse_args()
     texts = list(itertools.islice(prose(arguments.prose) if arguments.prose else documents(), arguments.documents))
     with tempfile.TemporaryDirectory(prefix="bench-verdicts-") as folder:

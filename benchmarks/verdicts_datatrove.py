@@ -48,4 +48,6 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) <= 1:
+        raise SystemExit("a part of python -m benchmarks.verdicts, which starts it")
     main(Path(sys.argv[1]))

@@ -2,7 +2,7 @@
 
 Time of a step = model FLOPs / (peak * MFU) + Newton-Schulz FLOPs of the busiest rank / (peak * 0.55). MFU, the share of
 the chip's peak that forward and backward reach with their communication, is an input: 0.39 is what NVIDIA published for
-this network on H100s (386.6 of 989 TFLOP/s, Megatron-Bridge's verification card), and 0.55 is what large bf16 products
+this network on H100s (386.6 of 989.4 TFLOP/s, Megatron-Bridge's verification card), and 0.55 is what large bf16 products
 reach there. Traffic is given beside the time as the seconds it would take alone, so that one sees whether it can hide
 behind the computation.
 """
@@ -21,7 +21,7 @@ from pipeline.optim.schedule import Segment, segments
 from pipeline.planner.memory import Memory, memory
 from pipeline.planner.sizes import FP32, sizes_of
 from pipeline.planner.traffic import Traffic, traffic
-from pipeline.training.flops import flops_per_token
+from pipeline.training.flops import PEAKS, flops_per_token
 
 NEWTON_SCHULZ_EFFICIENCY = 0.55
 
@@ -30,7 +30,7 @@ NEWTON_SCHULZ_EFFICIENCY = 0.55
 class Hardware:
     """One worker's processor and its share of the network. The defaults are an H100 SXM in an eight-GPU node with 3,200 Gbit/s."""
 
-    peak_tflops: float = 989.0  # dense bf16; of a CPU fp32
+    peak_tflops: float = PEAKS["H100"]  # dense bf16; of a CPU fp32
     memory_gb: float = 80.0
     network_gb_s: float = 50.0  # between nodes, per GPU and direction
     node_gb_s: float = 450.0  # inside a node, the same

@@ -15,9 +15,9 @@ from pipeline.config.schema import ModelConfig
 
 # TFLOP/s of dense bf16 products by the makers' data sheets, by what the driver calls the processor; the first that fits
 PEAKS = {
-    "GB300": 2500.0, "B300": 2250.0, "GB200": 2500.0, "B200": 2250.0, "GH200": 989.4, "H200": 989.4, "H100 PCIe": 756.0,
-    "H100 NVL": 835.0, "H100": 989.4, "H800": 989.4, "A100": 312.0, "A800": 312.0, "L40S": 362.0, "MI355X": 2516.6, "MI350X": 2306.9,
-    "MI325X": 1307.4, "MI300X": 1307.4,
+    "GB300": 2500.0, "B300": 2250.0, "GB200": 2500.0, "B200": 2250.0, "GH200": 989.4, "H200 NVL": 835.0, "H200": 989.4,
+    "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.4, "H800": 989.4, "H20": 148.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0,
+    "MI355X": 2516.6, "MI350X": 2306.9, "MI325X": 1307.4, "MI300X": 1307.4,
 }  # fmt: skip
 
 

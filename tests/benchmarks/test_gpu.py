@@ -8,31 +8,9 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.gpu import layers_that_fit, peak_flops, shrink_to_fit
+from benchmarks.gpu import layers_that_fit, shrink_to_fit
 from benchmarks.gpu_parity import CHECKS, Off, distance, parity
 from pipeline.config.load import load_config
-
-
-@pytest.mark.parametrize(
-    ("chip", "teraflops"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H100 NVL", 835),
-        ("NVIDIA H200", 989),
-        ("NVIDIA GH200 480GB", 989),
-        ("NVIDIA H20", 148),
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA B200", 2250),
-        ("NVIDIA GB200", 2500),
-    ],
-)
-def test_peaks_are_those_of_the_data_sheets(chip, teraflops):
-    assert peak_flops(chip) == teraflops * 1e12
-
-
-def test_a_chip_that_is_not_in_the_table_has_no_peak():
-    assert peak_flops("NVIDIA T4") is None
 
 
 def test_layers_fill_the_memory():
@@ -80,6 +58,12 @@ def test_a_proof_that_does_not_hold_says_so(capsys):
     record = parity(wrong, torch.device("cpu"))
     assert (record["met"], record["ours"]) == (False, float("inf"))
     assert "NOT MET" in capsys.readouterr().out
+
+
+def test_graphs_are_measured_where_there_are_any():
+    on_gpu, on_cpu = (set(gpu.all_rows(torch.device(kind), tiny=True)) for kind in ("cuda", "cpu"))
+    assert on_gpu - on_cpu == {"layers 64 eager graph", "layers 64 compiled graph"}
+    assert not on_cpu - on_gpu
 
 
 def test_waits_of_the_host_are_counted():

@@ -1,8 +1,44 @@
+import math
+
+import pytest
 import torch
 
 from pipeline.config.load import load_config
 from pipeline.model.moonlight import Moonlight
-from pipeline.training.flops import active_parameters, flops_per_token
+from pipeline.rehearsal.chips import FOLDER, load_chip
+from pipeline.training.flops import active_parameters, flops_per_token, peak_flops
+
+
+@pytest.mark.parametrize(
+    ("chip", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA H20", 148),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("AMD Instinct MI300X", 1307.4),
+    ],
+)
+def test_peaks_are_those_of_the_data_sheets(chip, teraflops):
+    assert peak_flops(chip) == teraflops * 1e12
+
+
+def test_a_processor_that_is_not_in_the_table_has_no_peak():
+    assert math.isnan(peak_flops("NVIDIA T4"))
+    assert math.isnan(peak_flops("cpu"))
+
+
+def test_rehearsals_count_by_the_same_peaks():
+    chips = [load_chip(path.stem) for path in FOLDER.glob("*.yaml")]
+    assert {chip.name: chip.peak_tflops * 1e12 for chip in chips} == {
+        chip.name: peak_flops(chip.name) for chip in chips
+    }
 
 
 def test_published_figures_of_the_real_model():
