@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,8 @@ def room(chip: Chip) -> int:
 def rehearse_and_show(config: RunConfig, chip_name: str, trace: str | None) -> int:
     """Run the step and print what it was. Returns the exit code: 0 if it fits into the chip's memory, else 1. Raises ValueError."""
     chip = load_chip(chip_name)
+    if trace:
+        _can_be_written(Path(trace))
     found = rehearse(config, limit=room(chip))
     timeline = simulate(found.whole(fuse(found.run) if config.training.compile else None), chip)
     print("\n".join(lines(config, found, timeline, chip)))
@@ -55,6 +58,17 @@ def rehearse_and_show(config: RunConfig, chip_name: str, trace: str | None) -> i
         f"({holder.what})"
     )
     return 1
+
+
+def _can_be_written(trace: Path) -> None:
+    """Asked before the minutes that it takes to have something to write. Raises ValueError."""
+    folder = trace.absolute().parent
+    if trace.is_dir() or not folder.is_dir():
+        raise ValueError(
+            f"--trace {trace}: {'a folder' if trace.is_dir() else f'there is no folder {folder}'}; name a file"
+        )
+    if not os.access(trace if trace.exists() else folder, os.W_OK):
+        raise ValueError(f"--trace {trace}: must not be written here; name another file")
 
 
 def lines(config: RunConfig, found: Rehearsal, timeline: Timeline, chip: Chip) -> Iterator[str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
 from pydantic import ValidationError
 
 from pipeline.config.section import Section
+from pipeline.config.text import parse
 from pipeline.config.values import PositiveFloat, PositiveInt
 
 FOLDER = Path(__file__).parent / "chips"
@@ -44,8 +44,16 @@ def load_chip(given: str) -> Chip:
         known = ", ".join(sorted(path.stem for path in FOLDER.glob("*.yaml")))
         raise ValueError(f"--chip {given!r}: no such file, and no chip of that name; known are {known}")
     try:
-        return Chip.model_validate(yaml.safe_load(file.read_text()))
+        values = parse(file.read_bytes())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--chip {file}: cannot be read ({error}); write rates as h100.yaml has them") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"--chip {file}: must hold names with rates, as h100.yaml does")
+    try:
+        return Chip.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{file}: {key}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+        if first["type"] == "missing":
+            raise ValueError(f"--chip {file}: {key} is missing; add the rate as h100.yaml has it") from None
+        raise ValueError(f"--chip {file}: {key}: {first['msg'][0].lower()}{first['msg'][1:]}") from None

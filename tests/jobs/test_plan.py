@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from jobs.views import rehearsal
 from jobs.views.plan import command, show
 from pipeline.config.load import load_config
 from pipeline.planner.estimate import Hardware
@@ -40,3 +43,15 @@ def test_an_option_without_effect_is_refused(
     with pytest.raises(SystemExit, match="2"):
         command(["--config", "debug", *options])
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["", "no/such/step.json"])
+def test_a_trace_that_has_no_place_is_refused_before_the_step(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rehearsed(*_: object, **__: object) -> None:
+        raise AssertionError("a step was rehearsed")
+
+    monkeypatch.setattr(rehearsal, "rehearse", rehearsed)
+    with pytest.raises(ValueError, match=r"^--trace \S+: (a folder|there is no folder \S+); name a file$"):
+        rehearsal.rehearse_and_show(load_config("debug"), "h100", str(tmp_path / where))

@@ -121,8 +121,20 @@ def test_chips(tmp_path: Path) -> None:
         assert max(chip.matmul, chip.grouped, chip.attention_forward) < chip.peak_tflops
     text = (FOLDER / "h100.yaml").read_text()
     (tmp_path / "mine.yaml").write_text("\n".join(line for line in text.splitlines() if not line.startswith("grouped")))
-    with pytest.raises(ValueError, match=r"mine\.yaml: grouped: field required"):
+    with pytest.raises(ValueError, match=r"^--chip \S+mine\.yaml: grouped is missing; add the rate"):
         load_chip(str(tmp_path / "mine.yaml"))
+    for written, said in (
+        (b"", "must hold names with rates"),
+        (b"- 650", "must hold names with rates"),
+        (b"matmul: [", "cannot be read"),
+        (b"\xff\xfe\x00", "cannot be read"),
+        (text.replace("grouped: ", "grouped: -").encode(), "grouped: input should be greater than 0"),
+        (text.replace("grouped: ", "groupde: ").encode(), "grouped is missing"),
+        ((text + "\nfp64: 3\n").encode(), "fp64: extra inputs are not permitted"),
+    ):
+        (tmp_path / "mine.yaml").write_bytes(written)
+        with pytest.raises(ValueError, match=rf"^--chip \S+mine\.yaml: {said}[^\n]*$"):
+            load_chip(str(tmp_path / "mine.yaml"))
     with pytest.raises(ValueError, match="known are b200, h100, h200, mi300x"):
         load_chip("h1000")
 
