@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import datetime
 import logging
+import re
 import shlex
 import signal
 import threading
@@ -149,13 +150,18 @@ def options_from(environ: Mapping[str, str]) -> Options:
     on_terminate = environ.get("MOONLIGHT_ON_TERMINATE", "detach")
     if on_terminate not in ("detach", "cancel"):
         raise ValueError(f"MOONLIGHT_ON_TERMINATE={on_terminate!r}: expected detach or cancel")
+    attempts = environ.get("MOONLIGHT_ATTEMPTS", "1")
+    if not re.fullmatch("[1-9][0-9]{0,3}", attempts):
+        raise ValueError(f"MOONLIGHT_ATTEMPTS={attempts!r}: expected a number from 1 on")
     owner = None
-    if environ.get("MOONLIGHT_OWNER_UID"):
-        name, uid = environ["MOONLIGHT_OWNER_NAME"], environ["MOONLIGHT_OWNER_UID"]
+    name, uid = environ.get("MOONLIGHT_OWNER_NAME"), environ.get("MOONLIGHT_OWNER_UID")
+    if bool(name) != bool(uid):
+        raise ValueError("MOONLIGHT_OWNER_NAME and MOONLIGHT_OWNER_UID name one Workflow: set both or neither")
+    if uid:
         owner = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": name, "uid": uid}
     return Options(
         priority=environ.get("MOONLIGHT_PRIORITY", Options.priority),
-        attempts=int(environ.get("MOONLIGHT_ATTEMPTS", "1")),
+        attempts=int(attempts),
         on_terminate="cancel" if on_terminate == "cancel" else "detach",
         owner=owner,
     )

@@ -312,5 +312,12 @@ def test_options_from_the_environment() -> None:
     options = options_from(given_)
     assert options.owner == {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "w", "uid": "u"}
     assert (options.priority, options.on_terminate) == ("moonlight-release", "cancel")
-    with pytest.raises(ValueError, match="MOONLIGHT_ON_TERMINATE"):
-        options_from({"MOONLIGHT_ON_TERMINATE": "explode"})
+    for wrong, told in (
+        ({"MOONLIGHT_ON_TERMINATE": "explode"}, "MOONLIGHT_ON_TERMINATE='explode': expected detach or cancel"),
+        ({"MOONLIGHT_ATTEMPTS": "0"}, "MOONLIGHT_ATTEMPTS='0': expected a number from 1 on"),
+        ({"MOONLIGHT_ATTEMPTS": "two"}, "MOONLIGHT_ATTEMPTS='two'"),
+        ({"MOONLIGHT_OWNER_NAME": "w"}, "MOONLIGHT_OWNER_UID name one Workflow: set both or neither"),
+        ({"MOONLIGHT_OWNER_UID": "u"}, "MOONLIGHT_OWNER_UID name one Workflow: set both or neither"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            options_from(wrong)
