@@ -24,6 +24,7 @@ from data_prep.listing import Listing
 from data_prep.plan import Slice
 from data_prep.readers import ReaderSettings, Record, read_slice
 from data_prep.readers.compression import decompressed
+from data_prep.readers.warc import FACTS
 from data_prep.rules.apply import apply
 from data_prep.rules.check import check_rules
 from data_prep.tokenize_unit import open_input
@@ -122,11 +123,27 @@ def fields_of(path: str, file: IO[bytes], kind: str | None) -> list[str] | None:
 
 
 def _refuse_unknown_fields(source: SourceConfig, index: int, path: str, file: IO[bytes]) -> None:
-    fields = fields_of(path, file, format_of(path, source.format))
+    kind = format_of(path, source.format)
+    usual = SourceConfig.model_fields["text_field"].default
+    named = {"text_field": source.text_field, "id_field": source.id_field}
+    if kind == "text":
+        named["filters.where"] = source.filters.where[0] if source.filters.where else None
+        for key, wanted in named.items():
+            if wanted is not None and (key, wanted) != ("text_field", usual):
+                raise ConfigError(
+                    f"corpus.sources[{index}].{key}: {path} is text, a document without fields such as {wanted!r} asks for; leave it out"
+                )
+        return
+    if kind == "warc":
+        if source.text_field != usual:
+            raise ConfigError(
+                f"corpus.sources[{index}].text_field: of {path}, which is WARC, the text is that of each page; leave it out"
+            )
+        del named["text_field"]
+    fields = list(FACTS) if kind == "warc" else fields_of(path, file, kind)
     if fields is None:
         return
-    for key in ("text_field", "id_field"):
-        wanted = getattr(source, key)
+    for key, wanted in named.items():
         if wanted is not None and wanted not in fields:
             shown = ", ".join(fields[:SHOWN]) + (", ..." if len(fields) > SHOWN else "")
             raise ConfigError(f"corpus.sources[{index}].{key}: there is no field {wanted!r} in {path}; it has {shown}")

@@ -86,6 +86,8 @@ def unit_settings(source: SourceConfig, corpus: CorpusConfig, tokenizer_sha256: 
     if source.conversations:
         settings["conversations"] = True
         settings |= {"filters_judge": "what is said"} if judges_text(source.filters) else {}
+    if source.format == "text" and source.filters.where:
+        settings["where"] = "no text meets it"
     if source.format == "warc":
         settings["warc"] = warc_versions.versions()
     if source.rules.any:

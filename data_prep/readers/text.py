@@ -1,4 +1,4 @@
-"""A file is a document."""
+"""A file is a document, without fields: it meets no condition."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from typing import IO
 
 from data_prep.plan import Slice
 from data_prep.readers.compression import decompressed
-from data_prep.readers.record import DATA_ERRORS, EXCERPT_BYTES, ReaderSettings, Record, checked, corrupt
+from data_prep.readers.record import (
+    DATA_ERRORS,
+    EXCERPT_BYTES,
+    MISSING,
+    ReaderSettings,
+    Record,
+    checked,
+    corrupt,
+    judged,
+)
 
 
 def read_text(part: Slice, file: IO[bytes], settings: ReaderSettings) -> Iterator[Record]:
@@ -26,4 +35,5 @@ def read_text(part: Slice, file: IO[bytes], settings: ReaderSettings) -> Iterato
     if size > limit:
         yield Record(part.path, reason="too_large", excerpt=text[:EXCERPT_BYTES])
     else:
-        yield checked(Record(part.path, text, part.path))
+        record = checked(Record(part.path, text, part.path))
+        yield judged(record, settings.where, [MISSING] * len(settings.where))

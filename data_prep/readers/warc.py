@@ -24,6 +24,7 @@ from data_prep.readers.compression import decompressed
 from data_prep.readers.record import DATA_ERRORS, EXCERPT_BYTES, ReaderSettings, Record, checked, corrupt, field, judged
 
 DEEPEST = 2000
+FACTS = ("url", "date", "record_id", "status", "content_type")  # that settings may name
 HTML, TEXT = frozenset({"text/html", "application/xhtml+xml"}), "text/plain"
 ENCODINGS = frozenset({"", "identity", "gzip", "deflate"})  # that warcio undoes; brotli it does not with brotli 1.2
 READ_BYTES = 1024 * 1024
@@ -90,13 +91,10 @@ def _facts(record: Any) -> dict[str, Any]:
     own, http = record.rec_headers, record.http_headers
     status = None if http is None or record.rec_type != "response" else http.get_statuscode()
     kind = (own if http is None else http).get_header("Content-Type") or ""
-    return {
-        "url": own.get_header("WARC-Target-URI"),
-        "date": own.get_header("WARC-Date"),
-        "record_id": own.get_header("WARC-Record-ID"),
-        "status": None if status is None else int(status) if status.isdecimal() else 0,
-        "content_type": kind.partition(";")[0].strip().lower(),
-    }
+    kind = kind.partition(";")[0].strip().lower()
+    number = None if status is None else int(status) if status.isdecimal() else 0
+    names = ("WARC-Target-URI", "WARC-Date", "WARC-Record-ID")
+    return dict(zip(FACTS, [*map(own.get_header, names), number, kind]))
 
 
 def _body(record: Any, limit: int) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,9 @@ import pytest
 
 from data_prep.identity import list_corpus
 from data_prep.look import Look, look
+from data_prep.plan import Slice
+from data_prep.readers import ReaderSettings, read_slice
+from pipeline.config.conditions import parse
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig
 
@@ -70,3 +74,31 @@ def test_a_column_at_any_depth_is_a_field(tmp_path: Path, run_config: Make) -> N
         ConfigError, match=r"no field 'page\.text' in a\.parquet; it has page, page\.main, page\.main\.text$"
     ):
         seen(run_config(tmp_path, source={"text_field": "page.text"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "told"),
+    [
+        (
+            "a.txt",
+            {"filters": {"where": ['lang == "en"']}},
+            r"filters\.where: a\.txt is text, a document without fields",
+        ),
+        ("a.txt", {"id_field": "id"}, r"id_field: a\.txt is text, a document without fields such as 'id'"),
+        ("a.txt", {"text_field": "body"}, r"text_field: a\.txt is text"),
+        ("a.warc", {"format": "warc", "text_field": "body"}, r"text_field: of a\.warc, which is WARC"),
+        ("a.warc", {"format": "warc", "id_field": "uri"}, r"no field 'uri' in a\.warc; it has url, date, record_id"),
+    ],
+)
+def test_settings_that_a_format_has_no_use_for_are_refused(
+    tmp_path: Path, run_config: Make, name: str, settings: dict[str, Any], told: str
+) -> None:
+    (tmp_path / name).write_text("The moon rose late.")
+    with pytest.raises(ConfigError, match=told):
+        seen(run_config(tmp_path, source=settings))
+
+
+def test_a_text_meets_no_condition(tmp_path: Path) -> None:
+    settings = ReaderSettings("text", "text", None, 1000, (parse("score > 1"),))
+    (record,) = read_slice(Slice("a.txt", 5, "x"), io.BytesIO(b"moons"), settings)
+    assert (record.reason, record.excerpt) == ("missing_filter_field", b"no score")
