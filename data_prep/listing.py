@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from botocore.exceptions import BotoCoreError
 
+from data_prep import warc_versions
 from data_prep.formats import LeftOut, documents_among, format_of
 from pipeline.arrow import column
 from pipeline.config.load import ConfigError, expand_path
@@ -115,6 +116,8 @@ def list_source(source: SourceConfig, index: int, storage: StorageConfig) -> Lis
     Files that hold no documents (`formats.documents_among`) are left out with a warning that counts and names them.
     """
     key = f"corpus.sources[{index}].path"
+    if source.format == "warc" and not warc_versions.is_installed():
+        raise ConfigError(f"corpus.sources[{index}].format: warc {warc_versions.NEEDS}")
     path = expand_path(source.path).rstrip("/")
     root = path
     found: Found

@@ -6,8 +6,11 @@ import importlib.metadata
 import importlib.util
 from typing import Any
 
+from pipeline.config.load import ConfigError
+
 VERSION = 1  # of readers/warc.py; changed with what it makes of a page
 PACKAGES = ("warcio", "resiliparse")
+NEEDS = f"needs {' and '.join(PACKAGES)}; pip install 'moonlight-pipeline[warc]'"
 
 
 def is_installed() -> bool:
@@ -15,5 +18,7 @@ def is_installed() -> bool:
 
 
 def versions() -> dict[str, Any]:
-    """Raises PackageNotFoundError where the extra is not installed, which rules/check.py has said before."""
+    """Raises ConfigError where the extra is not installed: a dataset's name, which every command begins with, has them in it."""
+    if not is_installed():
+        raise ConfigError(f"corpus.sources[].format: warc {NEEDS}")
     return {"version": VERSION, "resiliparse": importlib.metadata.version("resiliparse")}

