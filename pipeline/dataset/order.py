@@ -197,9 +197,9 @@ class Order:
         rounds, rest = divmod(-(-last // self.parts), self.lanes)
         return self.mixture.used(np.where(np.arange(self.lanes) < rest, rounds + 1, rounds))
 
-    def shares(self, sequences: int) -> dict[str, float]:
-        """Share of each source among the rows that the first `sequences` training sequences draw."""
-        drawn = self._drawn(sequences).sum(0)
+    def shares(self, sequences: int, first: int = 0) -> dict[str, float]:
+        """Share of each source among the rows that training sequences from `first` up to `sequences` draw."""
+        drawn = (self._drawn(sequences) - self._drawn(first)).sum(0)
         return {name: float(rows / max(drawn.sum(), 1)) for name, rows in zip(self.source_names, drawn)}
 
     def demand(self, sequences: int, max_epochs: Mapping[str, float]) -> dict[str, Demand]:

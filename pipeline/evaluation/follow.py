@@ -23,6 +23,7 @@ from pipeline.integrity import read_record
 from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, TrainManifest
 from pipeline.optim.schedule import total_steps
 from pipeline.storage import Storage
+from pipeline.training.branch import first_step
 from pipeline.training.commits import (
     DamagedCheckpoint,
     RunFacts,
@@ -99,7 +100,8 @@ def follow(
             say(_line(found, len(waiting) - 1))
     if complete is not None:
         Retention(storage, config.run_id, config.checkpoint, named_steps(config)).collect(complete.checkpoint.step)
-    done.missing = sorted(set(_expected(config, complete)) - evaluated_steps(storage, config.run_id))
+    expected = {step for step in _expected(config, complete) if step > first_step(config, storage)}
+    done.missing = sorted(expected - evaluated_steps(storage, config.run_id))
     return done
 
 

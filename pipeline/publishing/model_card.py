@@ -71,7 +71,7 @@ def model_card(
         parts += ["## What it writes", *(_sample(sample) for sample in samples)]
     parts += [
         "## Data",
-        _data(config, dataset, checkpoint),
+        _data(config, dataset, checkpoint, origin),
         "## Training",
         _training(config, train, checkpoint),
         "## Provenance",
@@ -228,8 +228,12 @@ def _sample(sample: Sample) -> str:
     )
 
 
-def _data(config: RunConfig, dataset: DatasetManifest, checkpoint: CheckpointManifest) -> str:
-    shares = order_of(config, dataset, checkpoint.left_out).shares(checkpoint.next_sequence)
+def _data(
+    config: RunConfig, dataset: DatasetManifest, checkpoint: CheckpointManifest, origin: Origin | None = None
+) -> str:
+    begun = 0 if origin is None or config.training.start_position == "zero" else origin.next_sequence
+    since = f" since it went on from `{origin.run_id}`" if origin is not None and begun else ""
+    shares = order_of(config, dataset, checkpoint.left_out).shares(checkpoint.next_sequence, begun)
     rows = [
         [
             source.name,
@@ -249,7 +253,7 @@ def _data(config: RunConfig, dataset: DatasetManifest, checkpoint: CheckpointMan
     ]
     mixture = "\n\nMixture stages:\n\n" + "\n".join(f"- {stage}" for stage in stages) if stages else ""
     return (
-        f"{table(head, rows)}\n\nShare is that of the rows trained on. The tokenizer is a byte-level BPE with "
+        f"{table(head, rows)}\n\nShare is that of the rows trained on{since}. The tokenizer is a byte-level BPE with "
         f"{dataset.tokenizer.vocab_size:,} entries and Moonlight's split pattern.{mixture}{_contamination(dataset)}"
     )
 
@@ -275,6 +279,7 @@ def _training(config: RunConfig, train: TrainManifest, checkpoint: CheckpointMan
     if mesh:
         ranks += f": replicate {mesh['replicate']}, shard {mesh['shard']}, experts over {mesh['ep']}"
     mean = f"mean of the checkpoints of steps {', '.join(f'{step:,}' for step in checkpoint.average_of)}, in fp32"
+    why = "non-finite" if training.spikes.action == "count" else "non-finite or spikes"
     rows = [
         *([["weights", mean]] if checkpoint.average_of else []),
         ["optimizer", _optimizer_name(config)],
@@ -288,7 +293,7 @@ def _training(config: RunConfig, train: TrainManifest, checkpoint: CheckpointMan
         ["mesh, at the checkpoint", ranks],
         *([["hardware", config.publishing.card.hardware]] if config.publishing.card.hardware else []),
         *([["loss", "on answers only"]] if training.loss_on == "answers" else []),
-        ["steps, skipped as non-finite", f"{checkpoint.step:,} of {train.steps:,}, {checkpoint.skipped_steps:,}"],
+        [f"steps, skipped as {why}", f"{checkpoint.step:,} of {train.steps:,}, {checkpoint.skipped_steps:,}"],
         ["seed", str(config.seed)],
     ]
     note = (

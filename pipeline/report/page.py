@@ -141,7 +141,8 @@ def _shares(run: Run) -> Mapping[str, float]:
     if run.config is None or run.dataset is None or run.checkpoint is None:
         return {}
     order = order_of(run.config, run.dataset, run.checkpoint.left_out)
-    return order.shares(run.checkpoint.next_sequence)
+    goes_on = run.origin is not None and run.config.training.start_position == "parent"
+    return order.shares(run.checkpoint.next_sequence, run.origin.next_sequence if run.origin and goes_on else 0)
 
 
 def _texts(run: Run) -> str:

@@ -30,6 +30,7 @@ from pipeline.publishing import registry
 from pipeline.report.data import SourceData, look_at_data
 from pipeline.report.states import StageAttempt, State, attempts_of, state_of
 from pipeline.storage import Storage
+from pipeline.training.branch import Origin, origin_of
 from pipeline.training.commits import committed, lease_path, read_average, read_manifest, train_folder
 from pipeline.training.journal import History, JournalReader
 from pipeline.training.metrics import read_metrics
@@ -58,6 +59,7 @@ class Run:
     evaluation_path: str = ""
     texts: tuple[Written, ...] = ()  # that its checkpoints wrote, oldest first
     model: ModelManifest | None = None
+    origin: Origin | None = None  # where it branched off, if it did
     who: str = ""  # asked for it, else trains it
     problems: tuple[str, ...] = ()  # each names a record and what is wrong with it
 
@@ -117,6 +119,7 @@ class RunReader:
             progress=self._tried(lambda: read_progress(storage, run_id)),
             history=self._journal.read(),
             train=self._tried(lambda: read_record(storage, f"{train_folder(run_id)}/manifest.json", TrainManifest)),
+            origin=self._tried(lambda: origin_of(run_id, storage)),
         )
         dataset, data = self._data()
         run = replace(run, dataset=dataset, data=data, model=self._model(run))

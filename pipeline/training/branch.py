@@ -28,7 +28,7 @@ from pipeline.storage import Storage
 from pipeline.training.commits import RUN, committed_steps, incomplete, read_manifest, step_folder
 from pipeline.training.identity import SKIPS, differences
 from pipeline.training.left_out import LeftOut, left_out_path, union
-from pipeline.training.retention import named_steps, pins_folder
+from pipeline.training.retention import named_by, pins_folder
 
 KEY = "training.start_from"
 FOR_EVER = 10**11  # UNIX time of a pin that does not expire
@@ -117,6 +117,14 @@ def first_sequence(config: RunConfig, storage: Storage) -> int:
     return 0 if origin is None else origin.next_sequence
 
 
+def first_step(config: RunConfig, storage: Storage) -> int:
+    """After which the run's own steps begin."""
+    if config.training.start_from is None or config.training.start_position == "zero":
+        return 0
+    origin = origin_of(config.run_id, storage)
+    return 0 if origin is None else origin.step
+
+
 def release(config: RunConfig, storage: Storage) -> None:
     """The run has a checkpoint of its own: the parent's may go."""
     assert config.training.start_from is not None
@@ -167,8 +175,8 @@ def _check_position(config: RunConfig, parent: CheckpointManifest, where: str) -
             f"schedule.global_batch: by it step {parent.step:,} begins at sequence {first:,}, and the parent had come to "
             f"{parent.next_sequence:,}; keep the parent's stages up to there, or set training.start_position=zero"
         )
-    early = sorted(step for step in named_steps(config) if step <= parent.step)
-    if early:
+    early = {step: named for step, named in named_by(config).items() if step <= parent.step}
+    for step, named in early.items():
         raise ConfigError(
-            f"evaluation.checkpoint {early[0]}: the run begins at step {parent.step}; name a later step, or last"
+            f"{named.setting}: the run begins at step {parent.step} and has no checkpoint of step {step}; {named.remedy}"
         )

@@ -22,6 +22,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import CheckpointConfig, RunConfig
@@ -144,7 +145,7 @@ def _is(which: Callable[[CheckpointManifest], bool], data: bytes, path: str) -> 
 
 def named_steps(config: RunConfig) -> frozenset[int]:
     """Steps that the configuration names: a checkpoint is taken there, and kept."""
-    return frozenset(_named(config))
+    return frozenset(named_by(config))
 
 
 def averaged_steps(config: RunConfig) -> tuple[int, ...]:
@@ -166,25 +167,36 @@ def averaged_steps(config: RunConfig) -> tuple[int, ...]:
 
 def check_named(config: RunConfig, storage: Storage) -> None:
     """Refuse, before anything is trained, a step that the run does not reach or has passed without a checkpoint."""
-    steps = total_steps(config.schedule, config.training.sequence_length)
-    for wanted, key in _named(config).items():
-        if not 1 <= wanted <= steps:
-            raise ConfigError(f"{key} {wanted}: the run has {steps:,} steps; name one of 1 to {steps}, or last")
+    steps, chosen = total_steps(config.schedule, config.training.sequence_length), config.evaluation.checkpoint
+    if chosen != "last" and not 1 <= chosen <= steps:
+        raise ConfigError(
+            f"evaluation.checkpoint {chosen}: the run has {steps:,} steps; name one of 1 to {steps}, or last"
+        )
+    for wanted, named in named_by(config).items():
         if storage.exists(manifest_path(config.run_id, wanted)):
             continue
         there = committed_steps(storage, config.run_id)
         if there and there[-1] >= wanted:
             raise ConfigError(
-                f"{key} {wanted}: the run has got to step {there[-1]} and has no checkpoint of step {wanted}; "
-                f"there are {there}: name one of these, a later step, or last"
+                f"{named.setting}: the run has got to step {there[-1]} and has no checkpoint of step {wanted}; "
+                f"there are {there}: {named.remedy}"
             )
 
 
-def _named(config: RunConfig) -> dict[int, str]:
-    """The steps, and the setting that names each."""
+@dataclass(frozen=True)
+class Named:
+    """Why a checkpoint is wanted: the setting with its value, and what to do where it cannot be had."""
+
+    setting: str
+    remedy: str
+
+
+def named_by(config: RunConfig) -> dict[int, Named]:
+    """The steps that the configuration names, and by what; a step that is named twice by the setting that asks for it alone."""
     wanted = config.evaluation.checkpoint
-    averaged = dict.fromkeys(averaged_steps(config), "publishing.average_last: step")
-    return averaged | ({} if wanted == "last" else {wanted: "evaluation.checkpoint"})
+    mean = Named(f"publishing.average_last {config.publishing.average_last}", "lower it, or leave it out")
+    one = Named(f"evaluation.checkpoint {wanted}", "name another step, or last")
+    return dict.fromkeys(averaged_steps(config), mean) | ({} if wanted == "last" else {wanted: one})
 
 
 def evaluated_steps(storage: Storage, run_id: str) -> set[int]:

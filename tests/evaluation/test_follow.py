@@ -13,6 +13,7 @@ from pipeline.evaluation.follow import Followed, follow
 from pipeline.evaluation.result import identity, manifest_path, tasks_are_due
 from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, SourceScore, TrainManifest
 from pipeline.storage import Storage
+from pipeline.training import branch
 from pipeline.training.commits import DamagedCheckpoint, ForeignCheckpoint, RunFacts, committed_steps, read_manifest
 from pipeline.training.commits import manifest_path as checkpoint_path
 from pipeline.training.identity import identity_digest
@@ -152,6 +153,21 @@ def test_a_follower_alone_holds_what_it_has_seen(tmp_path: Any):
     run.follow()
     assert run.judged[0] == 4  # 2 was gone before it came
     assert run.judged == sorted(set(run.judged))
+
+
+def test_what_the_parent_was_judged_at_is_not_missing(tmp_path: Any):
+    """A branch has no checkpoints of the steps before it began, whatever its schedule says of them."""
+    run = Run(tmp_path, checkpoint__keep=8, training__start_from="base@6")
+    run.storage.write(
+        branch.origin_path("tiny"),
+        branch.Origin(
+            run_id="base", step=6, checkpoint_digest="d", content_sha256="c", next_sequence=48, tokens_seen=600
+        ).to_json(),
+    )
+    run.step = 6
+    done = run.follow()
+    assert run.judged == [8, 10, 12, 14, 16]
+    assert done.missing == []
 
 
 def test_following_again_judges_nothing_and_new_settings_judge_anew(tmp_path: Any):

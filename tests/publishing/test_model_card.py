@@ -17,6 +17,7 @@ from pipeline.model.shapes import ParameterCount
 from pipeline.publishing.model_card import Sample, model_card, table
 from pipeline.publishing.plots import INK, loss_plot, same_settings
 from pipeline.publishing.version import version_name
+from pipeline.training.branch import Origin
 from tests.publishing.conftest import PROMPTS, PublishedRun
 
 
@@ -130,6 +131,25 @@ def test_the_share_of_a_source_is_what_was_drawn(run: PublishedRun):
     )
     assert "| code | 50.0% |" in text
     assert "| prose | 50.0% |" in text
+
+
+def test_a_branch_tells_of_the_rows_that_it_drew_itself(run: PublishedRun):
+    """Those before were the parent's, of whatever mixture that had."""
+    made = run.made
+    origin = Origin(
+        run_id="base", step=25, checkpoint_digest="d", content_sha256="c", next_sequence=100, tokens_seen=6000
+    )
+    values = made.config.model_dump(mode="json")
+    mixture = [{"until_tokens": 6400, "weights": {"code": 1.0}}, {"until_tokens": 12800, "weights": {"prose": 1.0}}]
+    values["corpus"]["mixture"], values["training"]["start_from"] = mixture, "base@25"
+    values["training"]["spikes"] = {"action": "skip"}
+    facts = (made.dataset, made.train, made.checkpoint, run.evaluation, ParameterCount(2, 1), [], origin)
+    text = model_card(validate(values), *facts)
+    assert "| prose | 100.0% |" in text
+    assert "Share is that of the rows trained on since it went on from `base`." in text
+    assert "| steps, skipped as non-finite or spikes | 50 of 50, 1 |" in text
+    values["training"]["start_position"] = "zero"
+    assert "| prose | 50.0% |" in model_card(validate(values), *facts)
 
 
 def test_table():

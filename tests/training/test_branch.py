@@ -172,7 +172,16 @@ def test_a_parent_that_was_trained_again_is_not_the_parent(tmp_path):
             {"training__skip_sequences": [[0, 4]]},
             r"training.skip_sequences is \[\[0, 4\]\] here and \[\] there",
         ),
-        ("base@4", {"evaluation__checkpoint": 3}, r"evaluation.checkpoint 3: the run begins at step 4"),
+        (
+            "base@4",
+            {"evaluation__checkpoint": 3},
+            r"evaluation.checkpoint 3: the run begins at step 4 and has no checkpoint of step 3; name another step",
+        ),
+        (
+            "base@4",
+            {"publishing__average_last": 3},
+            r"publishing.average_last 3: the run begins at step 4 and has no checkpoint of step 4; lower it, or leave it out",
+        ),
         (
             "base@4",
             {"schedule__global_batch": [{"until_tokens": 8 * STEP, "sequences": 4}]},
