@@ -90,6 +90,9 @@ class TrainingConfig(Section):
     sequence_length: PositiveInt = 8192  # tokens; divides data.sequence_length
     micro_batch: Count = 1  # sequences per rank and forward pass
     compute_dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU
+    # What rows of routed experts and their gradients are multiplied in; fp8: e4m3 in tiles with scales (model/row_products.py), for GPUs of NVIDIA's
+    # compute capability 8.9 on, and slowly for CPUs. Gradients of weights stay in compute_dtype. It decides the loss: part of what a run is.
+    expert_products: Literal["compute_dtype", "fp8"] = "compute_dtype"
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     offload_activations: bool = False  # what backward needs waits in the host's memory (model/offload.py)
     compile: bool = False  # torch.compile per block

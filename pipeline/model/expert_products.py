@@ -7,6 +7,9 @@ Backward gives the rows their gradients first, for those travel on, and leaves t
 that the weights pass through before the rows arrive; its own backward runs once the rows' gradients are on their way
 (pipeline/parallel/flight.py says why then) and computes them behind that exchange.
 
+With `fp8` the products that rows take part in multiply numbers of eight bits (pipeline/model/row_products.py); what is kept for backward, and
+the gradients of the weights, are the same as without, of the same rows in the compute dtype.
+
 Legend: R rows, C choices of each, M pairs, D hidden, F width, e experts here.
 """
 
@@ -19,8 +22,9 @@ import torch
 from torch import Tensor
 
 from pipeline.kernels.activation import swiglu, swiglu_backward
-from pipeline.model.grouped import grouped_linear, grouped_outer
+from pipeline.model.grouped import grouped_outer
 from pipeline.model.matmul import is_cpu_fp32
+from pipeline.model.row_products import Fp8, Fp8Copies, Places, Stacks, Wide
 from pipeline.parallel.dispatch import Choices
 from pipeline.parallel.rows import Filled, bag_sums, gathered, place
 
@@ -62,9 +66,9 @@ class _Hold(torch.autograd.Function):
         return None, *compute()
 
 
-def expert_products(x_RD: Tensor, choices: Choices, held: Held) -> Tensor:
-    """y_RD: the weighted sum of what each row's experts make of it."""
-    return cast(Tensor, _Products.apply(x_RD, choices.weights_RC, choices, *held))
+def expert_products(x_RD: Tensor, choices: Choices, held: Held, fp8: Fp8Copies | None = None) -> Tensor:
+    """y_RD: the weighted sum of what each row's experts make of it. `fp8`: the copies of the stacks to multiply."""
+    return cast(Tensor, _Products.apply(x_RD, choices.weights_RC, choices, fp8, *held))
 
 
 def _pairs(choices: Choices, experts: int) -> int:
@@ -75,10 +79,14 @@ def _pairs(choices: Choices, experts: int) -> int:
     return min(choices.pairs, int((choices.experts_RC < experts).sum()))
 
 
+def _with(fp8: Fp8Copies | None, stacks: Stacks, places: Places) -> Wide | Fp8:
+    return Wide(stacks, places) if fp8 is None else Fp8(stacks, places, fp8)
+
+
 class _Products(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_RD: Tensor, weights_RC: Tensor, choices: Choices, later: Later,
+        ctx: Any, x_RD: Tensor, weights_RC: Tensor, choices: Choices, fp8: Fp8Copies | None, later: Later,
         gate_eFD: Tensor, up_eFD: Tensor, down_eDF: Tensor,
     ) -> Tensor:  # fmt: skip
         pairs = _pairs(choices, gate_eFD.shape[0])
@@ -89,12 +97,11 @@ class _Products(torch.autograd.Function):
             weights_M.masked_fill_(placing.counts.sum() > choices.pairs, torch.nan)
         end = offsets_e[-1:] if choices.bounded else None
         filled = None if end is None else Filled(end, pairs)
-        x_MD = gathered(x_RD, placing.row_M, filled)
-        gate_MF, up_MF = grouped_linear(x_MD, gate_eFD, offsets_e), grouped_linear(x_MD, up_eFD, offsets_e)
-        del x_MD
-        y_MD = grouped_linear(swiglu(gate_MF, up_MF, weights_M, end), down_eDF, offsets_e)
+        products = _with(fp8, Stacks(gate_eFD, up_eFD, down_eDF), Places(placing.row_M, offsets_e, filled))
+        gate_MF, up_MF = products.gate_up(x_RD)
+        y_MD = products.down(swiglu(gate_MF, up_MF, weights_M, end))
         y_RD = bag_sums(y_MD, placing.place_M, placing.bags_R1)
-        ctx.later, ctx.bounded = later, choices.bounded
+        ctx.fp8, ctx.later, ctx.bounded = fp8, later, choices.bounded
         ctx.save_for_backward(
             x_RD, gate_MF, up_MF, weights_M, offsets_e,
             placing.row_M, placing.choice_M, placing.place_M, placing.bags_R1, gate_eFD, up_eFD, down_eDF,
@@ -103,7 +110,7 @@ class _Products(torch.autograd.Function):
         return y_RD
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, Tensor, None, None, Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, Tensor, None, None, None, Tensor, Tensor, Tensor]:
         (
             x_RD, gate_MF, up_MF, weights_M, offsets_e, row_M, choice_M, place_M, bags_R1, gate_eFD, up_eFD, down_eDF,
         ) = ctx.saved_tensors  # fmt: skip
@@ -111,14 +118,10 @@ class _Products(torch.autograd.Function):
         end = offsets_e[-1:] if ctx.bounded else None
         filled = None if end is None else Filled(end, pairs)
         grad_MD = gathered(grad_RD.contiguous(), row_M, filled)
-        grad_hidden_MF = grouped_linear(grad_MD, down_eDF, offsets_e, transpose=False)
+        products = _with(ctx.fp8, Stacks(gate_eFD, up_eFD, down_eDF), Places(row_M, offsets_e, filled))
+        grad_hidden_MF = products.through_down(grad_MD)
         grad_M2F, hidden_MF, grad_weights_M = swiglu_backward(grad_hidden_MF, gate_MF, up_MF, weights_M, end)
-        if is_cpu_fp32(x_RD):  # two sums of fp32 are no worse than one, and nothing is laid end to end
-            grad_x_MD = grouped_linear(grad_M2F[:, :width], gate_eFD, offsets_e, transpose=False)
-            grad_x_MD += grouped_linear(grad_M2F[:, width:], up_eFD, offsets_e, transpose=False)
-        else:
-            both_e2FD = torch.cat([gate_eFD, up_eFD], dim=1)
-            grad_x_MD = grouped_linear(grad_M2F, both_e2FD, offsets_e, transpose=False)
+        grad_x_MD = products.through_gate_up(grad_M2F)
         grad_x_RD = bag_sums(grad_x_MD, place_M, bags_R1)
         grad_weights = grad_weights_M.new_zeros(ctx.choices_shape.numel()).index_add_(0, choice_M, grad_weights_M)
 
@@ -134,4 +137,4 @@ class _Products(torch.autograd.Function):
 
         ctx.later.gradients = weight_gradients
         # Of the right shapes; `_Hold.backward` returns what is computed instead.
-        return grad_x_RD, grad_weights.view(ctx.choices_shape), None, None, gate_eFD, up_eFD, down_eDF
+        return grad_x_RD, grad_weights.view(ctx.choices_shape), None, None, None, gate_eFD, up_eFD, down_eDF

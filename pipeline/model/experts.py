@@ -34,6 +34,7 @@ from pipeline.model.interleave import Paused, in_turn
 from pipeline.model.matmul import Linear
 from pipeline.model.mlp_products import finish, first
 from pipeline.model.router import Router, Routing
+from pipeline.model.row_products import Fp8Copies
 from pipeline.model.sequences import SequenceLayout
 from pipeline.parallel.dispatch import Choices, Dispatcher, LocalDispatch, Plan
 from pipeline.parallel.local import local_tensor
@@ -75,6 +76,7 @@ class Experts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(E, F_, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, F_))
         self.dispatcher: Dispatcher = LocalDispatch()
+        self.fp8: Fp8Copies | None = None  # where products are in fp8 (training.expert_products)
 
     def hold(self) -> Held:
         """The weights of a pass, to be called where their gradients shall be computed in backward."""
@@ -82,7 +84,7 @@ class Experts(nn.Module):
 
     def forward(self, x_RD: Tensor, choices: Choices, held: Held | None = None) -> Tensor:
         """y_RD: the weighted sum of each row's experts."""
-        return expert_products(x_RD, choices, held or self.hold())
+        return expert_products(x_RD, choices, held or self.hold(), self.fp8)
 
 
 class MoEOutput(NamedTuple):

@@ -35,7 +35,7 @@ def grouped_linear(x_MI: Tensor, weight_eOI: Tensor, offsets_e: Tensor, *, trans
     """y_MO: each row times its expert's weight, transposed or not; `offsets_e` int32, the cumulative rows of the experts, ending at M."""
     if is_cpu_fp32(x_MI):  # an operator costs 30 us
         out_MO = x_MI.new_empty(x_MI.shape[0], weight_eOI.shape[-2 if transpose else -1])
-        for expert, rows in _groups(offsets_e):
+        for expert, rows in groups(offsets_e):
             product(x_MI[rows], weight_eOI[expert] if transpose else weight_eOI[expert].T, out_MO[rows])
         return out_MO
     return _rows(x_MI.contiguous(), weight_eOI, offsets_e, transpose)
@@ -45,7 +45,7 @@ def grouped_outer(grad_MO: Tensor, x_MI: Tensor, offsets_e: Tensor) -> Tensor:
     """grad^T x over each expert's rows, [e, O, I]; zero without rows."""
     if is_cpu_fp32(x_MI):
         out_eOI = x_MI.new_zeros(offsets_e.shape[0], grad_MO.shape[1], x_MI.shape[1])
-        for expert, rows in _groups(offsets_e):
+        for expert, rows in groups(offsets_e):
             out_eOI[expert] = outer(grad_MO[rows], x_MI[rows])
         return out_eOI
     return _outer(grad_MO.contiguous(), x_MI, offsets_e)
@@ -79,7 +79,7 @@ def _(grad_MO: Tensor, x_MI: Tensor, offsets_e: Tensor) -> Tensor:
     return x_MI.new_empty(offsets_e.shape[0], grad_MO.shape[1], x_MI.shape[1])
 
 
-def _groups(offsets_e: Tensor) -> Iterator[tuple[int, slice]]:
+def groups(offsets_e: Tensor) -> Iterator[tuple[int, slice]]:
     """The experts that have rows, with their rows."""
     start = 0
     for expert, end in enumerate(offsets_e.tolist()):

@@ -23,7 +23,7 @@ all-to-all brings it the tokens of all ranks of its ep group, and efsdp and repl
 Weights that no axis cuts (experts where efsdp is 1) are cast once a step: from the first micro-batch's forward to the last
 one's backward they stay as they are, and their gradients add up here in fp32, to be reduced over copies once
 (`keep_whole`). That costs E / ep experts of every layer in the compute dtype, and saves a cast, a copy and a reduction of
-one rank for each pass of each micro-batch. `training.gather_once` does so with all weights: whole dense weights and their fp32
+one rank for each pass of each micro-batch. Copies of them in fp8 last as long (`lasting_copies`). `training.gather_once` does so with all weights: whole dense weights and their fp32
 gradients on every rank, for one gathering and one reduction a step in place of two and one a micro-batch.
 
 Mixed precision is FSDP2's: fp32 shards (the optimizer's masters), bf16 gathered weights, fp32 reduction. Activations are
@@ -47,10 +47,11 @@ from torch.distributed.tensor import DTensor, Shard
 
 from pipeline.config.schema import TrainingConfig
 from pipeline.model.block import Block
-from pipeline.model.devices import is_gpu
+from pipeline.model.devices import check_fp8, is_gpu
 from pipeline.model.experts import Experts, MoE
 from pipeline.model.moonlight import Moonlight
 from pipeline.model.offload import Offload
+from pipeline.model.row_products import Fp8Copies
 from pipeline.parallel.bounded import BoundedDispatch, Room
 from pipeline.parallel.dispatch import AllToAllDispatch
 from pipeline.parallel.exposed import Exposed
@@ -70,10 +71,12 @@ def compute_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype
 def shard_model(model: Moonlight, meshes: Meshes, training: TrainingConfig, device: torch.device) -> None:
     """Shard `model` (on the meta device) in place. Without meshes only checkpointing and compilation are applied.
 
-    Raises ValueError where an expert stack cannot be cut evenly, reduced precision is asked of an unsharded model, or
-    compilation of a machine without a C compiler.
+    Raises ValueError where an expert stack cannot be cut evenly, reduced precision is asked of an unsharded model, fp8 of a
+    device without it, or compilation of a machine without a C compiler.
     """
     dtype = compute_dtype(training, device)
+    if training.expert_products == "fp8":
+        check_fp8(device)
     if training.compile:
         _require_compiler()
     layers = [cast(Block, block) for block in model.layers]
@@ -87,6 +90,8 @@ def shard_model(model: Moonlight, meshes: Meshes, training: TrainingConfig, devi
     for block in layers:
         block.activation_checkpointing = training.activation_checkpointing
         block.offload = offload
+        if training.expert_products == "fp8" and isinstance(block.mlp, MoE):
+            block.mlp.experts.fp8 = Fp8Copies()
         if training.compile:
             block.compile()
 
@@ -133,6 +138,14 @@ def whole_groups(model: nn.Module, *, cut_too: bool = False) -> list[FSDPParamGr
     groups = [group for state in states for group in state._fsdp_param_groups]
     sizes = [info.shard_mesh_size if isinstance(info := each.mesh_info, FSDPMeshInfo) else 0 for each in groups]
     return [each for each, size in zip(groups, sizes) if size == 1 or (cut_too and size > 1)]
+
+
+def lasting_copies(model: nn.Module, whole: list[FSDPParamGroup]) -> list[Fp8Copies]:
+    """Copies in fp8 of weights that last for a step, being in one of the `whole` groups or not FSDP's at all; those of others are made in
+    each pass, as their weights are."""
+    lasting = {param._module_info.module for group in whole for param in group.fsdp_params}
+    experts = [module for module in model.modules() if isinstance(module, Experts)]
+    return [each.fp8 for each in experts if each.fp8 and (each in lasting or not isinstance(model, FSDPModule))]
 
 
 def room_of(model: nn.Module) -> Room | None:

@@ -75,4 +75,6 @@ def published_config(config: RunConfig) -> dict[str, Any]:
             "evaluation": {"batch", "follow", "waiting", "tasks_every", "scoring_tasks", "task_preset", *unused},
         },
     )
+    if config.training.expert_products == "compute_dtype":  # as it was before there was a choice
+        del found["training"]["expert_products"]
     return found

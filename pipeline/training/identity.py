@@ -47,6 +47,8 @@ def identity_of(config: RunConfig, dataset_digest: str, order: dict[str, Any]) -
     if spikes.action != "count":
         decide = {"action", "deviations", "horizon_steps", *(["go_back_steps"] if spikes.action == "go_back" else [])}
         values["training"]["spikes"] = spikes.model_dump(mode="json", include=decide)
+    if config.training.expert_products != "compute_dtype":
+        values["training"]["expert_products"] = config.training.expert_products
     if config.training.loss_on != "all":
         values["training"]["loss_on"] = config.training.loss_on
     if config.training.start_from is not None:

@@ -30,11 +30,12 @@ from pipeline.model.loss import LossOutput
 from pipeline.model.moonlight import Moonlight
 from pipeline.model.qk_clip import observe_max_logits, qk_clip_, take_max_logits
 from pipeline.model.router import update_router_bias
+from pipeline.model.row_products import kept
 from pipeline.model.sequences import to_device
 from pipeline.optim.muon import MoonlightOptimizer
 from pipeline.parallel.grad_norm import clip_, local_gradients, local_squared_norm
 from pipeline.parallel.mesh import Meshes
-from pipeline.parallel.shard import keep_whole, room_of, whole_groups
+from pipeline.parallel.shard import keep_whole, lasting_copies, room_of, whole_groups
 from pipeline.training.batches import MicroBatch, StepBatch
 from pipeline.training.guard import Guard
 from pipeline.training.room import FixedRoom
@@ -68,6 +69,7 @@ class Step:
         self.parameters = list(model.parameters())
         self.routers = dict(model.routers())
         self.whole = whole_groups(model, cut_too=gather_once)
+        self.copies = lasting_copies(model, self.whole)
         self.before_update: Callable[[], None] = lambda: None  # asked when the weights are about to change
         self.before_repeat: Callable[[], None] = lambda: None  # told when a step is about to be computed again
         room = room_of(model)
@@ -126,6 +128,12 @@ class Step:
 
         `labels`, `sequences`: those of the global batch.
         """
+        with kept(self.copies):
+            return self._forward_backward(micro_batches, labels, sequences)
+
+    def _forward_backward(
+        self, micro_batches: Sequence[MicroBatch], labels: Tensor, sequences: Tensor
+    ) -> tuple[Tensor, Tensor]:
         loss = torch.zeros((), device=self.device)
         aux_loss = torch.zeros((), device=self.device)
         for index, micro in enumerate(micro_batches):

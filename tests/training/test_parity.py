@@ -127,7 +127,7 @@ def accumulated(steps: int, world: int) -> dict:
 
 FULL, SELECTIVE = ({"training__activation_checkpointing": kind} for kind in ("full", "selective"))
 ONCE, TURNS = {"training__gather_once": True}, {"training__interleave": True}
-OFFLOAD = {"training__offload_activations": True}
+OFFLOAD, FP8 = {"training__offload_activations": True}, {"training__expert_products": "fp8"}
 FSDP2 = {"parallelism": {"shard": 2}}
 EP2 = {"parallelism": {"shard": 2, "ep": 2}}
 EP2_EFSDP2 = {"parallelism": {"shard": 4, "ep": 2}}
@@ -135,7 +135,7 @@ HSDP = {"parallelism": {"replicate": 2, "shard": 2, "ep": 2}}
 
 
 def test_one_process(tmp_path):
-    compare(str(tmp_path), 1, [{**save, **accumulated(4, 1)} for save in ({}, FULL, SELECTIVE)])
+    compare(str(tmp_path), 1, [{**save, **accumulated(4, 1)} for save in ({}, FULL, SELECTIVE, {**FULL, **FP8})])
 
 
 def test_two_ranks(tmp_path):
@@ -151,6 +151,8 @@ def test_two_ranks(tmp_path):
             {**EP2, **once, **options},
             {**EP2, **once, "blocking": True},
             {**EP2, **once, **SELECTIVE, **TURNS, "training__expert_capacity": 4.0},
+            {**EP2, **once, **SELECTIVE, **TURNS, "training__expert_capacity": 4.0, **FP8},
+            {**EP2, **four_times, **OFFLOAD, **FP8},
         ],
     )
 
@@ -166,6 +168,8 @@ def test_four_ranks(tmp_path):
             {**HSDP, **accumulated(2, 4), **TURNS},
             {**EP2_EFSDP2, **once, "experts": 2},
             {**EP2_EFSDP2, **four_times, **EXACT},
+            {**EP2_EFSDP2, **once, **FULL, **FP8},
+            {**HSDP, **four_times, **ONCE, **FP8},
         ],
     )
 
@@ -198,10 +202,12 @@ def test_every_way(tmp_path, mesh):
     ways = [{**save, **accumulated(steps, world)} for save in ({}, FULL, SELECTIVE) for steps in (1, 4)]
     ways += [{**way, **OFFLOAD} for way in ways[::2]]
     ways += [{**way, **ONCE} for way in ways[1:6:2]]
+    ways += [{**way, **FP8} for way in (*ways[:6:2], ways[3])]
     if mesh["parallelism"].get("ep", 1) > 1:  # exchanges that block, and such in buffers of fixed size
         ways += [{**way, "blocking": True} for way in ways[:6:2]]
         ways += [{**way, "training__expert_capacity": 4.0} for way in ways[1:6:2]]
         ways += [{**way, **TURNS} for way in (*ways[:6:2], {**ways[2], "training__expert_capacity": 4.0})]
+        ways += [{**ways[2], **TURNS, "training__expert_capacity": 4.0, **FP8}]
     compare(str(tmp_path), world, [{**mesh, **way} for way in ways] + [{**mesh, **ways[0], **EXACT}], timeout=1700)
 
 
