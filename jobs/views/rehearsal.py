@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.config.schema import RunConfig
 from pipeline.planner.memory import RESERVED_GB
-from pipeline.rehearsal.chips import Chip, load_chip
+from pipeline.rehearsal.chips import Chip, check_chip, load_chip
 from pipeline.rehearsal.fuse import fuse
 from pipeline.rehearsal.recorder import FROM_HOST, TO_HOST
 from pipeline.rehearsal.step import BEHIND, CHECKPOINT, Rehearsal, rehearse
@@ -20,7 +20,7 @@ from pipeline.training.flops import flops_per_token
 
 GB = 1e9
 KINDS = {
-    "matmul": "products", "grouped": "products of experts", "matmul_fp32": "products in fp32", "attention_forward": "attention",
+    "matmul": "products", "grouped": "products of experts", "grouped_fp8": "products of experts in fp8", "matmul_fp32": "products in fp32", "attention_forward": "attention",
     "attention_backward": "attention backward", "own": "kernels of our own", "memory": "memory",
     "host_copy": "copies between host and device",
 }  # fmt: skip
@@ -44,6 +44,7 @@ def rehearse_and_show(config: RunConfig, chip_name: str, trace: str | None) -> i
     chip = load_chip(chip_name)
     if trace:
         _can_be_written(Path(trace))
+    check_chip(chip, config)
     found = rehearse(config, limit=room(chip))
     timeline = simulate(found.whole(fuse(found.run) if config.training.compile else None), chip)
     print("\n".join(lines(config, found, timeline, chip)))

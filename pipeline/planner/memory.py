@@ -4,7 +4,9 @@
     optimizer    Muon 4 bytes an element (2 with muon.momentum_dtype bf16), AdamW 8
     gathered     whole weights in the compute dtype: the head (kept), the embedding, and two blocks, the one at work and
                  the next, with the experts of all blocks where no axis cuts them; on the way back one unit's gradients in
-                 the compute dtype and in fp32, to be reduced. With training.gather_once all of both, whole
+                 the compute dtype and in fp32, to be reduced. With training.gather_once all of both, whole. With
+                 training.expert_products fp8 also e4m3 copies of experts, for forward and the other way round for backward, of all
+                 blocks where their weights are kept for a step, else of the one at work
     activations  what the blocks keep for backward (activations.py), what one checkpointed block needs while it is
                  computed again, and a chunk of logits with its gradient; with training.offload_activations not what waits on the host
     exchange     Muon's buffers: two buckets in flight and the workspace of Newton-Schulz (pipeline/optim/muon.py)
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from pipeline.config.schema import RunConfig
+from pipeline.kernels.quantise import TILE
 from pipeline.model.loss import CUDA_CHUNK
 from pipeline.model.offload import LEAST, STAY
 from pipeline.planner.activations import block_bytes, offloaded_bytes
@@ -53,7 +56,7 @@ def memory(config: RunConfig, sizes: Sizes, itemsize: int) -> Memory:
     return Memory(
         parameters=2 * FP32 * stored,
         optimizer=state,
-        gathered=_gathered(config, sizes, itemsize),
+        gathered=_gathered(config, sizes, itemsize) + _fp8_copies(config, sizes),
         activations=_activations(config, itemsize),
         exchange=_exchange(config, sizes, 2 if muon.wire_dtype == "bf16" else FP32),
     )
@@ -76,6 +79,16 @@ def _gathered(config: RunConfig, sizes: Sizes, itemsize: int) -> int:
         weights += max(0, layers - blocks) * (sizes.experts_of_block // config.parallelism.ep) * itemsize
     gradients = max(sizes.embedding, block) * (itemsize + FP32)
     return weights + gradients
+
+
+def _fp8_copies(config: RunConfig, sizes: Sizes) -> int:
+    if config.training.expert_products != "fp8":
+        return 0
+    elements = sizes.experts_of_block // config.parallelism.ep
+    layers = config.model.num_hidden_layers - config.model.first_k_dense_replace
+    lasting = config.parallelism.efsdp == 1 or config.training.gather_once
+    copies = 2 * layers if lasting else 1
+    return copies * (elements + FP32 * (elements // (TILE * TILE)))
 
 
 def _activations(config: RunConfig, itemsize: int) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from pipeline.config.schema import RunConfig
 from pipeline.config.section import Section
 from pipeline.config.text import parse
 from pipeline.config.values import PositiveFloat, PositiveInt
@@ -23,6 +24,7 @@ class Chip(Section):
     matmul: PositiveFloat  # reached, bf16
     matmul_fp32: PositiveFloat
     grouped: PositiveFloat
+    grouped_fp8: PositiveFloat | None = None  # of e4m3 with scales of blocks; None: a chip without
     attention_forward: PositiveFloat
     attention_backward: PositiveFloat
     memory_tb_s: PositiveFloat
@@ -35,6 +37,15 @@ class Chip(Section):
     kernel_us: PositiveFloat  # a kernel takes no less
     launch_us: PositiveFloat  # of the host, for each
     host_wait_us: PositiveFloat  # until the host goes on after it has waited
+
+
+def check_chip(chip: Chip, config: RunConfig) -> None:
+    """Raises ValueError where the run asks for what the chip does not have."""
+    if config.training.expert_products == "fp8" and chip.grouped_fp8 is None:
+        raise ValueError(
+            f"training.expert_products fp8: {chip.name} has no rate for it (grouped_fp8 in the chip's file); set it to compute_dtype, "
+            "choose another --chip, or give the rate if the chip multiplies e4m3 (fn)"
+        )
 
 
 def load_chip(given: str) -> Chip:

@@ -214,6 +214,8 @@ def _changed(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
 def kind_of(func: Any, inputs: list[Tensor]) -> str:
     """The rate that an operator goes by."""
     name = func._schema.name.split("::")[1]
+    if name == "grouped_fp8":
+        return "grouped_fp8"
     if name in ("grouped_rows", "grouped_outer", "_grouped_mm", "_scaled_grouped_mm"):
         return "grouped"
     if name in ("rehearsed_attention", "_varlen_attn"):
@@ -235,6 +237,19 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 def _grouped_rows(x_MI: Tensor, weight_eOI: Tensor, *_: Any) -> int:
     return 2 * x_MI.shape[0] * weight_eOI.shape[-1] * weight_eOI.shape[-2]
+
+
+def _grouped_fp8(x_MK: Tensor, _: Tensor, weight_eNK: Tensor, *__: Any) -> int:
+    return 2 * x_MK.numel() * weight_eNK.shape[1]
+
+
+def _quantised_rows(x_RK: Tensor, row_M: Tensor | None, *_: Any) -> int:
+    """The largest of a tile, the product with its scale, and the rounding."""
+    return 12 * (x_RK if row_M is None else row_M).shape[0] * x_RK.shape[1]
+
+
+def _quantised_stacks(stacks: list[Tensor], _: bool) -> int:
+    return 12 * sum(stack.numel() for stack in stacks)
 
 
 def _grouped_outer(grad_MO: Tensor, x_MI: Tensor, *_: Any) -> int:
@@ -283,6 +298,9 @@ def _cross_entropy(logits_CV: Tensor, *_: Any) -> int:
 _FLOPS: dict[str, Callable[..., int]] = {
     "aten::addmm": _addmm,
     "moonlight::grouped_rows": _grouped_rows,
+    "moonlight::grouped_fp8": _grouped_fp8,
+    "moonlight::quantised_rows": _quantised_rows,
+    "moonlight::quantised_stacks": _quantised_stacks,
     "moonlight::swiglu": _swiglu,
     "moonlight::swiglu_backward": _swiglu_backward,
     "moonlight::bag_sums": _bag_sums,
@@ -295,7 +313,9 @@ _FLOPS: dict[str, Callable[..., int]] = {
 }
 _SEE_WHAT_IS_FILLED = frozenset(
     f"moonlight::{name}"
-    for name in ("grouped_rows", "grouped_outer", "bag_sums", "copy_rows", "swiglu", "swiglu_backward")
+    for name in (
+        "grouped_rows", "grouped_outer", "grouped_fp8", "quantised_rows", "bag_sums", "copy_rows", "swiglu", "swiglu_backward",
+    )  # fmt: skip
 )
 _PRODUCTS = frozenset({"mm", "addmm", "addmm_", "bmm", "baddbmm", "linear", "linear_backward"})
 _READ_TWICE = frozenset({"moonlight::cross_entropy"})  # its inputs

@@ -15,7 +15,7 @@ class Kernel:
     """Work on the device. `reads` and `writes` are (storage, bytes); the number of a storage is never used twice."""
 
     name: str
-    kind: str  # which rate it goes by (rates.py): matmul, matmul_fp32, grouped, attention_forward, attention_backward, own, memory
+    kind: str  # which rate it goes by (rates.py): matmul, matmul_fp32, grouped, grouped_fp8, attention_forward, attention_backward, own, memory
     stream: str
     phase: str
     where: str

@@ -43,7 +43,7 @@ def kernel_seconds(kernel: Kernel, chip: Chip) -> float:
     rate = (
         "matmul_fp32" if kernel.kind == "own" else kernel.kind
     )  # a kernel of our own computes outside of matrix units
-    computed = kernel.flops / (getattr(chip, rate) * 1e12) if kernel.flops else 0.0
+    computed = kernel.flops / (getattr(chip, rate) * 1e12) if kernel.flops else 0.0  # check_chip: there is one
     return max(moved, computed, chip.kernel_us * 1e-6)
 
 

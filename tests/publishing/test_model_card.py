@@ -16,7 +16,7 @@ from pipeline.evaluation.baselines import SHOWN
 from pipeline.model.shapes import ParameterCount
 from pipeline.publishing.model_card import Sample, model_card, table
 from pipeline.publishing.plots import INK, loss_plot, same_settings
-from pipeline.publishing.version import version_name
+from pipeline.publishing.version import published_config, version_name
 from pipeline.training.branch import Origin
 from tests.publishing.conftest import PROMPTS, PublishedRun
 
@@ -116,8 +116,9 @@ def test_settings_that_may_change_at_any_start_make_no_other_version(run: Publis
     values["parallelism"] |= {"replicate": 2}  # somebody to compute again what others did
     values["training"] |= {"micro_batch": 1, "interleave": False, "recompute_every": 9}
     assert version_name(validate(values), *facts) == run.manifest.version
-    values["publishing"] |= {"dtype": "bf16"}
-    assert version_name(validate(values), *facts) != run.manifest.version
+    assert "expert_products" not in published_config(made.config)["training"]  # as in configurations older than the setting
+    for section, decides in (("publishing", {"dtype": "bf16"}), ("training", {"expert_products": "fp8"})):
+        assert version_name(validate({**values, section: values[section] | decides}), *facts) != run.manifest.version
 
 
 def test_the_share_of_a_source_is_what_was_drawn(run: PublishedRun):

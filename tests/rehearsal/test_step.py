@@ -119,6 +119,38 @@ def test_room_that_is_empty_costs_no_work() -> None:
     assert work(training__expert_capacity=2.0) == work()
 
 
+def test_products_in_fp8_are_counted() -> None:
+    """Those that rows take part in, two thirds of all, by a rate of their own; rows and weights quantised, the latter once a step where they
+    are whole; room that is empty costs nothing here, either."""
+    micro_batches, dims = 2, (16, 8)  # of one mixture layer with 4 experts; hidden, width
+    rows = 4 * 16  # pairs a micro-batch
+
+    def work(mesh: str, **settings: Any) -> tuple[Counter[str], Counter[tuple[str, str]], list[int]]:
+        found = rehearsed(small(mesh, training__compute_dtype="bf16", training__expert_products="fp8", **settings))
+        flops: Counter[str] = Counter()
+        times: Counter[tuple[str, str]] = Counter()
+        wrote: list[int] = []
+        for entry in found.run:
+            if isinstance(entry, Kernel) and (entry.kind.startswith("grouped") or entry.name.startswith("quantised")):
+                flops[entry.kind] += entry.flops
+                times[entry.phase, entry.name] += 1
+                wrote += [entry.writes[0][1]] if entry.name == "quantised_rows" else []
+        return flops, times, wrote
+
+    flops, times, wrote = work("ep 4", training__expert_capacity=2.0)
+    one = 2 * micro_batches * rows * dims[0] * dims[1]
+    assert flops["grouped_fp8"] == 6 * one
+    assert flops["grouped"] == 3 * one
+    assert times["forward", "quantised_stacks"] == 3  # gate, up, down
+    assert times["backward", "quantised_stacks"] == 2  # gate and up, down
+    assert times["forward", "quantised_rows"] == times["backward", "quantised_rows"] == 2 * micro_batches
+    # in forward rows and hidden numbers, in backward gradients of results, and of gate and up: a byte each
+    assert wrote == [rows * width for width in (dims[0], dims[1], dims[0], 2 * dims[1])] * micro_batches
+    cut = work("ep 2 x efsdp 2")[1]
+    assert cut["forward", "quantised_stacks"] == 3 * micro_batches
+    assert cut["backward", "quantised_stacks"] == 2 * micro_batches
+
+
 def test_activations_on_the_host_are_counted() -> None:
     """What leaves comes back, on streams of its own, and the host waits for token counts alone, as without."""
     config = small("ep 4", training__activation_checkpointing="full", training__offload_activations=True)
@@ -187,9 +219,11 @@ def test_a_rehearsal_counts_and_names_the_allocation_without_room() -> None:
         ["parallelism.replicate=4", "parallelism.shard=64"],
         ["optimizer.muon.momentum_dtype=bf16"],
         ["training.offload_activations=true"],
+        ["training.expert_products=fp8"],
+        ["training.expert_products=fp8", "training.gather_once=false", "parallelism.shard=64", "parallelism.replicate=4"],
         ["training.offload_activations=true", "training.activation_checkpointing=full"],
     ],
-    ids=["64", "256", "shard 64", "bf16 momentum", "offloaded", "inputs offloaded"],
+    ids=["64", "256", "shard 64", "bf16 momentum", "offloaded", "fp8", "fp8 of cut experts", "inputs offloaded"],
 )
 def test_the_real_model_agrees_with_the_planner(mesh: list[str]) -> None:
     config = load_config("moonlight-16b-a3b", mesh)

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.rehearsal.chips import FOLDER, load_chip
+from pipeline.config.load import load_config
+from pipeline.rehearsal.chips import FOLDER, check_chip, load_chip
 from pipeline.rehearsal.fuse import fuse
 from pipeline.rehearsal.tape import MAIN, Await, AwaitMark, Collective, Entry, HostWait, Kernel, Mark
 from pipeline.rehearsal.timeline import simulate
@@ -135,6 +136,14 @@ def test_chips(tmp_path: Path) -> None:
         (tmp_path / "mine.yaml").write_bytes(written)
         with pytest.raises(ValueError, match=rf"^--chip \S+mine\.yaml: {said}[^\n]*$"):
             load_chip(str(tmp_path / "mine.yaml"))
+    (tmp_path / "mine.yaml").write_text("\n".join(line for line in text.splitlines() if "grouped_fp8" not in line))
+    without, plain = load_chip(str(tmp_path / "mine.yaml")), load_config("moonlight-16b-a3b")
+    fp8 = load_config("moonlight-16b-a3b", ["training.expert_products=fp8"])
+    for chip in (without, load_chip("mi300x")):
+        check_chip(chip, plain)
+        with pytest.raises(ValueError, match=f"training.expert_products fp8: {chip.name} has no rate for it"):
+            check_chip(chip, fp8)
+    check_chip(load_chip("h200"), fp8)
     with pytest.raises(ValueError, match="known are b200, h100, h200, mi300x"):
         load_chip("h1000")
 

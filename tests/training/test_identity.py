@@ -40,6 +40,13 @@ def test_the_dtype_of_momentum_decides_and_is_none_of_older_runs():
     assert differences(kept_short, of(), 0) == ["optimizer.muon.momentum_dtype is 'bf16' here and None there"]
 
 
+def test_products_of_experts_in_fp8_decide_and_are_none_of_older_runs():
+    assert "training.expert_products" not in of()
+    narrow = of(training__expert_products="fp8")
+    assert differences(narrow, of(), 0) == ["training.expert_products is 'fp8' here and None there"]
+    assert differences(of(), narrow, 0) == ["training.expert_products is None here and 'fp8' there"]
+
+
 def test_another_data_order_is_named():
     config = tiny("here")
     found = differences(identity_of(config, "other", {"lanes": 8, "sources": {"web": 120}}), of(), 0)

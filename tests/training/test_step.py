@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.manifest import DatasetManifest
+from pipeline.model import row_products
 from pipeline.model.hf import hf_tensors
 from pipeline.parallel.local import local_tensor
 from pipeline.storage import Storage
@@ -196,9 +198,9 @@ def test_starts_from_published_weights(tmp_path):
         run.close()
 
 
-def casts_in_a_step(root: str, dataset: DatasetManifest, kept: bool) -> int:
-    """How often this rank casts a stack of experts from its fp32 masters in a step of four micro-batches."""
-    options = {"training__micro_batch": 1, "training__compute_dtype": "bf16"}
+def casts_in_a_step(root: str, dataset: DatasetManifest, kept: bool) -> tuple[int, int]:
+    """How often this rank casts a stack of experts from its fp32 masters in a step of four micro-batches, and how often from there to fp8."""
+    options = {"training__micro_batch": 1, "training__compute_dtype": "bf16", "training__expert_products": "fp8"}
     run = build(root, dataset, 2, **options)
     stack = local_tensor(run.model.layers[1].mlp.experts.up_proj).numel()
 
@@ -211,16 +213,20 @@ def casts_in_a_step(root: str, dataset: DatasetManifest, kept: bool) -> int:
                 self.count += 1
             return func(*args, **(kwargs or {}))
 
+    quantised = row_products.quantised_stacks
+    to_fp8 = mock.Mock(side_effect=lambda stacks, **options: quantised(stacks, **options))
     if not kept:
-        run.step.whole = []
-    with Casts() as casts:
+        run.step.whole = run.step.copies = []
+    with Casts() as casts, mock.patch.object(row_products, "quantised_stacks", to_fp8):
         run.advance(False).fetch()
     run.close()
-    return casts.count
+    return casts.count, sum(len(call.args[0]) for call in to_fp8.call_args_list)
 
 
 def test_whole_experts_are_cast_once_a_step(tmp_path):
     dataset = tiny_dataset(Storage(tiny(str(tmp_path)).storage))
     stacks, passes, micro_batches = 3, 2, 4
-    assert run_distributed(casts_in_a_step, 2, str(tmp_path), dataset, True) == [stacks] * 2
-    assert run_distributed(casts_in_a_step, 2, str(tmp_path), dataset, False) == [stacks * passes * micro_batches] * 2
+    once, often = stacks, stacks * passes * micro_batches
+    # to fp8 for forward, and the other way round for backward
+    assert run_distributed(casts_in_a_step, 2, str(tmp_path), dataset, True) == [(once, passes * once)] * 2
+    assert run_distributed(casts_in_a_step, 2, str(tmp_path), dataset, False) == [(often, often)] * 2
