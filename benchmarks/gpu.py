@@ -11,6 +11,9 @@ layers       embedding, one dense layer, as many mixture layers as fit, head and
              with selective checkpointing, the preset's way; the first two also as one CUDA graph (on a GPU). TFLOP/s and MFU by
              pipeline/training/flops.py, which counts nothing that is computed twice; neither optimizer nor communication. With it how often the host waits for the device
              in a pass, by the profiler, and the peak of memory beside that of the same pass rehearsed (pipeline/rehearsal).
+             Last the same with products of routed experts in fp8; MFU counts by the bf16 peak there, too.
+experts      products that rows take part in, forward and back, of 8 experts and as many rows as 8,192 tokens send them, in bf16 and
+             in fp8 with what it costs to quantise rows (weights are quantised before, as once a step)
 attention    16 heads of 192/128 at 8,192 tokens, causal, forward and backward, by every kernel that takes them
 newton-schulz the five steps of Muon for each matrix shape of the model: one matrix after the other, batched, and batched
              in Gram form; TFLOP/s of the plain form's FLOPs
@@ -46,8 +49,11 @@ from benchmarks.isolated import Row, measure_rows, report, show
 from pipeline.config.load import load_config
 from pipeline.config.schema import ModelConfig
 from pipeline.model.block import Block
+from pipeline.model.devices import check_fp8
+from pipeline.model.experts import MoE
 from pipeline.model.loss import LossOutput
 from pipeline.model.moonlight import Moonlight
+from pipeline.model.row_products import Fp8, Fp8Copies, Places, Stacks, Wide, kept
 from pipeline.optim.newton_schulz import coefficients, orthogonalize
 from pipeline.optim.newton_schulz import flops as newton_schulz_flops
 from pipeline.training.flops import flops_per_token, peak_flops
@@ -64,10 +70,12 @@ class Mode(NamedTuple):
     compiled: bool
     checkpointing: str
     graph: bool = False  # the whole pass is one CUDA graph
+    fp8: bool = False  # products of routed experts
 
 
 MODES = (Mode("eager", False, "none"), Mode("compiled", True, "none"), Mode("selective", True, "selective"))
 GRAPHS = (Mode("eager graph", False, "none", True), Mode("compiled graph", True, "none", True))
+IN_FP8 = Mode("fp8", True, "selective", fp8=True)
 
 
 def main() -> None:
@@ -101,8 +109,9 @@ def all_rows(device: torch.device, tiny: bool) -> dict[str, Row]:
     for check in CHECKS:
         rows[f"parity {check.__name__}"] = functools.partial(parity, check, device)
     graphs = GRAPHS if device.type == "cuda" else ()
-    for mode in (*MODES, *graphs[:1]):
+    for mode in (*MODES, IN_FP8, *graphs[:1]):
         rows[f"layers {length} {mode.name}"] = functools.partial(layers, config, length, device, mode)
+    rows["experts"] = functools.partial(experts, config, length, device)
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
         rows[f"attention {backend.name}"] = functools.partial(attention, config, length, device, backend)
     for name, shape in matrix_shapes(config).items():
@@ -218,6 +227,9 @@ def one_pass(model: Moonlight, length: int, device: torch.device, mode: Mode) ->
         router.tokens_per_expert.zero_()
     for block in (cast(Block, block) for block in model.layers):
         block.activation_checkpointing = mode.checkpointing
+        if mode.fp8 and isinstance(block.mlp, MoE):
+            check_fp8(device)
+            block.mlp.experts.fp8 = Fp8Copies()
         if mode.compiled:
             block.compile()
     ids_BS = torch.randint(0, config.vocab_size, (1, length), device=device)
@@ -271,6 +283,39 @@ def rehearsed_peak(config: ModelConfig, length: int, mode: Mode) -> int:
     with on_stage(memory):
         one_pass(model, length, device, mode._replace(compiled=False))()
     return memory.peak
+
+
+def experts(config: ModelConfig, length: int, device: torch.device) -> None:
+    """Of one rank of 8 whose experts get as many rows as any."""
+    D, F_, e = config.hidden_size, config.moe_intermediate_size, max(config.n_routed_experts // 8, 1)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    pairs = length * config.num_experts_per_tok // e * e
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    stacks = Stacks(draw(e, F_, D), draw(e, F_, D), draw(e, D, F_))
+    offsets_e = torch.arange(1, e + 1, dtype=torch.int32, device=device) * (pairs // e)
+    places, copies = Places(torch.arange(pairs, device=device), offsets_e, None), Fp8Copies()
+    rows_MD, hidden_MF, both_M2F = draw(pairs, D), draw(pairs, F_), draw(pairs, 2 * F_)
+    seconds = []
+    with kept([copies]):
+        for name in (str(dtype).removeprefix("torch."), "fp8"):
+            if name == "fp8":
+                check_fp8(device)
+
+            def step(name: str = name) -> None:
+                products = Fp8(stacks, places, copies) if name == "fp8" else Wide(stacks, places)
+                products.gate_up(rows_MD)
+                products.down(hidden_MF)
+                products.through_down(rows_MD)
+                products.through_gate_up(both_M2F)
+
+            seconds.append(timed(step, device, warmup=2, rounds=5))
+            flops = 12 * pairs * D * F_ / seconds[-1]
+            what = f"{pairs} rows of {e} experts, {D} x {F_}"
+            show(f"{f'experts {name}':32}{seconds[-1] * 1e3:10.2f} ms{flops / 1e12:8.3g} TFLOP/s ({what})")
+    show(f"{'':32}fp8 takes {seconds[1] / seconds[0]:.2f} times as long")
 
 
 def attention(config: ModelConfig, length: int, device: torch.device, backend: SDPBackend) -> None:

@@ -2,7 +2,7 @@
 
 Each check draws its inputs on the CPU, computes in fp32 there, then on the device in bf16 (fp32 on a CPU, whose
 grouped products take it), and returns how far it is off beside what it may be. For bf16 that bound is measured, too: twice as
-far as the CPU's own bf16 is off. Kernels run through Triton: its compiler on CUDA, its interpreter on a CPU (TRITON_INTERPRET=1).
+far as the CPU's own bf16 is off; what fp8 may be off from exact arithmetic is stated (FP8). Kernels run through Triton: its compiler on CUDA, its interpreter on a CPU (TRITON_INTERPRET=1).
 """
 
 from __future__ import annotations
@@ -21,10 +21,14 @@ from pipeline.config.load import load_config
 from pipeline.config.schema import CheckpointConfig, ModelConfig, OptimizerConfig, StorageConfig
 from pipeline.kernels.activation import plain_swiglu, plain_swiglu_backward
 from pipeline.kernels.cross_entropy import plain_cross_entropy
+from pipeline.kernels.quantise import plain_rows, plain_stacks
 from pipeline.model import offload
 from pipeline.model.block import Block
+from pipeline.model.experts import MoE
+from pipeline.model.grouped_fp8 import plain_grouped_fp8
 from pipeline.model.loss import IGNORE, LossOutput
 from pipeline.model.moonlight import Moonlight
+from pipeline.model.row_products import Fp8Copies
 from pipeline.optim.muon import MoonlightOptimizer, build_optimizer
 from pipeline.optim.rules import moonlight_rules
 from pipeline.parallel.dispatch import ranks_plainly
@@ -37,6 +41,8 @@ from pipeline.training.guard import Guard
 from pipeline.training.step import Step
 
 BF16 = torch.bfloat16
+# Loss and gradients of a network whose experts multiply fp8; on a CPU 1e-4 and 0.04, in bf16 2e-5 and 0.07 (0.05 without).
+FP8 = 1e-3, 0.1
 
 
 class Off(NamedTuple):
@@ -73,14 +79,18 @@ def small() -> ModelConfig:
     return load_config("debug").model.model_copy(update={"num_hidden_layers": 2, "vocab_size": 512})
 
 
-def network(config: ModelConfig, device: torch.device, dtype: torch.dtype, mode: str = "none") -> Moonlight:
-    """The same weights everywhere."""
+def network(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, mode: str = "none", *, fp8: bool = False
+) -> Moonlight:
+    """The same weights everywhere; `fp8`: products of experts."""
     model = Moonlight(config, aux_loss_weight=1e-4)
     model.reset_parameters(0)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     for block in model.layers:
         cast(Block, block).activation_checkpointing = mode  # type: ignore[assignment]
+        if fp8 and isinstance(block.mlp, MoE):
+            block.mlp.experts.fp8 = Fp8Copies()
     return model.to(device)
 
 
@@ -141,6 +151,7 @@ def kernels(device: torch.device) -> Iterator[tuple[str, Off]]:
         found = cross_entropy_triton.cross_entropy(logits.to(device), labels.to(device), dtype)
         for name, ours, theirs in zip(("losses", "gradients"), found, plain_cross_entropy(logits, labels, dtype)):
             yield f"cross-entropy {name} {dtype}", Off(distance(ours, theirs), allowed)
+    yield from fp8_kernels(device, many, draw)
     experts_NK = torch.rand(tokens := 130 * many, 64, generator=draw).topk(6, dim=1).indices
     met_NW = ranks_plainly(experts_NK, 8, 8)
     same = torch.equal(sorting_triton.ranks_of(experts_NK.to(device), 8, 8).cpu(), met_NW)
@@ -166,6 +177,29 @@ def kernels(device: torch.device) -> Iterator[tuple[str, Off]]:
     yield "sums of rows", Off(distance(ours, sum_plainly(rows_MD, placing.place_M, placing.bags_R1)), 1e-6)
 
 
+def fp8_kernels(device: torch.device, many: int, draw: torch.Generator) -> Iterator[tuple[str, Off]]:
+    """Quantised to the same bits; products within the 14 bits or so that a GPU's units sum up with."""
+    from pipeline.kernels import grouped_fp8_triton, quantise_triton
+
+    offsets_e = torch.tensor([3, 3, 9], dtype=torch.int32) * many
+    for width, columns in ((520, 136), (256, 128)):
+        x_MK = torch.randn(10 * many, width, generator=draw).to(BF16)
+        x_MK *= torch.exp(4 * torch.randn(x_MK.shape, generator=draw)).to(BF16)
+        halves = [torch.randn(3, columns, width // 2, generator=draw).to(BF16) for _ in range(2)]
+        rows, stack = plain_rows(x_MK, 2), plain_stacks(halves, transposed=False)
+        pairs = {"rows": (quantise_triton.quantised_rows(x_MK.to(device), None, None, 0, 2), rows)}
+        for transposed in (False, True):
+            found = quantise_triton.quantised_stacks([half.to(device) for half in halves], transposed)
+            pairs[f"stacks, transposed {transposed}"] = found, plain_stacks(halves, transposed=transposed)
+        for name, (ours, theirs) in pairs.items():
+            same = all(torch.equal(a.cpu().view(torch.uint8), b.view(torch.uint8)) for a, b in zip(ours, theirs))
+            yield f"quantised {name}, {width} wide", Off(float(not same), 0.0)
+        there = [each.to(device) for each in (*rows, *stack, offsets_e)]
+        product = grouped_fp8_triton.grouped_fp8(*there, 2, torch.float32)[: 9 * many]
+        expected = plain_grouped_fp8(rows, stack, offsets_e, torch.float32, 2)[: 9 * many]
+        yield f"product in fp8, {width} wide", Off(distance(product, expected), 1e-3 if many > 1 else 1e-6)
+
+
 def networks(device: torch.device) -> Iterator[tuple[str, Off]]:
     """Loss and gradients of a whole network, with and without checkpointing, and with masked documents."""
     config = small()
@@ -181,6 +215,10 @@ def networks(device: torch.device) -> Iterator[tuple[str, Off]]:
         found = loss_and_gradients(network(config, device, device_dtype(device), mode), ids_BS, mask)
         for what, ours, theirs, limit in zip(("loss", "gradients"), found, exact, allowed):
             yield f"{name}: {what}", Off(distance(ours, theirs), limit)
+    exact = loss_and_gradients(network(config, cpu, torch.float32), ids_BS)
+    found = loss_and_gradients(network(config, device, device_dtype(device), fp8=True), ids_BS)
+    for what, ours, theirs, limit in zip(("loss", "gradients"), found, exact, FP8):
+        yield f"experts in fp8: {what}", Off(distance(ours, theirs), limit)
     deep = config.model_copy(update={"num_hidden_layers": 5})
     again, plain = (loss_and_gradients(network(deep, device, device_dtype(device)), ids_BS) for _ in range(2))
     model = network(deep, device, device_dtype(device))

@@ -25,7 +25,13 @@ ROWS, GROUP = 128, 8
 
 
 def grouped_fp8(
-    x_MK: Tensor, scales_TM: Tensor, weight_eNK: Tensor, scales_eBT: Tensor, offsets_e: Tensor, parts: int, dtype: torch.dtype
+    x_MK: Tensor,
+    scales_TM: Tensor,
+    weight_eNK: Tensor,
+    scales_eBT: Tensor,
+    offsets_e: Tensor,
+    parts: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     (M, K), (e, N, _) = x_MK.shape, weight_eNK.shape
     y_MN = torch.empty(M, N, dtype=dtype, device=x_MK.device)

@@ -75,7 +75,7 @@ def plain_stacks(stacks: Sequence[Tensor], *, transposed: bool) -> Quantised:
 
 
 def _plain_stack(weight_eNK: Tensor) -> Quantised:
-    e, N, K = weight_eNK.shape
+    _, N, K = weight_eNK.shape
     rows = F.pad(weight_eNK.float(), (0, 0, 0, -N % TILE))
     x_eB8T8 = _in_tiles(rows).unflatten(1, (tiles_of(N), TILE))
     scale_eBT, inverse_eBT = _scales(_bits(x_eB8T8).amax((2, 4)))

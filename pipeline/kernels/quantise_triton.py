@@ -2,7 +2,7 @@
 
 Rounding to e4m3 is written out, on the bits of fp32, and the cast that follows is exact: Triton's interpreter rounds otherwise than a GPU.
 
-Legend: as quantise.py.
+Legend: as quantise.py; R rows and C columns of a stack as it is given.
 """
 
 from __future__ import annotations
@@ -45,7 +45,16 @@ def quantised_stacks(stacks: Sequence[Tensor], transposed: bool) -> tuple[Tensor
         grid = (e, triton.cdiv(O, TILE), triton.cdiv(I, TILE))
         for part, stack in enumerate(stacks):
             _block[grid](
-                stack.contiguous(), values, scales, O, I, part, parts * (O if transposed else I), *scales.shape[1:], transposed, TILE
+                stack.contiguous(),
+                values,
+                scales,
+                O,
+                I,
+                part,
+                parts * (O if transposed else I),
+                *scales.shape[1:],
+                transposed,
+                TILE,
             )
     return values, scales
 
@@ -107,23 +116,23 @@ def _rows(
 
 @triton.jit
 def _block(
-    stack, values, scales, O, I, part, width, B, T, TRANSPOSED: tl.constexpr, TILE: tl.constexpr,
+    stack, values, scales, R, C, part, width, B, T, TRANSPOSED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * TILE + tl.arange(0, TILE)
     column = tl.program_id(2) * TILE + tl.arange(0, TILE)
-    inside = (row < O)[:, None] & (column < I)[None, :]
-    x = tl.load(stack + (expert * O + row[:, None]) * I + column[None, :], inside, 0.0).to(tl.float32)
+    inside = (row < R)[:, None] & (column < C)[None, :]
+    x = tl.load(stack + (expert * R + row[:, None]) * C + column[None, :], inside, 0.0).to(tl.float32)
     largest = tl.max(_magnitude(x))
     rounded = _rounded(x, largest)
     if TRANSPOSED:
         n, k = column, row
-        block, tile = tl.program_id(2), part * tl.cdiv(O, TILE) + tl.program_id(1)
-        rows, first = I, part * O
+        block, tile = tl.program_id(2), part * tl.cdiv(R, TILE) + tl.program_id(1)
+        rows, first = C, part * R
         rounded, inside = tl.trans(rounded), tl.trans(inside)
     else:
         n, k = row, column
-        block, tile = tl.program_id(1), part * tl.cdiv(I, TILE) + tl.program_id(2)
-        rows, first = O, part * I
+        block, tile = tl.program_id(1), part * tl.cdiv(C, TILE) + tl.program_id(2)
+        rows, first = R, part * C
     tl.store(values + (expert * rows + n[:, None]) * width + first + k[None, :], rounded, inside)
     tl.store(scales + (expert * B + block) * T + tile, _scale(largest))

@@ -42,7 +42,13 @@ def plain_grouped_fp8(
 
 @torch.library.custom_op("moonlight::grouped_fp8", mutates_args=(), device_types="cuda")
 def _grouped_fp8(
-    x_MK: Tensor, scales_TM: Tensor, weight_eNK: Tensor, scales_eBT: Tensor, offsets_e: Tensor, parts: int, dtype: torch.dtype
+    x_MK: Tensor,
+    scales_TM: Tensor,
+    weight_eNK: Tensor,
+    scales_eBT: Tensor,
+    offsets_e: Tensor,
+    parts: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     from pipeline.kernels.grouped_fp8_triton import grouped_fp8
 
@@ -51,6 +57,12 @@ def _grouped_fp8(
 
 @_grouped_fp8.register_fake
 def _(
-    x_MK: Tensor, scales_TM: Tensor, weight_eNK: Tensor, scales_eBT: Tensor, offsets_e: Tensor, parts: int, dtype: torch.dtype
+    x_MK: Tensor,
+    scales_TM: Tensor,
+    weight_eNK: Tensor,
+    scales_eBT: Tensor,
+    offsets_e: Tensor,
+    parts: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     return x_MK.new_empty(x_MK.shape[0], weight_eNK.shape[1], dtype=dtype)

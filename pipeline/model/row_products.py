@@ -137,7 +137,11 @@ class Fp8:
 
     def gate_up(self, x_RD: Tensor) -> tuple[Tensor, Tensor]:
         """(gate_MF, up_MF) of all places."""
-        x, (gate, up, _), offsets_e = quantised_rows(x_RD, self.places.row_M, *self._filled), self._forward, self.places.offsets_e
+        x, (gate, up, _), offsets_e = (
+            quantised_rows(x_RD, self.places.row_M, *self._filled),
+            self._forward,
+            self.places.offsets_e,
+        )
         return grouped_fp8(x, gate, offsets_e, x_RD.dtype), grouped_fp8(x, up, offsets_e, x_RD.dtype)
 
     def down(self, hidden_MF: Tensor) -> Tensor:

@@ -312,11 +312,11 @@ _FLOPS: dict[str, Callable[..., int]] = {
     "moonlight::rehearsed_attention_backward": _attention_backward,
 }
 _SEE_WHAT_IS_FILLED = frozenset(
-    f"moonlight::{name}"
-    for name in (
-        "grouped_rows", "grouped_outer", "grouped_fp8", "quantised_rows", "bag_sums", "copy_rows", "swiglu", "swiglu_backward",
-    )  # fmt: skip
-)
+    {
+        "moonlight::grouped_rows", "moonlight::grouped_outer", "moonlight::grouped_fp8", "moonlight::quantised_rows",
+        "moonlight::bag_sums", "moonlight::copy_rows", "moonlight::swiglu", "moonlight::swiglu_backward",
+    }
+)  # fmt: skip
 _PRODUCTS = frozenset({"mm", "addmm", "addmm_", "bmm", "baddbmm", "linear", "linear_backward"})
 _READ_TWICE = frozenset({"moonlight::cross_entropy"})  # its inputs
 _aten = torch.ops.aten

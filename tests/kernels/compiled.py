@@ -27,7 +27,7 @@ from pipeline.kernels import (
 )
 
 FP8, BF16, FP32, I32, I64 = "*fp8e4nv", "*bf16", "*fp32", "*i32", "*i64"
-WIDTHS = {"N", "width", "D", "F", "O", "I", "V"}
+WIDTHS = {"N", "width", "D", "F", "R", "C", "V"}
 KERNELS: dict[Any, tuple[dict[str, str], dict[str, Any]]] = {
     grouped_fp8_triton._product: (
         {"x": FP8, "x_scales": FP32, "weight": FP8, "weight_scales": FP32, "offsets": I32, "y": BF16},

@@ -9,7 +9,9 @@ import pytest
 SHARED = {89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program may have, by compute capability
 
 
-@pytest.mark.parametrize("capability", [pytest.param(89, marks=pytest.mark.long), 90, pytest.param(100, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "capability", [pytest.param(89, marks=pytest.mark.long), 90, pytest.param(100, marks=pytest.mark.long)]
+)
 def test_every_kernel_compiles(capability):
     command = [sys.executable, "-m", "tests.kernels.compiled", str(capability)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -32,7 +32,9 @@ def test_rows_meet_their_experts(counts, columns, width, parts, seed):
     rows, stack = plain_rows(x, parts), plain_stacks(stacks, transposed=False)
     found = grouped_fp8(rows, stack, offsets(counts), torch.float32, parts)
     pairs = zip(rows_in_fp32(rows, parts).double().split(counts), stack_in_fp32(stack, parts).double())
-    torch.testing.assert_close(found, torch.cat([each @ weight.T for each, weight in pairs]).float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        found, torch.cat([each @ weight.T for each, weight in pairs]).float(), rtol=1e-4, atol=1e-4
+    )
     assert torch.equal(grouped_fp8(rows, stack, offsets(counts), torch.bfloat16, parts), found.bfloat16())
 
 
@@ -90,7 +92,9 @@ def test_rows_behind_the_end_are_passed_over():
     torch.testing.assert_close(found[:5], expected)
 
 
-@pytest.mark.parametrize("product", [plain_grouped_fp8, lambda *a: grouped_fp8_triton.grouped_fp8(*a[0], *a[1], a[2], 1, a[3])])
+@pytest.mark.parametrize(
+    "product", [plain_grouped_fp8, lambda *a: grouped_fp8_triton.grouped_fp8(*a[0], *a[1], a[2], 1, a[3])]
+)
 def test_what_is_not_finite_reaches_the_result(product):
     x, stacks = drawn([2, 2], 136, 136)
     x[1, 7] = torch.inf

@@ -36,7 +36,10 @@ def by_hand(tile):
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
-    rows=st.integers(0, 4), width=st.sampled_from([8, 120, 128, 136, 264]), parts=st.integers(1, 2), seed=st.integers(0, 99)
+    rows=st.integers(0, 4),
+    width=st.sampled_from([8, 120, 128, 136, 264]),
+    parts=st.integers(1, 2),
+    seed=st.integers(0, 99),
 )
 def test_rows_are_what_the_definition_says(rows, width, parts, seed):
     x = drawn(rows, parts * width, seed=seed)
@@ -139,7 +142,9 @@ def test_the_kernel_of_rows_gives_the_same_bits(rows, width, parts, gathers, dty
     if rows > 4 and width:
         x[1, 0], x[2, -1], x[3] = torch.nan, -torch.inf, 0
         x[4] *= 1e-38
-    row_M = torch.randint(0, rows, (2 * rows,), generator=torch.Generator().manual_seed(seed)) if gathers and rows else None
+    row_M = (
+        torch.randint(0, rows, (2 * rows,), generator=torch.Generator().manual_seed(seed)) if gathers and rows else None
+    )
     found = Quantised(*quantise_triton.quantised_rows(x, row_M, None, 0, parts))
     expected = plain_rows(x if row_M is None else x[row_M], parts)
     assert same_bits(found.values, expected.values)

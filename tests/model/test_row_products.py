@@ -63,7 +63,10 @@ def test_forward_and_the_gradients_of_rows_are_those_of_what_the_numbers_stand_f
 
     def wide(rows, stack, offsets_e, dtype, parts=1):
         weight = stack_in_fp32(stack, parts).double()
-        out = [part @ weight[e].T for e, part in enumerate(rows_in_fp32(rows, parts).double().tensor_split(offsets_e[:-1].tolist()))]
+        out = [
+            part @ weight[e].T
+            for e, part in enumerate(rows_in_fp32(rows, parts).double().tensor_split(offsets_e[:-1].tolist()))
+        ]
         return torch.cat(out).to(dtype)
 
     monkeypatch.setattr(row_products, "grouped_fp8", wide)
@@ -75,7 +78,9 @@ def test_gradients_of_weights_are_not_in_fp8(monkeypatch):
     """Given the same rows and gradients they are those of the compute dtype, to the bit: here with products that round nothing."""
     experts, x, choices = drawn(torch.bfloat16, **WIDE)
     expected = passed(experts, x, choices)
-    monkeypatch.setattr(row_products.Fp8, "gate_up", lambda self, x: row_products.Wide(self.stacks, self.places).gate_up(x))
+    monkeypatch.setattr(
+        row_products.Fp8, "gate_up", lambda self, x: row_products.Wide(self.stacks, self.places).gate_up(x)
+    )
     for name in ("down", "through_down", "through_gate_up"):
         plain = getattr(row_products.Wide, name)
         monkeypatch.setattr(

@@ -116,7 +116,9 @@ def test_settings_that_may_change_at_any_start_make_no_other_version(run: Publis
     values["parallelism"] |= {"replicate": 2}  # somebody to compute again what others did
     values["training"] |= {"micro_batch": 1, "interleave": False, "recompute_every": 9}
     assert version_name(validate(values), *facts) == run.manifest.version
-    assert "expert_products" not in published_config(made.config)["training"]  # as in configurations older than the setting
+    assert (
+        "expert_products" not in published_config(made.config)["training"]
+    )  # as in configurations older than the setting
     for section, decides in (("publishing", {"dtype": "bf16"}), ("training", {"expert_products": "fp8"})):
         assert version_name(validate({**values, section: values[section] | decides}), *facts) != run.manifest.version
 

@@ -220,7 +220,12 @@ def test_a_rehearsal_counts_and_names_the_allocation_without_room() -> None:
         ["optimizer.muon.momentum_dtype=bf16"],
         ["training.offload_activations=true"],
         ["training.expert_products=fp8"],
-        ["training.expert_products=fp8", "training.gather_once=false", "parallelism.shard=64", "parallelism.replicate=4"],
+        [
+            "training.expert_products=fp8",
+            "training.gather_once=false",
+            "parallelism.shard=64",
+            "parallelism.replicate=4",
+        ],
         ["training.offload_activations=true", "training.activation_checkpointing=full"],
     ],
     ids=["64", "256", "shard 64", "bf16 momentum", "offloaded", "fp8", "fp8 of cut experts", "inputs offloaded"],

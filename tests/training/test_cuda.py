@@ -15,17 +15,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from pipeline.config.schema import ModelConfig, OptimizerConfig
+from pipeline.config.schema import ModelConfig, OptimizerConfig, TrainingConfig
 from pipeline.model import grouped, sequences
+from pipeline.model.devices import check_fp8
 from pipeline.model.loss import _CrossEntropySum
 from pipeline.model.moonlight import Moonlight
 from pipeline.model.qk_clip import observe_max_logits
+from pipeline.model.row_products import Fp8, Fp8Copies, Places, Stacks, kept
 from pipeline.optim.muon import build_optimizer
 from pipeline.optim.rules import moonlight_rules
 from pipeline.parallel.bounded import BoundedDispatch, Room
 from pipeline.parallel.dispatch import AllToAllDispatch, Choices
 from pipeline.parallel.mesh import Meshes
-from pipeline.parallel.rows import place
+from pipeline.parallel.rows import Filled, place
+from pipeline.parallel.shard import shard_model
 from pipeline.training.guard import Guard
 from pipeline.training.step import Step
 
@@ -133,6 +136,52 @@ def test_grouped_products_take_their_operands(capability, rows):
             grouped._rows._init_fn(torch.empty(rows, 44, dtype=BF16, device=CUDA), narrow, offsets_e, False)
 
 
+@pytest.mark.parametrize("filled", [None, Filled(torch.empty(1, dtype=torch.int32), 24)])
+def test_products_of_experts_in_fp8(filled):
+    """What is multiplied is e4m3, what comes of it is bf16, and the host reads nothing."""
+    stacks = Stacks(*(torch.empty(4, *shape, dtype=BF16, device=CUDA) for shape in ((48, 64), (48, 64), (64, 48))))
+    ends = torch.empty(4, dtype=torch.int32, device=CUDA)
+    places = Places(torch.empty(24, dtype=torch.int64, device=CUDA), ends, filled and Filled(ends[-1:], 24))
+    copies = Fp8Copies()
+    with kept([copies]):
+        products = Fp8(stacks, places, copies)
+        rows_RD, hidden_MF, both_M2F = (
+            torch.empty(*shape, dtype=BF16, device=CUDA) for shape in ((9, 64), (24, 48), (24, 96))
+        )
+        found = (*products.gate_up(rows_RD), products.down(hidden_MF))
+        found += (products.through_down(found[2]), products.through_gate_up(both_M2F))
+        assert [(t.shape[1], t.dtype, t.device) for t in found] == [(n, BF16, CUDA) for n in (48, 48, 64, 48, 64)]
+        for each in (*copies.forward(stacks), *copies.backward(stacks)):
+            assert (each.values.dtype, each.scales.dtype) == (torch.float8_e4m3fn, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "said"),
+    [
+        ((9, 0), None, None),
+        ((8, 9), None, None),
+        ((12, 0), None, None),
+        ((8, 0), None, "has compute capability 8.0"),
+        ((9, 4), "6.4", "AMD"),
+    ],
+)
+def test_fp8_is_refused_by_a_chip_without_it(capability, hip, said):
+    config = TrainingConfig(expert_products="fp8", compile=True)
+    with (
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
+        mock.patch.object(torch.cuda, "get_device_name", return_value="Some GPU"),
+        mock.patch.object(torch.version, "hip", hip),
+    ):
+        if said is None:
+            check_fp8(CUDA)
+            return
+        with pytest.raises(
+            ValueError, match=f"^training.expert_products fp8: the device Some GPU .*{said}.* set it to compute_dtype$"
+        ):
+            shard_model(on_cuda(torch.float32), Meshes(None, None), config, CUDA)  # before anything else
+    check_fp8(torch.device("cpu"))
+
+
 class Landed:
     def wait(self) -> None:
         pass
@@ -147,11 +196,13 @@ def eight_ranks() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("lengths", [None, [50, 64]])
-def test_a_pass_over_ranks_waits_for_nothing_on_the_host(eight_ranks, lengths):
+@pytest.mark.parametrize("fp8", [None, Fp8Copies()])
+def test_a_pass_over_ranks_waits_for_nothing_on_the_host(eight_ranks, lengths, fp8):
     """With room set aside; a read of counts would raise here, as it does without."""
     model = on_cuda(BF16)
     ids_BS = torch.empty(2, 64, dtype=torch.int64, device=CUDA)
     experts = model.layers[1].mlp.experts
+    experts.fp8 = fp8
     experts.dispatcher = BoundedDispatch(eight_ranks, Room(1.25))
     out = model(ids_BS, ids_BS, lengths=lengths)
     assert out.loss_sum.device == CUDA

@@ -226,15 +226,53 @@ def test_compiled_blocks(tmp_path, mode):
     assert losses == pytest.approx(expected, abs=TOLERANCE)
 
 
-def reduced(root: str, dataset: DatasetManifest) -> list[float]:
-    case = {"training__compute_dtype": "bf16", "parallelism": {"shard": 2, "ep": 2}}
-    return [record.loss for record in trained(root, dataset, case)[0]]
+def reduced(root: str, dataset: DatasetManifest, cases: list[dict]) -> list[list[float]]:
+    return [[record.loss for record in trained(root, dataset, {**EP2, **case})[0]] for case in cases]
 
 
-def test_mixed_precision_stays_near(tmp_path):
-    """bf16 weights and activations over fp32 masters: 8 bits of mantissa, hence losses within 1e-2."""
+def test_lower_precision_stays_near(tmp_path):
+    """bf16 weights and activations over fp32 masters: 8 bits of mantissa, hence losses within 1e-2. Products of experts in fp8 alone are off by
+    4 per cent, but are a small part of what so young a network does: within 1e-3."""
     dataset = tiny_dataset(Storage(tiny(str(tmp_path)).storage))
     expected = [record.loss for record in trained(str(tmp_path), dataset, {})[0]]
-    losses = run_distributed(reduced, 2, str(tmp_path), dataset)[0]
-    assert losses == pytest.approx(expected, abs=1e-2)
-    assert losses != expected
+    bf16 = {"training__compute_dtype": "bf16"}
+    found = run_distributed(reduced, 2, str(tmp_path), dataset, [bf16, {**bf16, **FP8}, FP8])[0]
+    for losses, off in zip(found, (1e-2, 1e-2, 1e-3), strict=True):
+        assert losses == pytest.approx(expected, abs=off)
+        assert losses != expected
+    assert found[0] != found[1]
+
+
+@pytest.mark.long
+def test_a_network_learns_in_fp8_as_without(tmp_path):
+    """From 4.17 to 0.145 in 150 steps, where another seed makes a difference of 0.006 at the end, and of 0.3 on the way."""
+    steps, tokens = 150, 150 * SEQUENCES * SEQUENCE
+    sources = [{"name": name, "path": "none", "max_epochs": 100} for name in ("s0", "s1")]
+    config = tiny(
+        str(tmp_path),
+        steps=steps,
+        corpus={"sources": sources},
+        schedule__total_tokens=tokens,
+        schedule__learning_rate=[{"until_tokens": tokens, "shape": "linear", "start": 0.01, "end": 0.0005}],
+        schedule__global_batch=[{"until_tokens": tokens, "sequences": SEQUENCES}],
+        schedule__bias_rate=[{"until_tokens": tokens, "rate": 0.01}],
+        training__micro_batch=SEQUENCES,
+    )
+    wider = {
+        "hidden_size": 64,
+        "moe_intermediate_size": 136,
+        "intermediate_size": 128,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+    }
+    config = config.model_copy(update={"model": config.model.model_copy(update=wider)})
+    dataset, curves = tiny_dataset(Storage(config.storage)), []
+    for kind in ("compute_dtype", "fp8"):
+        training = config.training.model_copy(update={"expert_products": kind})
+        run = Run(config.model_copy(update={"training": training}), dataset, Storage(config.storage))
+        curves.append([run.advance(False).fetch().loss for _ in range(steps)])
+        run.close()
+    wide, narrow = curves
+    assert wide[0] - wide[-1] > 3.9
+    assert sum(narrow[-20:]) / 20 == pytest.approx(sum(wide[-20:]) / 20, abs=0.01)
+    assert narrow == pytest.approx(wide, abs=0.2)
