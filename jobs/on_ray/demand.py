@@ -17,6 +17,10 @@ from pipeline.config.load import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.reach import PATIENCE_S, answers
 
+# Kinds of GPUs, as Ray calls them, that multiply no e4m3 (fn); of one that is not told here a worker finds out (pipeline/model/devices.py).
+WITHOUT_FP8 = frozenset({"K80", "P4", "P100", "V100", "T4", "A10", "A10G", "A30", "A40", "A100", "A800"})
+OTHER_MAKERS = ("AMD-", "Intel-")
+KIND = "accelerator_type:"
 JOIN_S, PAUSE_S = 60.0, 2.0  # for the nodes of a cluster that has just been started
 
 
@@ -25,6 +29,11 @@ class Node:
     cpus: float
     gpus: float
     memory: float  # bytes
+    kind: str = ""  # of its GPUs, as Ray calls them; empty: not told
+
+    @property
+    def lacks_fp8(self) -> bool:
+        return self.kind in WITHOUT_FP8 or self.kind.startswith(OTHER_MAKERS)
 
 
 def this_machine(config: RunConfig) -> Node:
@@ -34,7 +43,8 @@ def this_machine(config: RunConfig) -> Node:
     workers = config.cluster.cpus_per_worker * config.parallelism.world_size
     wanted = config.cluster.use_gpu or config.cluster.classifier_gpus > 0
     gpus = NvidiaGPUAcceleratorManager.get_current_node_num_accelerators() if wanted else 0
-    return Node(max(workers, os.cpu_count() or 1), gpus, float(psutil.virtual_memory().total))
+    kind = (NvidiaGPUAcceleratorManager.get_current_node_accelerator_type() if gpus else None) or ""
+    return Node(max(workers, os.cpu_count() or 1), gpus, float(psutil.virtual_memory().total), kind)
 
 
 def check_nodes(config: RunConfig, nodes: Sequence[Node], where: str, stages: Sequence[str]) -> None:
@@ -60,6 +70,13 @@ def check_nodes(config: RunConfig, nodes: Sequence[Node], where: str, stages: Se
             raise ConfigError(
                 f"cluster.use_gpu: {_workers(config)} = {world} workers want a GPU each, and {where} has {gpus}; "
                 "lower them, set cluster.use_gpu=false, or use a cluster that has them (RAY_ADDRESS)"
+            )
+        lacking = {node.kind for node in nodes if node.gpus and node.lacks_fp8}
+        able = int(sum(node.gpus for node in nodes if not node.lacks_fp8))
+        if "train" in stages and config.training.expert_products == "fp8" and able < world:
+            raise ConfigError(
+                f"training.expert_products fp8: {where} has {able} GPUs of {world} that multiply it ({', '.join(sorted(lacking))} do not); set it "
+                "to compute_dtype, or use a cluster of H100, H200, B200 or L40S"
             )
     room = sum(int(node.cpus // cluster.cpus_per_worker) for node in nodes)
     if room < world:
@@ -163,4 +180,5 @@ def _nodes(address: str) -> list[Node] | None:
 
 
 def _node(resources: dict[str, float]) -> Node:
-    return Node(resources.get("CPU", 0), resources.get("GPU", 0), resources.get("memory", 0))
+    kind = next((name.removeprefix(KIND) for name in resources if name.startswith(KIND)), "")
+    return Node(resources.get("CPU", 0), resources.get("GPU", 0), resources.get("memory", 0), kind)

@@ -53,6 +53,30 @@ def test_a_cluster_that_is_too_small(answer: dict[str, object]) -> None:
     check_cluster(load_config("debug"), STAGES)
 
 
+@pytest.mark.parametrize(
+    ("kind", "able"), [("H100", True), ("", True), ("A100", False), ("AMD-Instinct-MI300X-OAM", False)]
+)
+def test_fp8_asked_of_gpus_without_it(answer: dict[str, object], kind: str, able: bool) -> None:
+    there: dict[str, float] = {
+        "CPU": 4.0,
+        "GPU": 2.0,
+        "memory": 8e9,
+        **({f"accelerator_type:{kind}": 1.0} if kind else {}),
+    }
+    answer["rows"] = [NODE, {"state": "ALIVE", "resources_total": there}]
+    config = load_config("debug", ["cluster.use_gpu=true", "training.expert_products=fp8"])
+    check_cluster(load_config("debug", ["cluster.use_gpu=true"]), STAGES)
+    check_cluster(config, ["prepare", "evaluate"])
+    if able:
+        check_cluster(config, STAGES)
+        return
+    with pytest.raises(
+        ConfigError,
+        match=rf"^training.expert_products fp8: http\S+ has 0 GPUs of 2 that multiply it \({kind} do not\); set it to",
+    ):
+        check_cluster(config, STAGES)
+
+
 def test_an_elastic_run_begins_on_the_least(answer: dict[str, object]) -> None:
     mesh = "parallelism={shard: 2, elastic: {min_workers: %d}}"
     check_cluster(load_config("debug", [mesh % 1]), STAGES)
