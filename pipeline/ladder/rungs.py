@@ -14,6 +14,7 @@ from pipeline.config.load import ConfigError, validate
 from pipeline.config.schema import ModelConfig, RunConfig
 from pipeline.manifest import digest_of
 from pipeline.training.flops import active_parameters, flops_per_token
+from pipeline.training.identity import as_before
 
 OPTIMIZERS = ("muon", "adamw")
 
@@ -117,7 +118,7 @@ def configure(recipe: RunConfig, rung: Rung, tokens_per_parameter: float, datase
     values["tracking"] = {}
     decisive = {
         key: values[key] for key in ("seed", "model", "optimizer", "schedule", "training", "data", "evaluation")
-    } | {"mixture": values["corpus"]["mixture"]}
+    } | {"training": as_before(values["training"]), "mixture": values["corpus"]["mixture"]}
     digest = digest_of({"rung": asdict(rung), "dataset": dataset_digest, "settings": decisive})
     return validate({**values, "run_id": f"ladder-{digest[:16]}"})
 

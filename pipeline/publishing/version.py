@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.config.schema import TASK_SETTINGS, RunConfig
 from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, digest_of
-from pipeline.training.identity import MECHANICS_OF_MUON
+from pipeline.training.identity import MECHANICS_OF_MUON, as_before
 
 FORMAT = 6  # enters the version's name: raise it when the same inputs would publish other bytes
 MECHANICS = {  # of training: how the same steps are computed and watched
@@ -75,6 +75,4 @@ def published_config(config: RunConfig) -> dict[str, Any]:
             "evaluation": {"batch", "follow", "waiting", "tasks_every", "scoring_tasks", "task_preset", *unused},
         },
     )
-    if config.training.expert_products == "compute_dtype":  # as it was before there was a choice
-        del found["training"]["expert_products"]
-    return found
+    return found | {"training": as_before(found["training"])}

@@ -25,6 +25,7 @@ DECIDE_THE_LOSS = {
     "initial_weights",
     "skip_sequences",
 }
+LATER = {"expert_products": "compute_dtype"}  # settings with what they were before there was a choice
 SKIPS = "training.skip_sequences"
 SPIKES = "training.spikes."
 
@@ -54,6 +55,11 @@ def identity_of(config: RunConfig, dataset_digest: str, order: dict[str, Any]) -
     if config.training.start_from is not None:
         values["training"] |= config.training.model_dump(mode="json", include={"start_from", "start_position"})
     return dict(_flatten("", values))
+
+
+def as_before(training: dict[str, Any]) -> dict[str, Any]:
+    """A section `training` without settings that came later than names made of whole sections, where they are not used: such names stay."""
+    return {key: value for key, value in training.items() if LATER.get(key, ...) != value}
 
 
 def run_identity(config: RunConfig, dataset: DatasetManifest) -> str:

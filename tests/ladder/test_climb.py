@@ -92,7 +92,8 @@ def test_rungs_are_the_recipe_at_another_size() -> None:
         configure(recipe, Rung("muon", 64, 0.5, seed=1), 1.0, "d"),
     )
     assert (small.run_id, other.seed) == (again.run_id, small.seed + 1)
-    assert len({small.run_id, large.run_id, other.run_id}) == 3
+    narrow = configure(load_config("debug", ["training.expert_products=fp8"]), Rung("muon", 64, 0.5), 1.0, "d")
+    assert len({small.run_id, large.run_id, other.run_id, narrow.run_id}) == 4
     peer = configure(recipe, Rung("adamw", 64, 0.5), 1.0, "d")
     differ = {key for key, value in small.model_dump().items() if value != peer.model_dump()[key]}
     assert differ == {"run_id", "optimizer"}

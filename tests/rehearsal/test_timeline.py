@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jobs import plan
 from pipeline.config.load import load_config
 from pipeline.rehearsal.chips import FOLDER, check_chip, load_chip
 from pipeline.rehearsal.fuse import fuse
@@ -146,6 +147,19 @@ def test_chips(tmp_path: Path) -> None:
     check_chip(load_chip("h200"), fp8)
     with pytest.raises(ValueError, match="known are b200, h100, h200, mi300x"):
         load_chip("h1000")
+
+
+def test_fp8_asked_of_a_chip_without_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """In one line, before anything is rehearsed."""
+    given = ["--config", "debug", "training.expert_products=fp8", "--rehearse", "--chip", "mi300x"]
+    assert plan.main(given) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1
+    assert (
+        "training.expert_products fp8: MI300X 192 GB has no rate for it (grouped_fp8 in the chip's file); set it to compute_dtype"
+        in said.err
+    )
+    assert "rehearsed" not in said.out
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -211,18 +211,24 @@ def test_every_way(tmp_path, mesh):
     compare(str(tmp_path), world, [{**mesh, **way} for way in ways] + [{**mesh, **ways[0], **EXACT}], timeout=1700)
 
 
-def compiled(root: str, dataset: DatasetManifest, mode: str) -> list[float]:
-    case = {"training__compile": True, "training__document_mask": True, "parallelism": {"shard": 2, "ep": 2}}
+def compiled(root: str, dataset: DatasetManifest, mode: str, products: dict) -> list[float]:
+    case = {
+        "training__compile": True,
+        "training__document_mask": True,
+        "parallelism": {"shard": 2, "ep": 2},
+        **products,
+    }
     return [record.loss for record in trained(root, dataset, {**case, "training__activation_checkpointing": mode})[0]]
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)  # Inductor's C++ compiler, on a busy machine
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
-def test_compiled_blocks(tmp_path, mode):
+@pytest.mark.parametrize(("mode", "products"), [("none", {}), ("selective", {}), ("full", {}), ("selective", FP8)])
+def test_compiled_blocks(tmp_path, mode, products):
     dataset = tiny_dataset(Storage(tiny(str(tmp_path)).storage))
-    expected = [record.loss for record in trained(str(tmp_path), dataset, {"training__document_mask": True})[0]]
-    losses = run_distributed(compiled, 2, str(tmp_path), dataset, mode, timeout=1700)[0]
+    plain = {"training__document_mask": True, **products}
+    expected = [record.loss for record in trained(str(tmp_path), dataset, plain)[0]]
+    losses = run_distributed(compiled, 2, str(tmp_path), dataset, mode, products, timeout=1700)[0]
     assert losses == pytest.approx(expected, abs=TOLERANCE)
 
 
