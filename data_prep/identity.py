@@ -46,6 +46,8 @@ def identity(config: RunConfig, listings: Mapping[str, Listing]) -> str:
         parts["order_of_sources"] = [source.name for source in corpus.sources]
     if corpus.drop_duplicates_across_sources and alike:  # alone the order says it: names that were given stay
         parts["drop_duplicates_across_sources"] = True
+    if alike and config.data.packing == "whole":
+        parts["too_long_for_a_row"] = "stays last"
     return digest_of(parts)[:32]
 
 

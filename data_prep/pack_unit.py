@@ -226,7 +226,7 @@ def _pack(
     they are longer than a row and may not be cut."""
     first, text_bytes, too_long = 0, 0, list[int]()
     held: dict[int, np.ndarray] = {}  # tokens of documents that rows still open refer to
-    for tokens, offsets, n_bytes, hashes in _windows(storage, unit, writer.dtype):
+    for tokens, offsets, n_bytes, hashes in windows(storage, unit, writer.dtype):
         count = len(offsets) - 1
         if cutter is not None:
             tokens, offsets, n_bytes = cutter.cut(first, tokens, offsets, n_bytes, hashes.to_pylist())
@@ -276,7 +276,7 @@ def _row_tokens(row: Row, document: Any) -> Iterator[np.ndarray]:
         yield document(piece.document)[piece.start : piece.start + piece.length]
 
 
-def _windows(
+def windows(
     storage: Storage, unit: UnitManifest, dtype: Any
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, pa.Array]]:
     """Row group after row group: tokens, offsets [n + 1], n_bytes [n], hashes [n]."""

@@ -25,6 +25,7 @@ from data_prep.dataset_plan import plan_dataset, read_units
 from data_prep.dropped_share import DroppedShare
 from data_prep.identity import identity, list_corpus, versions
 from data_prep.listing import Listing
+from data_prep.long_documents import find_long_documents
 from data_prep.mapping import MapUnits, map_in_process
 from data_prep.near.find import find_near_duplicates
 from data_prep.pack_unit import PackSettings, PackTask, pack_unit
@@ -273,11 +274,13 @@ def _resolve_and_pack(
     def mapped(phase: str, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
         return _mapped(phase, function, items, map_units, report, _uncounted)
 
-    near, paragraphs = None, list[str]()
+    near, paragraphs, long = None, list[str](), ""
+    if config.corpus.near_duplicates is not None or config.corpus.duplicate_paragraphs is not None:
+        long = find_long_documents(config, units, plan.tokenizer.vocab_size, folder, mapped)
     if config.corpus.near_duplicates is not None:
-        near = find_near_duplicates(config, units, tokenized, heldout, folder, mapped)
+        near = find_near_duplicates(config, units, tokenized, heldout, long, folder, mapped)
     if config.corpus.duplicate_paragraphs is not None:
-        corpus = corpus_of(config, units, tokenized, heldout, near.duplicates.path if near else None)
+        corpus = corpus_of(config, units, tokenized, heldout, near.duplicates.path if near else None, long)
         paragraphs = mapped(
             "paragraphs", partial(find_going, config.storage, corpus), ranges(tokenized, corpus, folder)
         )

@@ -45,6 +45,9 @@ from pipeline.storage import Storage, open_storage
 PARTITION_DOCUMENTS = 4_000_000
 READ_THREADS = 16
 ORDINAL = np.dtype("<u4")
+LONG = np.uint16(
+    0xFFFE
+)  # the rank, among who may stay, of a document that fits into no row: after those of all sources
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Connected components of documents with equal bands, and the one document of each that is kept.
 
 Who is kept does not depend on what came first: a held-out document, if there is one in the cluster (what resembles it is not trained
-on); else the one of the source that the configuration names first, of these the longest, of these that of the smallest hash; equal
-documents go by their place in the plan, as exact duplicates do.
+on); else one that fits into a row, where documents are not cut, before one that does not; of these the one of the source that the
+configuration names first, of these the longest, of these that of the smallest hash; equal documents go by their place in the plan, as exact
+duplicates do.
 
 Union-find over all documents: an array of parents that the edges stream through, file by file, hooked onto the smaller root until
 nothing changes. Memory: 15 bytes a document of the corpus at its peak (1.5 GB for 100 million, measured), 26 a cluster, and one file of edges or
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from data_prep.near.bands import EDGE, Corpus, read_edges
 from data_prep.near.file import read_documents
-from data_prep.resolve import duplicates_bytes
+from data_prep.resolve import LONG, duplicates_bytes, read_duplicates
 from data_prep.writer import put
 from pipeline.config.schema import StorageConfig
 from pipeline.manifest import NearDuplicatesFound
@@ -37,6 +38,7 @@ class Components:
     edges: tuple[str, ...]  # paths
     heldout: tuple[tuple[int, tuple[int, ...]], ...]  # place of a unit, ordinals that are held out
     output: str  # path without ending
+    long: str = ""  # path of documents that fit into no row; "": all do, or are cut
 
 
 def find_components(storage_config: StorageConfig, corpus: Corpus, task: Components) -> NearDuplicatesFound:
@@ -48,7 +50,7 @@ def find_components(storage_config: StorageConfig, corpus: Corpus, task: Compone
     parent, member = _united(storage, corpus, task.edges)
     cluster = np.cumsum(member & (parent == np.arange(len(parent), dtype=parent.dtype)), dtype=parent.dtype)
     count = int(cluster[-1]) if len(cluster) else 0
-    kept = _kept(storage, corpus, dict(task.heldout), parent, member, cluster, count)
+    kept = _kept(storage, corpus, task, parent, member, cluster, count)
     with TemporaryDirectory(prefix="near-") as folder:
         found = _write(storage, corpus, task, parent, member, cluster, kept, Path(folder))
     storage.create(f"{task.output}.json", found.to_json())
@@ -91,13 +93,14 @@ def root(parent: Numbers, numbers: Numbers) -> Numbers:
 def _kept(
     storage: Storage,
     corpus: Corpus,
-    heldout: dict[int, tuple[int, ...]],
+    task: Components,
     parent: Numbers,
     member: NDArray[np.bool_],
     cluster: Numbers,
     count: int,
 ) -> Numbers:
     """The number of the document of each cluster that is kept."""
+    heldout = dict(task.heldout)
     best: dict[str, NDArray[Any]] = {
         "rank": np.full(count, 0xFFFF, np.uint16),
         "short": np.zeros(count, np.uint64),  # the complement of its size
@@ -111,6 +114,8 @@ def _kept(
             continue
         documents = read_documents(storage, path)[ordinals]
         rank = np.full(len(ordinals), owner + 1, np.uint16)
+        if task.long:
+            rank[np.isin(ordinals, read_duplicates(storage, task.long, place, len(corpus.paths)))] = LONG
         rank[np.isin(ordinals, heldout.get(place, ()))] = 0
         mine: dict[str, NDArray[Any]] = {
             "rank": rank,

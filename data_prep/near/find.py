@@ -23,10 +23,11 @@ def find_near_duplicates(
     units: Units,
     tokenized: Sequence[UnitManifest],
     heldout: Mapping[str, Heldout],
+    long: str,
     folder: str,
     mapped: Mapped,
 ) -> NearDuplicatesFound:
-    """`corpus.near_duplicates` must be set. `tokenized`: of the units, in order."""
+    """`corpus.near_duplicates` must be set. `tokenized`: of the units, in order. `long`: path of `find_long_documents`."""
     settings = config.corpus.near_duplicates
     assert settings is not None
     numbers = {source.name: number for number, source in enumerate(config.corpus.sources)}
@@ -38,10 +39,9 @@ def find_near_duplicates(
         for place, (unit_id, source) in enumerate(zip(units.ids, units.sources))
         if (ordinals := heldout[source].chosen.get(unit_id))
     )
-    made_from = digest_of(
-        [edges, [unit.bands.sha256 if unit.bands else "" for unit in tokenized], corpus.owners, chosen]
-    )
-    task = Components(tuple(edges), chosen, f"{folder}/near-{made_from[:16]}")
+    bands = [unit.bands.sha256 if unit.bands else "" for unit in tokenized]
+    made_from = digest_of([edges, bands, corpus.owners, chosen, *([long] if long else [])])
+    task = Components(tuple(edges), chosen, f"{folder}/near-{made_from[:16]}", long)
     (found,) = mapped("clusters", partial(_find_components, config, corpus), [task])
     return NearDuplicatesFound.model_validate(found)
 

@@ -1,8 +1,8 @@
 """Which parts of which documents go, by ranges of hashes over the files of all units.
 
-Who keeps an equal part does not depend on what came first: a held-out document, if one has it (what it says is not trained on); else the one
-of the source that the configuration names first, of these the one of the smallest hash; equal documents go by their place in the plan. All
-others lose it; within the document that keeps it, it may come again. Documents that go for a near-duplicate have no say. Exact copies need
+Who keeps an equal part does not depend on what came first: a held-out document, if one has it (what it says is not trained on); else one that
+fits into a row, where documents are not cut, before one that does not; of these the one of the source that the configuration names first, of
+these the one of the smallest hash; equal documents go by their place in the plan. All others lose it; within the document that keeps it, it may come again. Documents that go for a near-duplicate have no say. Exact copies need
 no such care: the one that stays comes before them in every order.
 
 A partition reads its range of every file twice (ranged reads): first to find of every hash the document that keeps it, then to write for every
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from data_prep import hash_sorted
 from data_prep.paragraphs.parts import PART
 from data_prep.records import UnitManifest
-from data_prep.resolve import READ_THREADS, Heldout, read_duplicates, write_duplicates
+from data_prep.resolve import LONG, READ_THREADS, Heldout, read_duplicates, write_duplicates
 from data_prep.units import Units
 from data_prep.writer import put
 from pipeline.config.schema import RunConfig, StorageConfig
@@ -44,6 +44,7 @@ class Corpus:
     owners: tuple[int, ...]  # number of its source, in the order in which the configuration names them
     heldout: tuple[tuple[int, tuple[int, ...]], ...]  # place of a unit, ordinals that are held out
     near: str | None  # path of the near-duplicates of all units
+    long: str = ""  # path of documents that fit into no row; "": all do, or are cut
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,12 @@ class Range:
 
 
 def corpus_of(
-    config: RunConfig, units: Units, tokenized: Sequence[UnitManifest], heldout: Mapping[str, Heldout], near: str | None
+    config: RunConfig,
+    units: Units,
+    tokenized: Sequence[UnitManifest],
+    heldout: Mapping[str, Heldout],
+    near: str | None,
+    long: str = "",
 ) -> Corpus:
     numbers = {source.name: number for number, source in enumerate(config.corpus.sources)}
     chosen = tuple(
@@ -65,7 +71,7 @@ def corpus_of(
         if (ordinals := heldout[source].chosen.get(unit_id))
     )
     paths = tuple(unit.paragraphs.path if unit.paragraphs else "" for unit in tokenized)
-    return Corpus(paths, tuple(numbers[name] for name in units.sources), chosen, near)
+    return Corpus(paths, tuple(numbers[name] for name in units.sources), chosen, near, long)
 
 
 def ranges(tokenized: Sequence[UnitManifest], corpus: Corpus, folder: str) -> list[Range]:
@@ -75,7 +81,8 @@ def ranges(tokenized: Sequence[UnitManifest], corpus: Corpus, folder: str) -> li
     count = 1
     while count < 256 and parts > count * PARTITION_PARTS:
         count *= 2
-    made_from = digest_of([[file.sha256 if file else "" for file in files], corpus.owners, corpus.heldout, corpus.near])
+    named = [[file.sha256 if file else "" for file in files], corpus.owners, corpus.heldout, corpus.near]
+    made_from = digest_of([*named, *([corpus.long] if corpus.long else [])])
     edges = [256 * part // count for part in range(count + 1)]
     return [
         Range(low, high, f"{folder}/paragraphs-{made_from[:16]}-{low:02x}-{high:03x}.going")
@@ -150,6 +157,8 @@ def _of_unit(
         near = read_duplicates(storage, corpus.near, place, len(corpus.paths))
         records = records[~np.isin(records["ordinal"], near)]
     rank = np.full(len(records), corpus.owners[place] + 1, np.uint16)
+    if corpus.long and len(records):
+        rank[np.isin(records["ordinal"], read_duplicates(storage, corpus.long, place, len(corpus.paths)))] = LONG
     rank[np.isin(records["ordinal"], heldout)] = 0
     return records, rank
 

@@ -113,7 +113,7 @@ def duplicates(made: Made) -> None:
 
 
 def documents(made: Made) -> None:
-    for _ in pack_unit._windows(made.storage, made.unit, np.dtype(made.dataset.token_dtype)):
+    for _ in pack_unit.windows(made.storage, made.unit, np.dtype(made.dataset.token_dtype)):
         pass
 
 
