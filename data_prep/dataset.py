@@ -13,6 +13,7 @@ from data_prep.tokenize_unit import token_dtype
 from data_prep.units import Units
 from pipeline.config.schema import RunConfig
 from pipeline.file_index import index_path, write_index
+from pipeline.histogram import together
 from pipeline.manifest import DatasetManifest, DocumentCounts, FileEntry, NearDuplicatesFound, SourceManifest
 from pipeline.storage import Storage
 
@@ -60,6 +61,7 @@ def dataset_manifest(
                 changes=_summed(record.changes for pair in mine for record in pair),
                 languages=_summed(unit.languages for unit, _ in mine),
                 contaminated=_summed(unit.contaminated for unit, _ in mine),
+                scores=together(unit.scores for unit, _ in mine),
             )
         )
     records = [pack.digest for pack in packed] + [tail.digest for found in tails.values() for tail in found]

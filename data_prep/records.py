@@ -38,6 +38,7 @@ from pipeline.manifest import (
     UNIT_OPTIONAL,
     DocumentCounts,
     FileEntry,
+    Histogram,
     PackedFile,
     Record,
     TokenizerManifest,
@@ -88,6 +89,7 @@ class UnitManifest(Record):
     examples: dict[str, tuple[str, ...]] = {}  # locations of the first documents that each rule dropped or cut
     contaminated: dict[str, int] = {}  # documents with questions, by task, where these are looked for
     seen: FileEntry | None = None  # questions that were found (contamination/seen.py)
+    scores: Histogram | None = None  # of a classifier, of all documents that it saw
     versions: dict[str, str]
 
     OPTIONAL: ClassVar[frozenset[str]] = UNIT_OPTIONAL

@@ -37,8 +37,9 @@ from data_prep.worker import working
 from data_prep.writer import DOCUMENT_SCHEMA, document_table, parquet_writer, put
 from pipeline.arrow import column
 from pipeline.config.schema import Decontamination, DuplicateParagraphs, NearDuplicates, SourceConfig, StorageConfig
+from pipeline.histogram import histogram, together
 from pipeline.integrity import read_record
-from pipeline.manifest import DocumentCounts, FileEntry, TokenizerManifest
+from pipeline.manifest import DocumentCounts, FileEntry, Histogram, TokenizerManifest
 from pipeline.storage import Storage, filesystem, open_storage
 from pipeline.tokenizer import Encoder
 from pipeline.tokenizer.chat import said
@@ -90,6 +91,7 @@ class _Unit:
     examples: dict[str, list[str]] = field(default_factory=dict)
     contaminated: Counter[str] = field(default_factory=Counter)  # documents by task
     seen: Counter[int] = field(default_factory=Counter)  # documents by question
+    scores: Histogram | None = None  # of the classifier
     signatures: Signatures | None = None
     parts: Parts | None = None
     hashes: list[bytes] = field(default_factory=list)
@@ -257,6 +259,8 @@ def _kept(
     except ClassifierFailed as error:
         assert rules.classifier is not None
         raise refused(settings.where, rules.classifier, error, unit.id) from None
+    scores = [outcome.score for outcome in outcomes if outcome.score is not None]
+    state.scores = together([state.scores, histogram(scores)])
     for record, outcome in zip(batch, outcomes):
         if outcome.rejected:
             _drop(record, outcome.rejected, state, rejected)
@@ -467,6 +471,7 @@ def _commit(
         changes=dict(sorted(state.changes.items())),
         languages=dict(sorted(state.languages.items())),
         contaminated=dict(sorted(state.contaminated.items())),
+        scores=state.scores,
         examples={name: tuple(shown) for name, shown in sorted(state.examples.items())},
         versions=settings.versions,
         **entries,

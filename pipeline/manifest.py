@@ -144,7 +144,7 @@ class HeldoutFile(FileEntry):
 
 
 # Of a unit's and a pack's record (data_prep/records.py), which verify reads as plain fields: left out of its digest while they are empty
-UNIT_OPTIONAL = frozenset({"changes", "languages", "examples", "bands", "contaminated", "seen", "paragraphs"})
+UNIT_OPTIONAL = frozenset({"changes", "languages", "examples", "bands", "contaminated", "seen", "paragraphs", "scores"})
 PACK_OPTIONAL = frozenset({"changes"})
 
 
@@ -163,6 +163,19 @@ class DocumentCounts(Record):
         )
 
 
+class Histogram(Record):
+    """How many numbers lie in [k w, (k + 1) w) for k = first, first + 1, ..., where w = 2 ** log2_width (pipeline/histogram.py)."""
+
+    log2_width: int
+    first: int
+    counts: tuple[int, ...]  # of the first bin and the last more than 0
+
+    @property
+    def edges(self) -> list[float]:
+        """The lower edge of each bin."""
+        return [(self.first + place) * 2.0**self.log2_width for place in range(len(self.counts))]
+
+
 class SourceManifest(Record):
     name: str
     heldout: tuple[HeldoutFile, ...]
@@ -175,9 +188,10 @@ class SourceManifest(Record):
     changes: dict[str, int] = {}  # that rules made to documents which were kept, by name: c4.lines, personal_data.email
     languages: dict[str, int] = {}  # documents that rules kept, by language, where it was asked for
     contaminated: dict[str, int] = {}  # documents with a question of it, by task, where it was looked for
+    scores: Histogram | None = None  # of a classifier, of all documents that it saw
 
     VOLATILE: ClassVar[frozenset[str]] = frozenset()
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"changes", "languages", "contaminated"})
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"changes", "languages", "contaminated", "scores"})
 
 
 class NearDuplicatesFound(Record):

@@ -110,13 +110,14 @@ def _parquet(storage: Storage, path: str) -> Iterator[pq.ParquetFile]:
 
 
 def data(dataset: DatasetManifest, looks: Sequence[SourceData], shares: Mapping[str, float]) -> str:
-    """Tables of the sources and of what was left out, by reason with examples, and histograms of lengths.
+    """Tables of the sources and of what was left out, by reason with examples, and histograms of scores and of lengths.
 
     `shares`: of each source in what was trained on; empty before.
     """
     head = ["source", "share", "documents", "used", "held out", "filtered", "quarantined", "text", "tokens", "rows"]
     rows = [_row(source, shares) for source in dataset.sources]
-    return table(head, rows) + _reasons(dataset, looks) + _kept(dataset) + _contamination(dataset) + _histograms(looks)
+    left_out = _reasons(dataset, looks) + _scores(dataset)
+    return table(head, rows) + left_out + _kept(dataset) + _contamination(dataset) + _lengths_of(looks)
 
 
 def _row(source: SourceManifest, shares: Mapping[str, float]) -> list[str]:
@@ -195,24 +196,38 @@ def _contamination(dataset: DatasetManifest) -> str:
     return f"<h3>Questions of tasks in the corpus</h3>{table(contamination.HEAD, rows)}<p class='note'>{note}</p>"
 
 
-def _histograms(looks: Sequence[SourceData]) -> str:
+def _scores(dataset: DatasetManifest) -> str:
+    """By a classifier of one's own: of all documents that it saw, those that it left out among them."""
+    made = []
+    for source in dataset.sources:
+        if source.scores is None:
+            continue
+        bars = [(f"{edge:g}", count) for edge, count in zip(source.scores.edges, source.scores.counts)]
+        left_out = sum(
+            count for reason, count in source.counts.filtered.items() if reason.partition(".")[0] == "classifier"
+        )
+        said = f"{sum(source.scores.counts):,} documents, {left_out:,} left out by their score"
+        made.append(
+            _figure(source.name, said, bars, f"scores of the documents of {source.name}", "score, from this on")
+        )
+    return f'<h3>Scores of the classifier</h3><div class="charts">{"".join(made)}</div>' if made else ""
+
+
+def _lengths_of(looks: Sequence[SourceData]) -> str:
     made = []
     for look in looks:
         if not look.lengths:
             continue
         first, last = min(look.lengths), max(look.lengths)
         bars = [(_size(power), look.lengths.get(power, 0)) for power in range(first, last + 1)]
-        chart = histogram(
-            bars,
-            label=f"lengths of the documents of {look.name}",
-            x_title="bytes of text, from this power of two on",
-            y_title="documents",
-            colour="var(--series-0)",
-        )
-        made.append(
-            f"<figure><figcaption>{escape(look.name)} <small>{look.looked:,} documents</small></figcaption>{chart}</figure>"
-        )
+        label, x_title = f"lengths of the documents of {look.name}", "bytes of text, from this power of two on"
+        made.append(_figure(look.name, f"{look.looked:,} documents", bars, label, x_title))
     return f'<h3>Lengths of documents</h3><div class="charts">{"".join(made)}</div>' if made else ""
+
+
+def _figure(name: str, said: str, bars: Sequence[tuple[str, int]], label: str, x_title: str) -> str:
+    chart = histogram(bars, label=label, x_title=x_title, y_title="documents", colour="var(--series-0)")
+    return f"<figure><figcaption>{escape(name)} <small>{said}</small></figcaption>{chart}</figure>"
 
 
 def _size(power: int) -> str:

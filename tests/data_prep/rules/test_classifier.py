@@ -24,6 +24,7 @@ from pipeline.config.load import ConfigError
 from pipeline.config.rules import Rules
 from pipeline.config.schema import RunConfig
 from pipeline.file_index import open_index
+from pipeline.report.data import data
 from pipeline.storage import open_storage
 from tests.data_prep.plugs import score
 from tests.data_prep.test_prepare import objects
@@ -91,6 +92,18 @@ def test_prepare_drops_counts_and_keeps_them(run_config: Make, jsonl: Path, text
     ]
     assert len(rejected) == sum(filtered.values())
     assert {row["text"] for row in rejected} < set(texts)
+    scores = dataset.sources[0].scores
+    assert scores is not None
+    assert sum(scores.counts) == len(texts)
+    for threshold, documents in (
+        (0.2, filtered["classifier.min_score"]),
+        (0.9, 120 - filtered["classifier.max_score"]),
+    ):
+        begun = [count for edge, count in zip(scores.edges, scores.counts) if edge < threshold]
+        assert sum(begun[:-1]) <= documents <= sum(begun)
+    page = data(dataset, (), {})
+    assert "Scores of the classifier" in page
+    assert f"120 documents, {len(rejected)} left out by their score" in page
     newer = with_classifier(run_config, jsonl, version="2")
     changed = prepare(newer, storage)
     assert changed.identity != dataset.identity  # of another version, though the scores are the same
