@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -21,11 +22,11 @@ if not torch.cuda.is_available():
 
 
 ONE_AFTER_ANOTHER = ("tests/data_prep/", "tests/faults/", "tests/jobs/", "tests/workflow/")
-"""Where Ray is started. Two that start on one machine at once reach for the same ports, and there is a core for each of two workers."""
+"""Where Ray is started. Two that start at once reach for the same ports."""
 
 
 class Lanes(LoadScopeScheduling):
-    """A file is one worker's, so that what its tests share is made once; all that starts Ray is one worker's, which begins with it."""
+    """A file is one worker's, so that what its tests share is made once; all that starts Ray is one worker's."""
 
     def _split_scope(self, nodeid: str) -> str:
         return "Ray" if nodeid.startswith(ONE_AFTER_ANOTHER) else nodeid.partition("::")[0]
@@ -33,7 +34,19 @@ class Lanes(LoadScopeScheduling):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    config.option.loadscopereorder = False  # in the order of one process
     return Lanes(config, log)
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before() -> Iterator[None]:
+    """A command that ran in this process leaves its handlers; of one that notes a signal and goes on, processes that a later test forks
+    (lm-eval's bootstrap) would hear SIGTERM and never end."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        if handler is not None:  # else it is not Python's
+            signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

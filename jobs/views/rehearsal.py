@@ -106,6 +106,10 @@ def lines(config: RunConfig, found: Rehearsal, timeline: Timeline, chip: Chip) -
         for (reason, phase), times in waits.items()
     )
     yield f"host       waits for the device {sum(waits.values()):,} times a step" + (f": {told}" if told else "")
+    yield (
+        f"           launches for {_time(timeline.launching).strip()} of the step; the device waits "
+        f"{_time(timeline.idle.get('host', 0.0)).strip()} for it"
+    )
 
 
 def _bus(timeline: Timeline) -> Iterator[str]:

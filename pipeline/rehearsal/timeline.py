@@ -34,6 +34,7 @@ class Timeline:
     busy: dict[str, float]  # of the compute stream, by kind of kernel
     wire: dict[str, float]  # of collectives, by name and group, hidden or not
     idle: dict[str, float]  # of the compute stream, by what it waited for: a collective, or the host
+    launching: float  # of the host, waits aside: as long as this is less than the step, the device has work
 
 
 def kernel_seconds(kernel: Kernel, chip: Chip) -> float:
@@ -62,7 +63,7 @@ def simulate(entries: Sequence[Entry], chip: Chip) -> Timeline:
     busy: dict[str, float] = defaultdict(float)
     wire: dict[str, float] = defaultdict(float)
     idle: dict[str, float] = defaultdict(float)
-    host = 0.0
+    host = launching = 0.0
 
     def await_(stream: str, number: int) -> None:
         when, why = ended.get(number, (0.0, ""))
@@ -76,6 +77,7 @@ def simulate(entries: Sequence[Entry], chip: Chip) -> Timeline:
         match entry:
             case Kernel():
                 host += chip.launch_us * 1e-6
+                launching += chip.launch_us * 1e-6
                 start = max(at[entry.stream], host)
                 seconds = kernel_seconds(entry, chip)
                 if entry.stream == MAIN:
@@ -91,6 +93,7 @@ def simulate(entries: Sequence[Entry], chip: Chip) -> Timeline:
                 spans.append(Span(entry.name, entry.stream, start, seconds, entry))
             case Collective():
                 host += chip.launch_us * 1e-6
+                launching += chip.launch_us * 1e-6
                 start = max(at[entry.own_stream], at[entry.stream], host)
                 seconds = collective_seconds(entry, chip)
                 at[entry.own_stream] = start + seconds
@@ -115,5 +118,5 @@ def simulate(entries: Sequence[Entry], chip: Chip) -> Timeline:
                 pass
     step = [s.start + s.seconds for s in spans if getattr(s.entry, "phase", "") != "checkpoint"]
     return Timeline(
-        tuple(spans), max(step, default=0.0), dict(busy), dict(wire), {k: v for k, v in idle.items() if v > 0}
-    )
+        tuple(spans), max(step, default=0.0), dict(busy), dict(wire), {k: v for k, v in idle.items() if v > 0}, launching
+    )  # fmt: skip

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.model import offload
 from pipeline.rehearsal.step import rehearse
 from pipeline.rehearsal.tape import Collective, Entry
+from tests.forks import fork
 from tests.training.make import tiny
 
 MESHES = {
@@ -45,8 +45,15 @@ def small(mesh: str, **overrides: Any) -> RunConfig:
 
 
 def rehearsed(config: RunConfig, limit: int | None = None) -> Seen:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_rehearse, config, limit).result()
+    _, pipe = fork(0, _tell, config, limit)
+    try:
+        return pipe.recv()
+    except EOFError:
+        raise RuntimeError("the rehearsal failed: see its traceback") from None
+
+
+def _tell(pipe: Connection, config: RunConfig, limit: int | None) -> None:
+    pipe.send(_rehearse(config, limit))
 
 
 def _rehearse(config: RunConfig, limit: int | None) -> Seen:

@@ -239,6 +239,9 @@ def test_the_real_model_agrees_with_the_planner(mesh: list[str]) -> None:
             sent[entry.phase] += entry.sent
     assert sum(sent.values()) == pytest.approx(planned.traffic.total, rel=0.05)
     assert found.peak == pytest.approx(planned.memory.peak, rel=0.05)
+    timeline = simulate(found.whole, load_chip("h100"))
+    assert timeline.launching < timeline.seconds / 2
+    assert timeline.idle.get("host", 0.0) < 0.001 * timeline.seconds  # the device never runs out of work
 
 
 @pytest.mark.long

@@ -90,7 +90,10 @@ def test_a_host_that_waits_launches_nothing_meanwhile() -> None:
     assert simulate(free, CHIP).seconds == pytest.approx(1.0, abs=1e-5)
     assert simulate(waits, CHIP).seconds == pytest.approx(2.0, abs=1e-5)
     slow = CHIP.model_copy(update={"launch_us": 1e6})
-    assert simulate([product(0.25)] * 4, slow).idle["host"] == pytest.approx(3.25, abs=1e-4)  # 1 + 3 x 0.75
+    behind = simulate([product(0.25)] * 4, slow)
+    assert behind.idle["host"] == pytest.approx(3.25, abs=1e-4)  # 1 + 3 x 0.75
+    assert behind.launching == pytest.approx(4.0, abs=1e-4)
+    assert simulate([*waits, exchange(1.0, 1)], slow).launching == pytest.approx(3.0, abs=1e-4)  # a wait is none
 
 
 def test_a_run_of_elementwise_work_moves_what_crosses_its_border() -> None:

@@ -122,7 +122,7 @@ def until_logged(storage: Any) -> None:
 
 
 def test_steps_that_are_past(tmp_path: Path) -> None:
-    config = tiny(str(tmp_path), steps=4, training__profile={"steps": [2, 3]})
+    config = tiny(str(tmp_path), steps=4, training__profile={"steps": [2, 2]})
     storage = open_storage(config.storage)
     check(config, storage)
     Watched().train(config)
@@ -130,7 +130,7 @@ def test_steps_that_are_past(tmp_path: Path) -> None:
     for path in (tmp_path / profile_folder("tiny", 2)).iterdir():
         path.unlink()
     with pytest.raises(
-        ValueError, match=r"^training.profile.steps \[2, 3\]: these steps are past, the run goes on after 4"
+        ValueError, match=r"^training.profile.steps \[2, 2\]: these steps are past, the run goes on after 4"
     ):
         check(config, storage)
     with pytest.raises(ValueError, match="is not in training"):  # it has ended
