@@ -12,7 +12,9 @@ harness and needs the tasks' data; the other ranks follow its forward passes.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from math import isfinite
 from numbers import Real
 from typing import Any
@@ -61,7 +63,7 @@ def score_tasks(
         return found
     shots = config.evaluation.few_shot
     try:
-        with loaded(config) as (manager, tasks):
+        with loaded(config) as (manager, tasks), _no_pool():
             results = simple_evaluate(
                 HarnessModel(forward, encoder, window_length(config)),
                 tasks=tasks,
@@ -76,10 +78,26 @@ def score_tasks(
         forward.end(error=error)
         raise
     assert results is not None  # lm-eval's rank is 0
-    unseen = {} if seen is None else unseen_values(results["samples"], tasks, seen, resamples=RESAMPLES)
+    with _no_pool():
+        unseen = {} if seen is None else unseen_values(results["samples"], tasks, seen, resamples=RESAMPLES)
     found = TaskResults(harness_version(), task_scores(results, unseen), document_values(results))
     forward.end(found)
     return found
+
+
+@contextmanager
+def _no_pool() -> Iterator[None]:
+    """lm-eval draws resamples here, and not in a process a core, forked from this one beside the threads of storage and Ray, of which one
+    would do all there is. The numbers are the same."""
+    before = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = before
 
 
 class HarnessModel(TemplateLM):

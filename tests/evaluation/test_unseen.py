@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from dataclasses import replace
 
 import pyarrow as pa
@@ -78,6 +79,23 @@ def test_as_the_harness_scores_the_others_alone(
         assert found.metrics != found.unseen or name != "exam_cloze"  # perplexities differ
     nothing_left = evaluation.tasks["exam_free"]
     assert (nothing_left.unseen_documents, nothing_left.unseen) == (0, ())
+
+
+def test_no_process_is_forked_for_standard_errors(
+    contaminated: MadeRun, evaluation: EvaluationManifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is forked from a process with threads may wait for ever for a lock that one of them held."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a pool of processes")
+
+    monkeypatch.setattr("multiprocessing.Pool", refuse)
+    made = contaminated
+    seen = seen_questions(made.dataset, made.storage)
+    encoder = Encoder.stored(made.dataset.tokenizer, made.storage)
+    found = score_tasks(made.config, made.model, encoder, lambda _: None, seen)
+    assert found.scores == evaluation.tasks
+    assert "DISABLE_MULTIPROC" not in os.environ
 
 
 def test_where_nobody_looked_nothing_is_said(contaminated: MadeRun) -> None:
