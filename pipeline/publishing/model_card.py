@@ -292,6 +292,7 @@ def _training(config: RunConfig, train: TrainManifest, checkpoint: CheckpointMan
         ["attention", "within documents" if training.document_mask else "causal over packed rows"],
         ["mesh, at the checkpoint", ranks],
         *([["hardware", config.publishing.card.hardware]] if config.publishing.card.hardware else []),
+        *([["products of routed experts", "fp8 (e4m3)"]] if training.expert_products == "fp8" else []),
         *([["loss", "on answers only"]] if training.loss_on == "answers" else []),
         [f"steps, skipped as {why}", f"{checkpoint.step:,} of {train.steps:,}, {checkpoint.skipped_steps:,}"],
         ["seed", str(config.seed)],

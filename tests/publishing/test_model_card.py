@@ -74,6 +74,15 @@ def test_nothing_in_it_is_of_one_machine_or_moment(card: str, run: PublishedRun)
     assert not re.search(r"20\d\d-\d\d|\d\d:\d\d|second", card)
 
 
+def test_products_in_fp8_are_told_of(card: str, run: PublishedRun):
+    made = run.made
+    training = made.config.training.model_copy(update={"expert_products": "fp8"})
+    config = made.config.model_copy(update={"training": training})
+    text = model_card(config, made.dataset, made.train, made.checkpoint, run.evaluation, ParameterCount(2, 1), [])
+    assert "| products of routed experts | fp8 (e4m3) |" in text
+    assert "products of routed experts" not in card
+
+
 def test_fences_survive_text_with_fences(run: PublishedRun):
     made = run.made
     text = "a ```` b"
