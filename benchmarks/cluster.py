@@ -5,10 +5,12 @@
 
 The trainer's own step (FSDP2, experts spread, Muon) on random tokens, with Moonlight's layers at full width, as many as asked
 for; at most eight ranks to a shard, further ones are copies; two micro-batches a rank. Compiled, selective checkpointing. For each ep that
-divides a shard a model is built, one step warms up, and medians follow: tokens/s a GPU, MFU (pipeline/training/flops.py; neither optimizer nor
-anything computed twice counts), what the slowest rank waited for exchanges of rows by marks on its device (pipeline/parallel/exposed.py),
-and the same once more with each exchange awaited where it is launched. Hidden is what the former waits less than the latter. The first
-loss must be that of ep 1: same weights, same tokens. How it scales: the same command on other numbers of GPUs.
+divides a shard, and for each way that rows travel there (`training.expert_splits`: equal parts, or splits read on the device where NVSHMEM
+connects the ranks; where not, a line says why), a model is built, one step warms up, and medians follow: tokens/s a GPU, MFU
+(pipeline/training/flops.py; neither optimizer nor anything computed twice counts), what the slowest rank waited for exchanges of rows by marks on its device (pipeline/parallel/exposed.py),
+and the same once more with each exchange awaited where it is launched. Hidden is what the former waits less than the latter. Waits of the
+host in a step are counted by the profiler, the one behind it included. The first loss must be that of ep 1: same weights, same tokens; and that of
+both ways the same to the last bit. How it scales: the same command on other numbers of GPUs.
 """
 
 from __future__ import annotations
@@ -27,11 +29,15 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.arguments import on_ranks, positive
+from benchmarks.gpu import host_waits
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
 from pipeline.model.block import Block
 from pipeline.model.experts import MoE
-from pipeline.parallel.dispatch import AllToAllDispatch
+from pipeline.parallel import symmetric
+from pipeline.parallel.bounded import BoundedDispatch
+from pipeline.parallel.device_flight import Leg, Wire
+from pipeline.parallel.dispatch import AllToAllDispatch, Dispatcher
 from pipeline.parallel.exposed import Exposed, clock_of
 from pipeline.parallel.flight import Flight
 from pipeline.parallel.mesh import build_meshes
@@ -51,15 +57,16 @@ class Measured(NamedTuple):
     waited: float  # for exchanges of rows, in a step
     blocking: float  # the same with nothing behind an exchange
     loss: float  # of the first step
+    host_waits: float  # in a step and behind it
 
 
-def config_for(world: int, ep: int, layers: int, tiny: bool) -> RunConfig:
+def config_for(world: int, ep: int, splits: str, layers: int, tiny: bool) -> RunConfig:
     shard = min(world, 8)
     once = "true" if ep == shard else "false"  # else whole gradients of all experts would have to fit
     overrides = [
         f"parallelism.shard={shard}", f"parallelism.replicate={world // shard}", f"parallelism.ep={ep}",
         f"schedule.global_batch=[{{until: 100%, sequences: {MICRO_BATCHES * world}}}]", "training.micro_batch=1",
-        f"training.gather_once={once}",
+        f"training.gather_once={once}", "training.expert_capacity=1.25", f"training.expert_splits={splits}",
     ]  # fmt: skip
     if tiny:  # of the debug preset
         return load_config("debug", [*overrides, "training.sequence_length=128", "model.num_hidden_layers=2"])
@@ -83,7 +90,24 @@ def awaited(flight: Flight, *arguments: Any) -> Any:
     return arriving
 
 
-START = Flight._start
+def awaited_too(wire: Wire, *arguments: Any) -> Leg:
+    """`Wire.launch` likewise."""
+    leg = LAUNCH(wire, *arguments)
+    wire.land(leg)
+    return leg
+
+
+START, LAUNCH = Flight._start, Wire.launch
+
+
+def watch(dispatcher: Dispatcher, exposed: Exposed) -> None:
+    """Count what it waits for exchanges of rows."""
+    if isinstance(dispatcher, AllToAllDispatch | BoundedDispatch):
+        dispatcher.exposed = exposed
+    if isinstance(dispatcher, BoundedDispatch):
+        watch(dispatcher.fitting, exposed)
+        if dispatcher.wire is not None:
+            dispatcher.wire.exposed = exposed
 
 
 def measure(config: RunConfig, device: torch.device, steps: int) -> Measured:
@@ -94,10 +118,11 @@ def measure(config: RunConfig, device: torch.device, steps: int) -> Measured:
     exposed, clock = Exposed(), clock_of(device)
     for block in model.layers:
         assert isinstance(block, Block)
-        if isinstance(block.mlp, MoE) and isinstance(block.mlp.experts.dispatcher, AllToAllDispatch):
-            block.mlp.experts.dispatcher.exposed = exposed
+        if isinstance(block.mlp, MoE):
+            watch(block.mlp.experts.dispatcher, exposed)
     batch = batch_of(config, meshes.rank)
     first_loss = float(step(batch, 1e-4, 1e-3, False)[0])
+    waits = host_waits(lambda: step(batch, 1e-4, 1e-3, False), device)
     exposed.start(clock)
     seconds: dict[str, list[float]] = {"plain": [], "blocking": []}
     waited: dict[str, list[float]] = {"plain": [], "blocking": []}
@@ -106,6 +131,7 @@ def measure(config: RunConfig, device: torch.device, steps: int) -> Measured:
             with ExitStack() as stack:
                 if way == "blocking":
                     stack.enter_context(mock.patch.object(Flight, "_start", awaited))
+                    stack.enter_context(mock.patch.object(Wire, "launch", awaited_too))
                 dist.barrier()
                 start = time.perf_counter()
                 step(batch, 1e-4, 1e-3, False).tolist()  # the device has finished
@@ -114,7 +140,7 @@ def measure(config: RunConfig, device: torch.device, steps: int) -> Measured:
     found = [statistics.median(times) for times in (seconds["plain"], waited["plain"], waited["blocking"])]
     slowest = torch.tensor(found, dtype=torch.float64, device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return Measured(*slowest.tolist(), first_loss)
+    return Measured(*slowest.tolist(), first_loss, waits)
 
 
 def report(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
@@ -126,33 +152,51 @@ def report(arguments: argparse.Namespace, device: torch.device) -> list[dict[str
     records: list[dict[str, Any]] = []
     losses: dict[int, float] = {}
     for ep in (ep for ep in (1, 2, 4, 8) if min(world, 8) % ep == 0):
-        config = config_for(world, ep, arguments.layers, arguments.tiny)
-        found = measure(config, device, arguments.steps)
-        torch.compiler.reset()
-        gc.collect()
-        losses[ep] = found.loss
-        speed = MICRO_BATCHES * config.training.sequence_length / found.seconds
-        share = speed * flops_per_token(config.model, config.training.sequence_length) / peak
-        mfu = None if math.isnan(share) else share
-        hidden = 1 - found.waited / found.blocking if found.blocking else None
-        may = LOSS_MAY_DIFFER["bf16" if device.type == "cuda" else "fp32"]
-        same = abs(found.loss - losses[1]) <= may * abs(losses[1])
-        if rank == 0:
-            told = (
-                "no exchange" if hidden is None else f"waits {found.waited * 1e3:.1f} ms for rows, {hidden:.0%} hidden"
-            )
-            print(
-                f"ep {ep}{found.seconds * 1e3:10.1f} ms a step{speed:10.0f} tokens/s a GPU, "
-                f"MFU {f'{mfu:.1%}' if mfu is not None else '?'}, {told}, loss {found.loss:.4f}{'' if same else ' NOT THAT OF EP 1'}",
-                flush=True,
-            )
-        records.append(
-            {
-                "benchmark": f"cluster/{world}/ep{ep}", "ours": speed, "peer": None, "ratio": None, "target": None, "met": same,
-                "unit": "tokens/s a GPU; met: the loss is that of ep 1", "mfu": mfu, "hidden": hidden, "loss": found.loss,
-            }
-        )  # fmt: skip
+        for splits in splits_of(ep, world, arguments, device):
+            config = config_for(world, ep, splits, arguments.layers, arguments.tiny)
+            found = measure(config, device, arguments.steps)
+            torch.compiler.reset()
+            gc.collect()
+            other = losses.setdefault(ep, found.loss)
+            speed = MICRO_BATCHES * config.training.sequence_length / found.seconds
+            share = speed * flops_per_token(config.model, config.training.sequence_length) / peak
+            mfu = None if math.isnan(share) else share
+            hidden = 1 - found.waited / found.blocking if found.blocking else None
+            may = LOSS_MAY_DIFFER["bf16" if device.type == "cuda" else "fp32"]
+            same = abs(found.loss - losses[1]) <= may * abs(losses[1]) and found.loss == other
+            if rank == 0:
+                told = (
+                    "no exchange"
+                    if hidden is None
+                    else f"waits {found.waited * 1e3:.1f} ms for rows, {hidden:.0%} hidden"
+                )
+                print(
+                    f"ep {ep} {splits:6}{found.seconds * 1e3:10.1f} ms a step{speed:10.0f} tokens/s a GPU, "
+                    f"MFU {f'{mfu:.1%}' if mfu is not None else '?'}, {told}, {found.host_waits:.0f} waits of the host, loss {found.loss:.4f}"
+                    f"{'' if same else ' NOT THAT OF EP 1, OR OF THE OTHER WAY'}",
+                    flush=True,
+                )
+            records.append(
+                {
+                    "benchmark": f"cluster/{world}/ep{ep}/{splits}", "ours": speed, "peer": None, "ratio": None, "target": None, "met": same,
+                    "unit": "tokens/s a GPU; met: the loss is that of ep 1", "mfu": mfu, "hidden": hidden, "loss": found.loss,
+                    "host_waits": found.host_waits,
+                }
+            )  # fmt: skip
     return records
+
+
+def splits_of(ep: int, world: int, arguments: argparse.Namespace, device: torch.device) -> list[str]:
+    """The ways that rows can travel between ep ranks here."""
+    if ep == 1:
+        return ["equal"]
+    config = config_for(world, ep, "equal", arguments.layers, arguments.tiny)
+    group = build_meshes(config.parallelism, device.type).sparse
+    assert group is not None
+    missing = symmetric.missing(device, group["ep"].get_group(), config.model.hidden_size * 2)
+    if missing and dist.get_rank() == 0:
+        print(f"ep {ep} device skipped: {missing}", flush=True)
+    return ["equal"] if missing else ["equal", "device"]
 
 
 def main() -> None:

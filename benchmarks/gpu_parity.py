@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.isolated import show
@@ -31,7 +32,10 @@ from pipeline.model.moonlight import Moonlight
 from pipeline.model.row_products import Fp8Copies
 from pipeline.optim.muon import MoonlightOptimizer, build_optimizer
 from pipeline.optim.rules import moonlight_rules
-from pipeline.parallel.dispatch import ranks_plainly
+from pipeline.parallel import symmetric
+from pipeline.parallel.bounded import BoundedDispatch, Room
+from pipeline.parallel.device_flight import Wire
+from pipeline.parallel.dispatch import AllToAllDispatch, Dispatcher, ranks_plainly
 from pipeline.parallel.mesh import Meshes
 from pipeline.parallel.rows import place_plainly, sum_plainly
 from pipeline.storage import open_storage
@@ -313,4 +317,33 @@ def compilation(device: torch.device) -> Iterator[tuple[str, Off]]:
         yield f"compiled: {what}", Off(distance(ours, theirs), 1e-4 if dtype == torch.float32 else 5e-2)
 
 
-CHECKS: tuple[Check, ...] = (kernels, networks, optimizer, checkpoint, compilation)
+def exchanges(device: torch.device) -> Iterator[tuple[str, Off]]:
+    """A mixture layer whose rows travel in buffers of fixed size, in equal parts and by splits read on the device, against buffers that fit:
+    the same bits, on a group of this process alone. Between GPUs: benchmarks.cluster."""
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        group, config = dist.group.WORLD, small()
+        missing = symmetric.missing(device, group, config.hidden_size * device_dtype(device).itemsize)
+        if missing:
+            show(f"parity of splits read on the device: skipped, {missing}")
+        wires = {"equal parts": None} | ({} if missing else {"splits on the device": Wire(group, device)})
+        ids_BS = ids_of(config, 96)
+        exact, again = (loss_and_gradients(spread(config, device, AllToAllDispatch(group)), ids_BS) for _ in range(2))
+        for name, wire in wires.items():
+            found = loss_and_gradients(spread(config, device, BoundedDispatch(group, Room(1.0), wire=wire)), ids_BS)
+            for what, ours, theirs, twice in zip(("loss", "gradients"), found, exact, again):
+                limit = 2 * distance(twice, theirs)  # 0 where the device gives the same bits twice
+                yield f"{name}: {what}", Off(distance(ours, theirs), limit)
+    finally:
+        dist.destroy_process_group()
+
+
+def spread(config: ModelConfig, device: torch.device, dispatcher: Dispatcher) -> Moonlight:
+    model = network(config, device, device_dtype(device))
+    for block in (cast(Block, block) for block in model.layers):
+        if isinstance(block.mlp, MoE):
+            block.mlp.experts.dispatcher = dispatcher
+    return model
+
+
+CHECKS: tuple[Check, ...] = (kernels, networks, optimizer, checkpoint, compilation, exchanges)

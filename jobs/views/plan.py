@@ -140,7 +140,7 @@ def lines(
     yield (
         f"memory     {memory.peak / GB:.1f} GB a {one}: weights and gradients {memory.parameters / GB:.1f}, optimizer "
         f"{memory.optimizer / GB:.1f}, then gathered {memory.gathered / GB:.1f} and activations "
-        f"{memory.activations / GB:.1f}, later Muon's exchange {memory.exchange / GB:.1f}"
+        f"{memory.activations / GB:.1f}, rows under way {memory.symmetric / GB:.1f}, later Muon's exchange {memory.exchange / GB:.1f}"
     )
     yield (
         f"traffic    {traffic.total / GB:.1f} GB a {one} and step: weights {traffic.weights / GB:.1f}, gradients "

@@ -243,6 +243,11 @@ def _disagreements(run: RunConfig) -> list[str]:
             f"training.interleave takes turns between the two halves of a micro-batch while rows travel between ep ranks: it needs an even "
             f"training.micro_batch (now {training.micro_batch}) and parallelism.ep above 1 (now {parallelism.ep})"
         )
+    if training.expert_splits == "device" and (training.expert_capacity is None or not run.cluster.use_gpu):
+        found.append(
+            "training.expert_splits device: rows whose number the device reads travel in buffers of fixed size between GPUs; give "
+            "training.expert_capacity, 1.25 say, and cluster.use_gpu true, or leave it at auto"
+        )
     per_step = parallelism.world_size * training.micro_batch
     for index, stage in enumerate(run.schedule.global_batch):
         if stage.sequences % per_step:

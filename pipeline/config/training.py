@@ -103,6 +103,9 @@ class TrainingConfig(Section):
     # With ep > 1: rows that ranks and their experts have room for, over those of even routing, so that the host waits once
     # a step, not for counts in every layer; a step that needs more is computed again with buffers that fit (training/room.py).
     expert_capacity: Annotated[float, Field(ge=1.0, le=64.0)] | None = None
+    # With expert_capacity, what of that room travels. device: rows that are there, their number read on the device (parallel/symmetric.py,
+    # CUDA with NVSHMEM); equal: all of it, in equal parts; auto: device where it can be.
+    expert_splits: Literal["auto", "device", "equal"] = "auto"
     # With ep > 1: the two halves of a micro-batch take turns, and one computes while the other's rows travel; micro_batch is even
     interleave: bool = False
     document_mask: bool = False  # attention stays inside a document of a packed row

@@ -52,6 +52,19 @@ def _(x_RD: Tensor, row_M: Tensor, counts_B: Tensor | None, slots: int) -> Tenso
     return x_RD.new_empty(row_M.shape[0], x_RD.shape[1])
 
 
+@torch.library.custom_op("moonlight::copy_rows_into", mutates_args=("into_MD",), device_types="cuda")
+def copy_rows_into(into_MD: Tensor, x_RD: Tensor, row_M: Tensor, counts_B: Tensor, slots: int) -> None:
+    """`copy_rows` to where the caller has room; what is not filled there stays as it is."""
+    from pipeline.kernels.sorting_triton import copy_rows
+
+    copy_rows(x_RD, row_M, counts_B, slots, into_MD)
+
+
+@copy_rows_into.register_fake
+def _(into_MD: Tensor, x_RD: Tensor, row_M: Tensor, counts_B: Tensor, slots: int) -> None:
+    return None
+
+
 @torch.library.custom_op("moonlight::bag_sums", mutates_args=(), device_types="cuda")
 def bag_sums(rows_MD: Tensor, place_M: Tensor, bags_R1: Tensor) -> Tensor:
     """y_RD[r] = sum over j in [bags[r], bags[r + 1]) of rows_MD[place_M[j]], in fp32, rounded once."""
@@ -63,3 +76,16 @@ def bag_sums(rows_MD: Tensor, place_M: Tensor, bags_R1: Tensor) -> Tensor:
 @bag_sums.register_fake
 def _(rows_MD: Tensor, place_M: Tensor, bags_R1: Tensor) -> Tensor:
     return rows_MD.new_empty(bags_R1.shape[0] - 1, rows_MD.shape[1])
+
+
+@torch.library.custom_op("moonlight::bag_sums_into", mutates_args=("into_RD",), device_types="cuda")
+def bag_sums_into(into_RD: Tensor, rows_MD: Tensor, place_M: Tensor, bags_R1: Tensor) -> None:
+    """`bag_sums` to where the caller has room."""
+    from pipeline.kernels.sorting_triton import bag_sums
+
+    bag_sums(rows_MD, place_M, bags_R1, into_RD)
+
+
+@bag_sums_into.register_fake
+def _(into_RD: Tensor, rows_MD: Tensor, place_M: Tensor, bags_R1: Tensor) -> None:
+    return None

@@ -51,11 +51,13 @@ def ranks_of(experts_NK: Tensor, experts_per_rank: int, ranks: int) -> Tensor:
     return met_NW
 
 
-def copy_rows(x_RD: Tensor, row_M: Tensor, counts_B: Tensor, slots: int) -> Tensor:
-    """x_RD[row_M] in the first counts_B of each `slots` places; the others hold anything."""
+def copy_rows(x_RD: Tensor, row_M: Tensor, counts_B: Tensor, slots: int, into_MD: Tensor | None = None) -> Tensor:
+    """x_RD[row_M] in the first counts_B of each `slots` places; the others hold anything, or what `into_MD` held."""
     x_RD = x_RD.contiguous()
     M, D = row_M.shape[0], x_RD.shape[1]
-    rows_MD = x_RD.new_empty(M, D)
+    rows_MD = x_RD.new_empty(M, D) if into_MD is None else into_MD
+    assert rows_MD.is_contiguous()
+    assert rows_MD.shape == (M, D), (rows_MD.shape, M, D)
     if rows_MD.numel():
         columns = min(triton.next_power_of_2(D), 1024)
         grid = (triton.cdiv(M, ROWS_COPIED), triton.cdiv(D, columns))
@@ -63,10 +65,12 @@ def copy_rows(x_RD: Tensor, row_M: Tensor, counts_B: Tensor, slots: int) -> Tens
     return rows_MD
 
 
-def bag_sums(rows_MD: Tensor, place_M: Tensor, bags_R1: Tensor) -> Tensor:
+def bag_sums(rows_MD: Tensor, place_M: Tensor, bags_R1: Tensor, into_RD: Tensor | None = None) -> Tensor:
     rows_MD = rows_MD.contiguous()
     R, D = bags_R1.shape[0] - 1, rows_MD.shape[1]
-    y_RD = rows_MD.new_empty(R, D)
+    y_RD = rows_MD.new_empty(R, D) if into_RD is None else into_RD
+    assert y_RD.is_contiguous()
+    assert y_RD.shape == (R, D), (y_RD.shape, R, D)
     if y_RD.numel():
         columns = min(triton.next_power_of_2(D), 2048)
         _sums[(R, triton.cdiv(D, columns))](rows_MD, place_M, bags_R1, y_RD, D, columns)

@@ -89,7 +89,7 @@ class _Products(torch.autograd.Function):
         ctx: Any, x_RD: Tensor, weights_RC: Tensor, choices: Choices, fp8: Fp8Copies | None, later: Later,
         gate_eFD: Tensor, up_eFD: Tensor, down_eDF: Tensor,
     ) -> Tensor:  # fmt: skip
-        pairs = _pairs(choices, gate_eFD.shape[0])
+        pairs, ends = _pairs(choices, gate_eFD.shape[0]), choices.ends
         placing = place(choices.experts_RC, gate_eFD.shape[0], pairs, all_chosen=choices.all_chosen)
         offsets_e = placing.counts.cumsum(0).clamp(max=pairs).int()
         weights_M = weights_RC.flatten().index_select(0, placing.choice_M)
@@ -98,10 +98,11 @@ class _Products(torch.autograd.Function):
         end = offsets_e[-1:] if choices.bounded else None
         filled = None if end is None else Filled(end, pairs)
         products = _with(fp8, Stacks(gate_eFD, up_eFD, down_eDF), Places(placing.row_M, offsets_e, filled))
-        gate_MF, up_MF = products.gate_up(x_RD)
+        gate_MF, up_MF = products.gate_up(x_RD if ends is None else ends.arrived_RD)
         y_MD = products.down(swiglu(gate_MF, up_MF, weights_M, end))
-        y_RD = bag_sums(y_MD, placing.place_M, placing.bags_R1)
+        y_RD = bag_sums(y_MD, placing.place_M, placing.bags_R1, None if ends is None else ends.room())
         ctx.fp8, ctx.later, ctx.bounded = fp8, later, choices.bounded
+        ctx.room = None if ends is None else ends.room
         ctx.save_for_backward(
             x_RD, gate_MF, up_MF, weights_M, offsets_e,
             placing.row_M, placing.choice_M, placing.place_M, placing.bags_R1, gate_eFD, up_eFD, down_eDF,
@@ -122,7 +123,7 @@ class _Products(torch.autograd.Function):
         grad_hidden_MF = products.through_down(grad_MD)
         grad_M2F, hidden_MF, grad_weights_M = swiglu_backward(grad_hidden_MF, gate_MF, up_MF, weights_M, end)
         grad_x_MD = products.through_gate_up(grad_M2F)
-        grad_x_RD = bag_sums(grad_x_MD, place_M, bags_R1)
+        grad_x_RD = bag_sums(grad_x_MD, place_M, bags_R1, None if ctx.room is None else ctx.room())
         grad_weights = grad_weights_M.new_zeros(ctx.choices_shape.numel()).index_add_(0, choice_M, grad_weights_M)
 
         def weight_gradients() -> Gradients:

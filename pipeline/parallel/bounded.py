@@ -1,11 +1,14 @@
-"""Dispatch with buffers of fixed size: no counts are exchanged and the host waits for nothing.
+"""Dispatch with buffers of fixed size: the host waits for nothing.
 
-Every rank has room for `capacity` times the rows that even routing would send it from each other rank, and its experts
-for that many times their even share of pairs. Exchanges carry the whole room, in equal parts, so they move `capacity`
-times the bytes of `AllToAllDispatch`; what is empty holds a copy of some row and weighs nothing. Within the bound the
-result is the same to the last bit: experts see the same rows in the same order. Beyond it nothing is dropped: the output
-is NaN, and with it the loss on every rank, so that the step changes nothing, and it is computed again with buffers that fit
-(pipeline/training/room.py), for which `Room.fixed` is false.
+Every rank has room for `capacity` times the rows of even routing, and its experts for that many times their even share of pairs.
+Within that bound the result is the same to the last bit as that of `AllToAllDispatch`: experts see the same rows in the same order.
+Beyond it nothing is dropped: the output is NaN, and with it the loss on every rank, so that the step changes nothing, and it is
+computed again with buffers that fit (pipeline/training/room.py), for which `Room.fixed` is false.
+
+With a `Wire` the rows that are there travel, end to end, their number read on the device (device_flight.py), and the bound is on what a
+rank gets from all ranks together, or sends to all: a pair of ranks may exceed its share. Without one no counts are exchanged, and the whole room
+travels in equal parts, `capacity` times the bytes of `AllToAllDispatch`: the bound is on what comes from each rank; what is empty holds a copy of
+some row and weighs nothing.
 
 Legend: N tokens here, W ranks, P rows that one rank has room for from another, R = W * P, e experts of a rank.
 """
@@ -18,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.parallel.device_flight import DeviceJourney, Wire
 from pipeline.parallel.dispatch import (
     ABSENT,
     AllToAllDispatch,
@@ -45,18 +49,26 @@ class Room:
 class BoundedDispatch:
     """Experts split over the ranks of `group`, contiguous and in rank order; all ranks bring as many slots."""
 
-    def __init__(self, group: dist.ProcessGroup, room: Room, exposed: Exposed | None = None) -> None:
-        self.group = group
+    def __init__(
+        self, group: dist.ProcessGroup, room: Room, exposed: Exposed | None = None, wire: Wire | None = None
+    ) -> None:
+        """`wire`: by which the rows that are there travel, their number read on the device; None: all the room does."""
+        self.group, self.wire = group, wire
         self.ranks = group.size()
         self.room = room
         self.exposed = exposed or Exposed()
-        self._fitting = AllToAllDispatch(group, self.exposed)
+        self.fitting = AllToAllDispatch(group, self.exposed)
 
     def plan(self, choices: Choices, counts_E: Tensor) -> Plan:
         if not self.room.fixed:
-            return self._fitting.plan(choices, counts_E)
+            return self.fitting.plan(choices, counts_E)
         experts_NK, W = choices.experts_RC, self.ranks
         (N, K), E = experts_NK.shape, counts_E.shape[0]
+        if self.wire is not None:
+            rows = room_for_all(N, E, K, W, self.room.capacity)
+            placing = place(ranks_of(experts_NK, E // W, W), W, rows, all_chosen=False)
+            counts_W2 = torch.stack([placing.counts, counts_E.view(W, -1).sum(1)], dim=1)
+            return Plan(placing, weights_by_rank(choices, E, W), counts_W2)
         rows = room_for_rows(N, E, K, W, self.room.capacity)
         placing = place(ranks_of(experts_NK, E // W, W), W, W * rows, all_chosen=False, slots=rows)
         weights_LE = weights_by_rank(choices, E, W)
@@ -69,10 +81,12 @@ class BoundedDispatch:
 
     def send(self, x_ND: Tensor, choices: Choices, plan: Plan | None) -> Journey:
         if not self.room.fixed:
-            return self._fitting.send(x_ND, choices, plan)
+            return self.fitting.send(x_ND, choices, plan)
         assert plan is not None
         N, K = choices.experts_RC.shape
         pairs = room_for_pairs(N, self.ranks * plan.weights_LE.shape[1], K, self.ranks, self.room.capacity)
+        if self.wire is not None:
+            return DeviceJourney(x_ND, plan, pairs, self.wire)
         return _Bounded(x_ND, plan, pairs, self.group, self.exposed)
 
 
@@ -98,6 +112,11 @@ class _Bounded:
 def room_for_rows(tokens: int, experts: int, choices: int, ranks: int, capacity: float) -> int:
     """Rows that a rank has room for from each rank."""
     return min(tokens, math.ceil(capacity * tokens * ranks_met(experts, choices, ranks) / ranks))
+
+
+def room_for_all(tokens: int, experts: int, choices: int, ranks: int, capacity: float) -> int:
+    """Rows that a rank has room for from all ranks, and to all."""
+    return min(ranks * tokens, math.ceil(capacity * tokens * ranks_met(experts, choices, ranks)))
 
 
 def room_for_pairs(tokens: int, experts: int, choices: int, ranks: int, capacity: float) -> int:

@@ -22,6 +22,7 @@ Legend: N tokens here, K choices of each, S rows sent, R rows that arrived, D hi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -37,6 +38,15 @@ from pipeline.parallel.rows import Placing, copy_rows, place, sum_rows
 ABSENT = -1.0  # no weight is negative
 
 
+class Ends(NamedTuple):
+    """Of a way to experts and back in memory of its own: experts read and write there."""
+
+    arrived_RD: Tensor  # the rows, until experts have read them; what backward needs of them is elsewhere
+    room: Callable[
+        [], Tensor
+    ]  # [R, D]: for what goes back next, forward or backward; nothing else may be sent before it
+
+
 class Choices(NamedTuple):
     """Rows and the experts that each one is for."""
 
@@ -45,6 +55,7 @@ class Choices(NamedTuple):
     pairs: int  # of a row and an expert
     all_chosen: bool  # no choice is none
     bounded: bool = False  # `pairs` is a bound: more of them make the result NaN
+    ends: Ends | None = None
 
 
 class Plan(NamedTuple):

@@ -143,11 +143,23 @@ def gathered(x_RD: Tensor, row_M: Tensor, filled: Filled | None = None) -> Tenso
     return x_RD.index_select(0, row_M)
 
 
-def bag_sums(rows_MD: Tensor, place_M: Tensor, bags_R1: Tensor) -> Tensor:
-    """`sum_rows` without autograd: y_RD[r] = sum over j in [bags[r], bags[r + 1]) of rows_MD[place_M[j]]."""
-    if own_kernels(rows_MD):
-        return sorting.bag_sums(rows_MD, place_M, bags_R1)
-    return sum_plainly(rows_MD, place_M, bags_R1)
+def gather_into(into_MD: Tensor, x_RD: Tensor, row_M: Tensor, filled: Filled) -> None:
+    """`gathered` to where the caller has room."""
+    if own_kernels(x_RD):
+        sorting.copy_rows_into(into_MD, x_RD, row_M, *filled)
+    elif x_RD.shape[0]:
+        torch.index_select(x_RD, 0, row_M, out=into_MD)
+
+
+def bag_sums(rows_MD: Tensor, place_M: Tensor, bags_R1: Tensor, into_RD: Tensor | None = None) -> Tensor:
+    """`sum_rows` without autograd: y_RD[r] = sum over j in [bags[r], bags[r + 1]) of rows_MD[place_M[j]]; `into_RD` where the caller has room."""
+    own = own_kernels(rows_MD)
+    if into_RD is None:
+        return (sorting.bag_sums if own else sum_plainly)(rows_MD, place_M, bags_R1)
+    if own:
+        sorting.bag_sums_into(into_RD, rows_MD, place_M, bags_R1)
+        return into_RD
+    return into_RD.copy_(sum_plainly(rows_MD, place_M, bags_R1))
 
 
 def sum_plainly(rows_MD: Tensor, place_M: Tensor, bags_R1: Tensor) -> Tensor:

@@ -52,9 +52,10 @@ from pipeline.model.experts import Experts, MoE
 from pipeline.model.moonlight import Moonlight
 from pipeline.model.offload import Offload
 from pipeline.model.row_products import Fp8Copies
+from pipeline.parallel import symmetric
 from pipeline.parallel.bounded import BoundedDispatch, Room
-from pipeline.parallel.dispatch import AllToAllDispatch
-from pipeline.parallel.exposed import Exposed
+from pipeline.parallel.device_flight import Wire
+from pipeline.parallel.dispatch import AllToAllDispatch, Dispatcher
 from pipeline.parallel.mesh import Meshes
 
 Placement = Shard | ShardPlacementResult
@@ -72,7 +73,7 @@ def shard_model(model: Moonlight, meshes: Meshes, training: TrainingConfig, devi
     """Shard `model` (on the meta device) in place. Without meshes only checkpointing and compilation are applied.
 
     Raises ValueError where an expert stack cannot be cut evenly, reduced precision is asked of an unsharded model, fp8 of a
-    device without it, or compilation of a machine without a C compiler.
+    device without it, compilation of a machine without a C compiler, or splits read on the device of ranks that cannot.
     """
     dtype = compute_dtype(training, device)
     if training.expert_products == "fp8":
@@ -81,10 +82,10 @@ def shard_model(model: Moonlight, meshes: Meshes, training: TrainingConfig, devi
         _require_compiler()
     layers = [cast(Block, block) for block in model.layers]
     if meshes.ep is not None:
-        room = None if training.expert_capacity is None else Room(training.expert_capacity)
+        dispatcher = _dispatcher(training, meshes, device, layers[-1].input_layernorm.weight.shape[0] * dtype.itemsize)
         for block in layers:
             if isinstance(block.mlp, MoE):
-                _spread_experts(block.mlp.experts, meshes.ep, room, meshes.exposed)
+                _spread_experts(block.mlp.experts, meshes.ep, dispatcher)
         model.interleave = training.interleave
     offload = Offload(device, len(layers)) if training.offload_activations else None
     for block in layers:
@@ -170,7 +171,22 @@ def _require_compiler() -> None:
         )
 
 
-def _spread_experts(experts: Experts, ep: DeviceMesh, room: Room | None, exposed: Exposed) -> None:
+def _dispatcher(training: TrainingConfig, meshes: Meshes, device: torch.device, row_bytes: int) -> Dispatcher:
+    """What all mixture layers bring rows to their experts by. Raises ValueError where splits cannot be read on the device and have to be."""
+    assert meshes.ep is not None
+    group, exposed = meshes.ep.get_group(), meshes.exposed
+    if training.expert_capacity is None:
+        return AllToAllDispatch(group, exposed)
+    wire = None
+    if training.expert_splits != "equal":
+        missing = symmetric.missing(device, group, row_bytes)
+        if missing and training.expert_splits == "device":
+            raise ValueError(f"training.expert_splits device: {missing}; use auto, or equal")
+        wire = None if missing else Wire(group, device, exposed, trips=2 if training.interleave else 1)
+    return BoundedDispatch(group, Room(training.expert_capacity), exposed, wire)
+
+
+def _spread_experts(experts: Experts, ep: DeviceMesh, dispatcher: Dispatcher) -> None:
     """Keep E / ep whole experts on each rank of the axis, as DTensor parameters, and route tokens between the ranks."""
     for name, parameter in list(experts.named_parameters(recurse=False)):
         size = parameter.shape[0]
@@ -178,11 +194,7 @@ def _spread_experts(experts: Experts, ep: DeviceMesh, room: Room | None, exposed
         local = parameter.detach().narrow(0, ep.get_local_rank() * (size // ep.size()), size // ep.size())
         spread = DTensor.from_local(local, ep, [Shard(0)], run_check=False)
         setattr(experts, name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
-    group = ep.get_group()
-    if room is None:
-        experts.dispatcher = AllToAllDispatch(group, exposed)
-    else:
-        experts.dispatcher = BoundedDispatch(group, room, exposed)
+    experts.dispatcher = dispatcher
 
 
 def _expert_dim(name: str, experts: nn.Module, meshes: Meshes) -> int:

@@ -9,6 +9,7 @@
                  blocks where their weights are kept for a step, else of the one at work
     activations  what the blocks keep for backward (activations.py), what one checkpointed block needs while it is
                  computed again, and a chunk of logits with its gradient; with training.offload_activations not what waits on the host
+    symmetric    buffers for rows whose splits are read on the device (pipeline/parallel/device_flight.py), from the first step on
     exchange     Muon's buffers: two buckets in flight and the workspace of Newton-Schulz (pipeline/optim/muon.py)
 
 `activations` and `gathered` are at their peak together, at the start of backward; `exchange` comes after both are gone,
@@ -21,12 +22,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from pipeline.config.schema import RunConfig
 from pipeline.kernels.quantise import TILE
 from pipeline.model.loss import CUDA_CHUNK
 from pipeline.model.offload import LEAST, STAY
+from pipeline.parallel.bounded import room_for_all
+from pipeline.parallel.device_flight import Parcel
 from pipeline.planner.activations import block_bytes, offloaded_bytes
 from pipeline.planner.sizes import FP32, Sizes, momentum_itemsize
+from pipeline.planner.traffic import on_device
 
 RESERVED_GB = 4.0  # what is not counted here: CUDA's context, NCCL's buffers
 
@@ -39,11 +45,12 @@ class Memory:
     optimizer: int
     gathered: int
     activations: int
+    symmetric: int
     exchange: int
 
     @property
     def peak(self) -> int:
-        return self.parameters + self.optimizer + max(self.gathered + self.activations, self.exchange)
+        return self.parameters + self.optimizer + self.symmetric + max(self.gathered + self.activations, self.exchange)
 
 
 def memory(config: RunConfig, sizes: Sizes, itemsize: int) -> Memory:
@@ -58,6 +65,7 @@ def memory(config: RunConfig, sizes: Sizes, itemsize: int) -> Memory:
         optimizer=state,
         gathered=_gathered(config, sizes, itemsize) + _fp8_copies(config, sizes),
         activations=_activations(config, itemsize),
+        symmetric=_symmetric(config, itemsize),
         exchange=_exchange(config, sizes, 2 if muon.wire_dtype == "bf16" else FP32),
     )
 
@@ -108,6 +116,18 @@ def _activations(config: RunConfig, itemsize: int) -> int:
         kept += block(moe=dense < model.num_hidden_layers, checkpointing="none")
     logits = 2 * min(CUDA_CHUNK, tokens) * model.vocab_size * FP32
     return tokens * kept + logits
+
+
+def _symmetric(config: RunConfig, itemsize: int) -> int:
+    training, model, ep = config.training, config.model, config.parallelism.ep
+    if training.expert_capacity is None or not on_device(config, itemsize):
+        return 0
+    trips = 2 if training.interleave else 1
+    tokens = training.micro_batch * training.sequence_length // trips
+    rows = room_for_all(tokens, model.n_routed_experts, model.num_experts_per_tok, ep, training.expert_capacity)
+    dtype = torch.bfloat16 if itemsize == 2 else torch.float32
+    parcels = Parcel(rows, model.hidden_size, dtype), Parcel(rows, model.n_routed_experts // ep, torch.float32)
+    return sum(parcel.buffer_bytes(ep, trips) for parcel in parcels)
 
 
 def _exchange(config: RunConfig, sizes: Sizes, wire: int) -> int:

@@ -6,7 +6,7 @@ With A micro-batches a step, n ranks in a group and weights of P elements in it,
     gradients    reduce-scatter of P in fp32, A times; both once with training.gather_once
     copies       all-reduce of the shard's fp32 gradients over `replicate`: twice it
     tokens       a row for each rank that a token meets (pipeline/parallel/dispatch.py; evenly routed,
-                 or all the room of training.expert_capacity), there and back, in
+                 or all the room of training.expert_capacity where splits are not read on the device), there and back, in
                  forward, in backward, and once more with full checkpointing: A times tokens * met * D for each way, with
                  E / ep weights in fp32 on the way there; (ep - 1) / ep leave the rank
     muon         pieces to owners and results back (pipeline/optim/sent.py, `bytes_by_rank`), the fullest rank
@@ -22,6 +22,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.optim.plan import MuonPlan
 from pipeline.optim.sent import bytes_by_rank
 from pipeline.parallel.dispatch import ranks_met
+from pipeline.parallel.symmetric import divides
 from pipeline.planner.sizes import FP32, Sizes
 
 
@@ -51,7 +52,8 @@ def traffic(config: RunConfig, sizes: Sizes, plan: MuonPlan | None, sequences: i
     if training.gather_once:
         times, passes = 1, gathered
     met = ranks_met(model.n_routed_experts, model.num_experts_per_tok, parallelism.ep)
-    rows = int(training.micro_batch * training.sequence_length * met * (training.expert_capacity or 1.0))
+    room = 1.0 if on_device(config, itemsize) else training.expert_capacity or 1.0
+    rows = int(training.micro_batch * training.sequence_length * met * room)
     layers = model.num_hidden_layers - model.first_k_dense_replace
     muon = 0
     if plan is not None:
@@ -71,6 +73,13 @@ def row_bytes(config: RunConfig, itemsize: int) -> int:
     turns = 3 if config.training.activation_checkpointing == "full" else 2
     weights = config.model.n_routed_experts // config.parallelism.ep * FP32
     return turns * (2 * config.model.hidden_size * itemsize + weights)
+
+
+def on_device(config: RunConfig, itemsize: int) -> bool:
+    """Whether the number of rows that travel is read on the device: `auto` means a GPU with NVSHMEM here."""
+    if config.training.expert_capacity is None or config.training.expert_splits == "equal":
+        return False
+    return config.parallelism.ep > 1 and divides(config.parallelism.ep, config.model.hidden_size * itemsize)
 
 
 def _leaving(elements: int, ranks: int) -> int:

@@ -194,6 +194,12 @@ class Group(dist.ProcessGroup):
         mine = input_splits[self._at] * row if input_splits else input.numel() // self._size
         return self._log("all_to_all", input, (input.numel() - mine) * input.element_size(), output)
 
+    def device_all_to_all(self, input: Tensor, rows: int) -> None:
+        """`rows` to each rank, as the device reads; what the current stream does next comes behind it."""
+        self._log(
+            "all_to_all_vdev", input, (self._size - 1) * rows * input[0].numel() * input.element_size(), None
+        ).wait()
+
     def broadcast(self, tensors: Any, opts: Any = None) -> Work:  # type: ignore[override]
         return self._log("broadcast", tensors[0], self._ring(tensors[0]), tensors)
 

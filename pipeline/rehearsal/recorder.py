@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pipeline.rehearsal.device import NAME
+from pipeline.rehearsal.device import NAME, Group
 from pipeline.rehearsal.tape import HostWait, Kernel, Tape
 
 UNIT = 512  # bytes
@@ -126,6 +127,9 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == NAME:
             self.tape.add(HostWait("item", self.tape.stream, self.tape.phase, self.tape.where))
+        if func is torch.ops.symm_mem.all_to_all_vdev.default:
+            self._write_all_to_all(*args)
+            return None
         out = func(*args, **kwargs)
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
@@ -145,7 +149,8 @@ class Recorder(TorchDispatchMode):
             return
         seen = self._seen if func._schema.name in _SEE_WHAT_IS_FILLED else _size
         writes = [(self.memory.number(t), seen(t)) for t in (*made, *changed)]
-        taken = {number for number, _ in writes} if func in _OVERWRITES else set()
+        overwrites = func in _OVERWRITES or func._schema.name.endswith("_into")
+        taken = {number for number, _ in writes} if overwrites else set()
         gathered = sum(map(_size, outputs)) if func in _GATHERS else None
         reads = [
             (self.memory.number(t), seen(t) if gathered is None else min(_size(t), gathered))
@@ -166,6 +171,13 @@ class Recorder(TorchDispatchMode):
             )
         )
 
+    def _write_all_to_all(self, sent: Tensor, arriving: Tensor, splits_W: Tensor, pad_2W: Tensor, group: str) -> None:
+        """An even share of the rows that are there goes to each rank, on the stream that launches it."""
+        names = dist.distributed_c10d._world.pg_names
+        wire = next(each for each, name in names.items() if name == group)
+        assert isinstance(wire, Group)
+        wire.device_all_to_all(sent, self.filled[sent.shape[0]] // wire.size())
+
     def _write_host_copy(self, on_device: Tensor, written: list[Tensor]) -> None:
         """What goes over the bus: counted once, where it is on the device."""
         side = ((self.memory.number(on_device), _size(on_device)),)
@@ -182,7 +194,10 @@ class Recorder(TorchDispatchMode):
 
     def _flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> int:
         flops = flops_of(func, args, kwargs, out)
-        rows = args[0].shape[0] if func._schema.name in _SEE_WHAT_IS_FILLED else 0
+        name = func._schema.name
+        rows = (
+            args[-2 if "bag_sums" in name else 0].shape[0] if name in _SEE_WHAT_IS_FILLED else 0
+        )  # of a sum, the places
         return flops * self.filled[rows] // rows if rows in self.filled else flops
 
 
@@ -304,6 +319,7 @@ _FLOPS: dict[str, Callable[..., int]] = {
     "moonlight::swiglu": _swiglu,
     "moonlight::swiglu_backward": _swiglu_backward,
     "moonlight::bag_sums": _bag_sums,
+    "moonlight::bag_sums_into": lambda into_RD, *rows: _bag_sums(*rows),
     "moonlight::cross_entropy": _cross_entropy,
     "moonlight::grouped_outer": _grouped_outer,
     "moonlight::linear": _linear,
@@ -314,7 +330,7 @@ _FLOPS: dict[str, Callable[..., int]] = {
 _SEE_WHAT_IS_FILLED = frozenset(
     {
         "moonlight::grouped_rows", "moonlight::grouped_outer", "moonlight::grouped_fp8", "moonlight::quantised_rows",
-        "moonlight::bag_sums", "moonlight::copy_rows", "moonlight::swiglu", "moonlight::swiglu_backward",
+        "moonlight::bag_sums", "moonlight::bag_sums_into", "moonlight::copy_rows", "moonlight::copy_rows_into", "moonlight::swiglu", "moonlight::swiglu_backward",
     }
 )  # fmt: skip
 _PRODUCTS = frozenset({"mm", "addmm", "addmm_", "bmm", "baddbmm", "linear", "linear_backward"})

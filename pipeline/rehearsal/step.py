@@ -28,11 +28,12 @@ from pipeline.model.moonlight import Moonlight
 from pipeline.optim.muon import build_optimizer
 from pipeline.optim.rules import moonlight_rules
 from pipeline.optim.schedule import segments
-from pipeline.parallel import local
-from pipeline.parallel.bounded import room_for_pairs, room_for_rows
+from pipeline.parallel import local, symmetric
+from pipeline.parallel.bounded import room_for_all, room_for_pairs, room_for_rows
+from pipeline.parallel.device_flight import Parcel
 from pipeline.parallel.dispatch import ranks_met
 from pipeline.parallel.mesh import build_meshes
-from pipeline.parallel.shard import shard_model
+from pipeline.parallel.shard import compute_dtype, shard_model
 from pipeline.rehearsal import attention as rehearsed
 from pipeline.rehearsal.device import TAPE, install
 from pipeline.rehearsal.recorder import TO_HOST, Memory, Recorder
@@ -98,7 +99,7 @@ def rehearse(config: RunConfig, *, limit: int | None = None) -> Rehearsal:
     met = ranks_met(network.n_routed_experts, network.num_experts_per_tok, config.parallelism.ep)
     rows, pairs = int(tokens * met), tokens * network.num_experts_per_tok
 
-    filled = _filled(config, tokens, rows, pairs)
+    filled = _filled(config, tokens, rows, pairs, compute_dtype(training, device))
 
     with on_stage(memory, rows, pairs, filled):
         model.to_empty(device=device)
@@ -147,6 +148,7 @@ def on_stage(memory: Memory, rows: int = 0, pairs: int = 0, filled: Mapping[int,
         stack.enter_context(
             mock.patch.object(recomputation, "KEPT", recomputation.KEPT | {"moonlight::rehearsed_attention"})
         )
+        stack.enter_context(mock.patch.object(symmetric, "empty", _room))
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", lambda x: _even(x, rows, pairs)))
         stack.enter_context(mock.patch.object(FakeTensor, "__bool__", _yes))
         # makes tensors from numbers on the CPU first, as fake mode does where there is no GPU
@@ -158,16 +160,21 @@ def on_stage(memory: Memory, rows: int = 0, pairs: int = 0, filled: Mapping[int,
         yield
 
 
-def _filled(config: RunConfig, tokens: int, rows: int, pairs: int) -> dict[int, int]:
+def _filled(config: RunConfig, tokens: int, rows: int, pairs: int, dtype: torch.dtype) -> dict[int, int]:
     """Of the buffers of fixed size, how much is in use: {room: rows}."""
     capacity, ranks, model = config.training.expert_capacity, config.parallelism.ep, config.model
     if capacity is None or ranks == 1:
         return {}
     E, K = model.n_routed_experts, model.num_experts_per_tok
-    return {
-        ranks * room_for_rows(tokens, E, K, ranks, capacity): rows,
-        room_for_pairs(tokens, E, K, ranks, capacity): pairs,
-    }
+    in_all = room_for_all(tokens, E, K, ranks, capacity)  # and one row of NaN
+    parcels = Parcel(in_all, model.hidden_size, dtype), Parcel(in_all, E // ranks, torch.float32)
+    rooms = {ranks * room_for_rows(tokens, E, K, ranks, capacity), in_all, in_all + 1}
+    rooms |= {parcel.lines(ranks)[0] for parcel in parcels}
+    return dict.fromkeys(rooms, rows) | {room_for_pairs(tokens, E, K, ranks, capacity): pairs}
+
+
+def _room(rows: int, width: int, dtype: torch.dtype, device: torch.device, _: Any) -> Tensor:
+    return torch.empty(rows, width, dtype=dtype, device=device)
 
 
 def _batch(config: RunConfig, micro_batches: int) -> StepBatch:

@@ -15,7 +15,7 @@ def tiny() -> list[dict[str, Any]]:
 
 def test_every_ep_gives_the_loss_of_ep_1_and_waits_are_counted():
     for records in run_distributed(tiny, 2):
-        assert [record["benchmark"] for record in records] == ["cluster/2/ep1", "cluster/2/ep2"]
+        assert [record["benchmark"] for record in records] == ["cluster/2/ep1/equal", "cluster/2/ep2/equal"]
         assert all(record["met"] for record in records)
         alone, spread = records
         assert alone["hidden"] is None
@@ -24,5 +24,5 @@ def test_every_ep_gives_the_loss_of_ep_1_and_waits_are_counted():
 
 def test_a_shard_is_eight_ranks_at_most():
     for world, ep, shard, replicate in ((16, 8, 8, 2), (4, 1, 4, 1)):
-        parallelism = cluster.config_for(world, ep, 9, False).parallelism
+        parallelism = cluster.config_for(world, ep, "equal", 9, False).parallelism
         assert (parallelism.shard, parallelism.replicate, parallelism.ep) == (shard, replicate, ep)

@@ -100,6 +100,8 @@ SETTINGS: list[tuple[str, tuple[str, ...]]] = [
     ("corpus.unit_bytes=0GB", ("corpus.unit_bytes", "greater than 0")),
     ("data.cache_bytes=5000000TB", ("data.cache_bytes", "less than or equal to")),
     # choices
+    ("training.expert_splits=host", ("training.expert_splits", "'auto', 'device' or 'equal'", "'host'")),
+    ("training.expert_splits=device", ("training.expert_splits device", "training.expert_capacity", "cluster.use_gpu", "auto")),
     ("training.compute_dtype=fp16", ("training.compute_dtype", "'auto', 'fp32' or 'bf16'", "'fp16'")),
     ("optimizer.name=sgd", ("optimizer.name", "'muon' or 'adamw'")),
     ("data.packing=best", ("data.packing", "'best_fit', 'concat', 'pad' or 'whole'")),

@@ -47,6 +47,9 @@ def test_rows_are_copied_to_the_places_that_are_filled(bins, slots, rows, width,
     found = sorting_triton.copy_rows(x_RD, out_of_range_M, *filled)
     assert found.dtype == dtype
     assert torch.equal(found[there_M], x_RD[row_M][there_M])
+    room_MD = torch.full_like(found, 7.0)
+    assert sorting_triton.copy_rows(x_RD, out_of_range_M, *filled, room_MD) is room_MD
+    assert torch.equal(room_MD, x_RD[row_M].where(there_M[:, None], 7.0))
 
 
 def test_places_say_which_of_them_are_filled():
@@ -78,6 +81,9 @@ def test_sums_are_those_of_the_reference(rows, width, share, dtype):
     placing = place_plainly(bins_RC, 4, pairs, all_chosen=False)
     rows_MD = torch.randn(pairs, width).to(dtype)
     found = sorting_triton.bag_sums(rows_MD, placing.place_M, placing.bags_R1)
+    room_RD = torch.empty_like(found)
+    assert sorting_triton.bag_sums(rows_MD, placing.place_M, placing.bags_R1, room_RD) is room_RD
+    assert torch.equal(room_RD, found)
     exact = torch.zeros(min(rows, 65), width, dtype=torch.float64).index_add(0, placing.row_M, rows_MD.double())
     torch.testing.assert_close(found, exact.to(dtype), rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-6)
     if width:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from pipeline.model import expert_products, mlp_products
 from pipeline.model.experts import MoE
 from pipeline.parallel.bounded import BoundedDispatch, Room
+from pipeline.parallel.device_flight import Wire
 from pipeline.parallel.dispatch import AllToAllDispatch, Choices, LocalDispatch, ranks_met
 from tests.distributed import run_distributed
 from tests.model.oracle import random_model, small_config
@@ -58,7 +59,9 @@ def run_bounded() -> list[dict[str, torch.Tensor]]:
     return [run_case(*case) for case in [*BOUNDED, (SKEWED, [6, 6], 1.0)]]
 
 
-def run_case(bias: list[float], tokens: list[int], capacity: float | None = None) -> dict[str, torch.Tensor]:
+def run_case(
+    bias: list[float], tokens: list[int], capacity: float | None = None, wire: Wire | None = None
+) -> dict[str, torch.Tensor]:
     """This rank's tokens through a layer whose experts are spread over all ranks."""
     rank, world = dist.get_rank(), dist.get_world_size()
     layer = layer_with_bias(bias)
@@ -66,7 +69,9 @@ def run_case(bias: list[float], tokens: list[int], capacity: float | None = None
     for name, stack in list(layer.experts.named_parameters()):
         setattr(layer.experts, name, torch.nn.Parameter(stack.detach()[rank * share : (rank + 1) * share].clone()))
     group = dist.group.WORLD
-    layer.experts.dispatcher = AllToAllDispatch(group) if capacity is None else BoundedDispatch(group, Room(capacity))
+    layer.experts.dispatcher = (
+        AllToAllDispatch(group) if capacity is None else BoundedDispatch(group, Room(capacity), wire=wire)
+    )
     x_BSD = inputs(rank, tokens[rank]).requires_grad_()
     out = layer(x_BSD)
     out.x_BSD.square().sum().backward()

@@ -112,7 +112,13 @@ def test_settings_that_may_change_at_any_start_make_no_other_version(run: Publis
     values = made.config.model_dump(mode="json")
     values["parallelism"] = {"replicate": 1, "shard": 2, "ep": 2}
     values["training"] |= {"micro_batch": 2, "log_every": 3, "activation_checkpointing": "full", "compile": True}
-    values["training"] |= {"interleave": True, "expert_capacity": 1.5, "gather_once": True, "offload_activations": True}
+    values["training"] |= {
+        "interleave": True,
+        "expert_capacity": 1.5,
+        "expert_splits": "equal",
+        "gather_once": True,
+        "offload_activations": True,
+    }
     values["training"] |= {"profile": {"steps": [1, 2]}}
     values["optimizer"]["muon"] |= {"bucket_bytes": 1 << 20, "products": "fp32", "hsdp_split": "off"}
     values["tracking"] |= {"trackers": ["tensorboard"], "project": "elsewhere"}

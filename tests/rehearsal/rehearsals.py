@@ -36,6 +36,7 @@ class Seen:
     held_at_peak: int
     too_much: Any
     host_waits: int
+    tokens: int
 
 
 def small(mesh: str, **overrides: Any) -> RunConfig:
@@ -64,6 +65,7 @@ def _rehearse(config: RunConfig, limit: int | None) -> Seen:
     return Seen(
         found.run, found.whole(), memory.peak, memory.by_phase, found.state_bytes,
         sum(size for _, size in memory.held_at_peak()), memory.too_much, len(found.host_waits()),
+        found.tokens,
     )  # fmt: skip
 
 

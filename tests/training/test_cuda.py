@@ -6,7 +6,7 @@ calls is called by itself.
 
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -25,6 +25,7 @@ from pipeline.model.row_products import Fp8, Fp8Copies, Places, Stacks, kept
 from pipeline.optim.muon import build_optimizer
 from pipeline.optim.rules import moonlight_rules
 from pipeline.parallel.bounded import BoundedDispatch, Room
+from pipeline.parallel.device_flight import Wire
 from pipeline.parallel.dispatch import AllToAllDispatch, Choices
 from pipeline.parallel.mesh import Meshes
 from pipeline.parallel.rows import Filled, place
@@ -211,7 +212,14 @@ def test_a_pass_over_ranks_waits_for_nothing_on_the_host(eight_ranks, lengths, f
         model(ids_BS, ids_BS, lengths=lengths)
 
 
-@pytest.mark.parametrize("dispatch", [AllToAllDispatch, lambda group: BoundedDispatch(group, Room(1.25))])
+@pytest.mark.parametrize(
+    "dispatch",
+    [
+        AllToAllDispatch,
+        lambda group: BoundedDispatch(group, Room(1.25)),
+        lambda group: BoundedDispatch(group, Room(1.25), wire=cast(Wire, SimpleNamespace())),
+    ],
+)
 def test_tokens_are_sorted_without_a_read(eight_ranks, dispatch):
     experts_NK = torch.empty(128, 2, dtype=torch.int64, device=CUDA)
     choices = Choices(experts_NK, torch.empty(128, 2, device=CUDA), 256, True)

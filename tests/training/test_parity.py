@@ -11,6 +11,7 @@ losses not visibly. `SEED` is one where 20 steps hold no such tie (about every t
 """
 
 import math
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -26,6 +27,7 @@ from pipeline.storage import Storage
 from pipeline.training.metrics import StepRecord
 from pipeline.training.trainer import Run
 from tests.distributed import run_distributed
+from tests.parallel.symmetric_gloo import symmetric_over_gloo
 from tests.training.make import SEQUENCE, tiny, tiny_dataset
 
 pytestmark = pytest.mark.timeout(900)  # a minute each, but more on a machine that is busy
@@ -67,6 +69,7 @@ def trained(root: str, dataset: DatasetManifest, overrides: dict) -> Outcome:
     options = dict(overrides)
     orthogonalize = fp32_newton_schulz if options.pop("exact", False) else muon.orthogonalize
     finish = Flight.finish if options.pop("blocking", False) else lambda flight: None
+    wires = symmetric_over_gloo() if options.pop("device", False) else nullcontext()
     config = tiny(root, seed=SEED, steps=STEPS, **schedule(options.pop("peak", 5e-4)), **options)
     start = Flight._start
 
@@ -80,6 +83,7 @@ def trained(root: str, dataset: DatasetManifest, overrides: dict) -> Outcome:
         mock.patch.object(muon, "orthogonalize", orthogonalize),
         mock.patch.object(Flight, "_start", awaited),
         every_block,
+        wires,
     ):
         run = Run(config, dataset, Storage(config.storage))
         records = [run.advance(False).fetch() for _ in range(STEPS)]
@@ -93,7 +97,7 @@ def all_trained(root: str, dataset: DatasetManifest, cases: list[dict]) -> list[
 
 
 MECHANICS = {
-    "parallelism", "training__micro_batch", "training__activation_checkpointing", "training__expert_capacity", "blocking",
+    "parallelism", "training__micro_batch", "training__activation_checkpointing", "training__expert_capacity", "blocking", "device",
     "training__gather_once", "training__offload_activations", "training__interleave",
 }  # fmt: skip
 
@@ -128,6 +132,7 @@ def accumulated(steps: int, world: int) -> dict:
 FULL, SELECTIVE = ({"training__activation_checkpointing": kind} for kind in ("full", "selective"))
 ONCE, TURNS = {"training__gather_once": True}, {"training__interleave": True}
 OFFLOAD, FP8 = {"training__offload_activations": True}, {"training__expert_products": "fp8"}
+DEVICE = {"training__expert_capacity": 4.0, "device": True}  # splits read on the device
 FSDP2 = {"parallelism": {"shard": 2}}
 EP2 = {"parallelism": {"shard": 2, "ep": 2}}
 EP2_EFSDP2 = {"parallelism": {"shard": 4, "ep": 2}}
@@ -153,6 +158,7 @@ def test_two_ranks(tmp_path):
             {**EP2, **once, **SELECTIVE, **TURNS, "training__expert_capacity": 4.0},
             {**EP2, **once, **SELECTIVE, **TURNS, "training__expert_capacity": 4.0, **FP8},
             {**EP2, **four_times, **OFFLOAD, **FP8},
+            {**EP2, **once, **FULL, **TURNS, **DEVICE},
         ],
     )
 
@@ -208,6 +214,9 @@ def test_every_way(tmp_path, mesh):
         ways += [{**way, "training__expert_capacity": 4.0} for way in ways[1:6:2]]
         ways += [{**way, **TURNS} for way in (*ways[:6:2], {**ways[2], "training__expert_capacity": 4.0})]
         ways += [{**ways[2], **TURNS, "training__expert_capacity": 4.0, **FP8}]
+        ways += [
+            {**way, **DEVICE} for way in (*ways[:6], {**ways[0], **TURNS}, {**ways[2], **OFFLOAD}, {**ways[5], **ONCE})
+        ]
     compare(str(tmp_path), world, [{**mesh, **way} for way in ways] + [{**mesh, **ways[0], **EXACT}], timeout=1700)
 
 
