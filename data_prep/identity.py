@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
+from typing import Any
 
 from data_prep.listing import Listing, list_source
-from data_prep.pack_unit import layout
+from data_prep.pack_unit import LAYOUT_KEYS, layout
 from data_prep.plan import FORMAT_VERSION, unit_settings
 from data_prep.tokenizer_stage import tokenizer_identity
 from pipeline.config.schema import RunConfig
 from pipeline.manifest import digest_of
 
 LIBRARIES = ("pyarrow", "gigatoken", "tokenizers")  # whose versions decide bytes
+DECIDE_NO_BYTES: dict[
+    str, Any
+] = {  # of corpus: what names the files, what orders training, what only refuses; rules are the sources'
+    "sources": {"__all__": {"path", "include", "exclude", "max_bytes", "weight", "max_epochs"}},
+    **dict.fromkeys(("mixture", "max_quarantined_fraction", "max_dropped_fraction", "rules"), True),
+    "decontamination": {"tasks"},  # the questions do
+}
 
 
 def list_corpus(config: RunConfig) -> dict[str, Listing]:
@@ -40,9 +48,8 @@ def identity(config: RunConfig, listings: Mapping[str, Listing]) -> str:
         "layout": layout(config.data),
         "versions": versions(),
     }
-    corpus = config.corpus
-    alike = corpus.near_duplicates is not None or corpus.duplicate_paragraphs is not None
-    if corpus.drop_duplicates_across_sources or alike:  # then their order decides which of two copies stays
+    corpus, alike = config.corpus, _finds_alike(config)
+    if _order_counts(config):
         parts["order_of_sources"] = [source.name for source in corpus.sources]
     if corpus.drop_duplicates_across_sources and alike:  # alone the order says it: names that were given stay
         parts["drop_duplicates_across_sources"] = True
@@ -52,8 +59,26 @@ def identity(config: RunConfig, listings: Mapping[str, Listing]) -> str:
 
 
 def settings_digest(config: RunConfig) -> str:
-    """Digest of every setting that decides the dataset, whatever files are in the corpus."""
-    return identity(config, {})
+    """Digest of what the configuration says of the dataset: whatever files are in the corpus, and whichever code and libraries read them."""
+    corpus = config.corpus.model_dump(mode="json", exclude_defaults=True, exclude=DECIDE_NO_BYTES)
+    parts: dict[str, Any] = {
+        "sources": {source["name"]: source for source in corpus.pop("sources")},
+        "corpus": corpus,
+        "layout": config.data.model_dump(mode="json", exclude_defaults=True, include=set(LAYOUT_KEYS)),
+        "tokenizer": tokenizer_identity(config),
+    }
+    if _order_counts(config):
+        parts["order_of_sources"] = [source.name for source in config.corpus.sources]
+    return digest_of(parts)[:32]
+
+
+def _finds_alike(config: RunConfig) -> bool:
+    return config.corpus.near_duplicates is not None or config.corpus.duplicate_paragraphs is not None
+
+
+def _order_counts(config: RunConfig) -> bool:
+    """Whether the order of sources decides which of two copies stays."""
+    return config.corpus.drop_duplicates_across_sources or _finds_alike(config)
 
 
 def versions() -> dict[str, str]:

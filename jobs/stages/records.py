@@ -65,12 +65,17 @@ class Records:
 def dataset_identity(config: RunConfig, storage: Storage, listings: Mapping[str, Listing] | None = None) -> str:
     """The name of the dataset of this configuration, with the questions that the run has asked for, and the corpus as it is now. Raises
     ConfigError."""
-    return identity.identity(questions.pinned(config, storage), listings or list_corpus(config))
+    return identity.identity(questions.pinned(config, storage), list_corpus(config) if listings is None else listings)
 
 
 def settings_digest(config: RunConfig, storage: Storage) -> str:
-    """The same, whatever files are in the corpus."""
+    """Of what the configuration says of the dataset, whatever files are in the corpus and whichever code and libraries read them."""
     return identity.settings_digest(questions.pinned(config, storage))
+
+
+def _has_settings_of(held: HeldDataset, config: RunConfig, storage: Storage) -> bool:
+    """Records of before hold the name that an empty corpus would have, versions of libraries in it."""
+    return held.settings == settings_digest(config, storage) or held.settings == dataset_identity(config, storage, {})
 
 
 class HeldDataset(Record):
@@ -92,7 +97,7 @@ def held_dataset(config: RunConfig, storage: Storage, stage: str = "prepare") ->
     are for the next run.
     """
     held = read_record(storage, held_path(config.run_id), HeldDataset)
-    if held is None or held.settings != settings_digest(config, storage):
+    if held is None or not _has_settings_of(held, config, storage):
         return None
     if stage == "prepare" and not storage.names(train_folder(config.run_id)):
         return None

@@ -1,4 +1,5 @@
-"""Two datasets that differ have two names: every setting of the data is in a dataset's name, or known to decide nothing of its bytes."""
+"""Two datasets that differ have two names: every setting of the data is in a dataset's name, and in what a run knows its dataset by, or known
+to decide nothing of its bytes."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.identity import identity
+from data_prep.identity import identity, settings_digest
 from pipeline.config.load import load_config
 from pipeline.config.schema import Section
 
@@ -80,14 +81,15 @@ def test_every_setting_is_in_the_name_or_known_to_decide_nothing(section: str, w
     if without:
         overrides.append(f"corpus.{without}={'false' if without.startswith('drop') else 'null'}")
     config = load_config("debug", overrides)
-    name = identity(config, {})
+    name, said = identity(config, {}), settings_digest(config)
     wrong, tried = [], 0
     for path, value in settings(getattr(config, section), f"{section}."):
         if value is None and path == f"corpus.{without}":
             continue  # with it is the first case
-        now = identity(changed(config, path.split("."), another(path, value)), {})
-        if (now == name) != (path in DECIDES_NOTHING):
-            wrong.append(path)
+        other = changed(config, path.split("."), another(path, value))
+        for same in (identity(other, {}) == name, settings_digest(other) == said):
+            if same != (path in DECIDES_NOTHING):
+                wrong.append(path)
         tried += 1
     assert not wrong
     assert tried > 10

@@ -17,7 +17,7 @@ from jobs import stages
 from jobs.commit import git_commit
 from jobs.stages import MissingInput, find, run
 from jobs.stages.prepare import check_supply, outcome
-from jobs.stages.records import Records
+from jobs.stages.records import HeldDataset, Records, held_path, hold_dataset
 from pipeline.config.load import ConfigError, load_config
 from pipeline.config.schema import RunConfig, SourceConfig, StorageConfig
 from pipeline.evaluation.heldout import evaluate
@@ -113,6 +113,24 @@ def test_other_settings_under_the_same_run_id_are_not_done(living: Living, tmp_p
     assert done(change(config, "checkpoint", every_steps=7), storage) == stages.names()
     assert done(change(config, "cluster", cpus_per_worker=3.0), storage) == stages.names()
     (tmp_path / "prose" / "0.txt").write_text("The corpus changed.")
+    assert done(config, storage) == []
+
+
+def test_a_run_that_trains_keeps_its_dataset_whatever_is_installed(
+    living: Living, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another version of a library, or of our own rules, would give other bytes; what is there stays there."""
+    finish(living)
+    config, storage = living.config, living.storage
+    older = HeldDataset(dataset=living.dataset.identity, settings=identity(config, {}))  # as earlier code wrote it
+    storage.write(held_path(config.run_id), older.to_json())
+    assert done(config, storage) == stages.names()
+    hold_dataset(config, storage, living.dataset)
+    monkeypatch.setattr("data_prep.identity.versions", lambda: {"pyarrow": "99"})
+    monkeypatch.setattr("data_prep.plan.FORMAT_VERSION", 99)
+    assert done(config, storage) == stages.names()
+    assert done(change(config, "corpus", heldout_fraction=0.2), storage) == []
+    storage.delete(train_folder(config.run_id))  # before training prepare makes what it would make now
     assert done(config, storage) == []
 
 
