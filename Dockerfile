@@ -6,8 +6,9 @@
 # driver must know it. PIP_ARGS="--extra-index-url ..." with PyTorch's index of another CUDA version takes that one (of one version
 # pip takes the build with a tag). For a cluster without GPUs: BASE=rayproject/ray:2.60.0-py311 and PyTorch's CPU index.
 #
-# EXTRAS="eval language" adds optional dependencies of pyproject.toml: lm-eval, for evaluation.tasks, has 250 MB. The image keeps the Hugging Face Hub switched off, so the tasks' data comes
-# with evaluation.task_folder; HF_HUB_OFFLINE=0 in the evaluate stage where it may reach the Hub.
+# EXTRAS="eval language" adds optional dependencies of pyproject.toml: lm-eval, for evaluation.tasks, has 250 MB. The image keeps the
+# Hugging Face Hub switched off, so the data of tasks come with evaluation.task_folder; HF_HUB_OFFLINE=0 in the evaluate stage where it may
+# reach the Hub.
 #
 # Everything installs from wheels (but three packages of pure Python that lm-eval brings), so nothing here needs a compiler and none
 # is added. `training.compile` needs one when it runs: Triton builds its driver module with gcc at the first kernel (ptxas is in its

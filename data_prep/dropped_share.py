@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_prep.contamination.apply import RULE
 from data_prep.source_share import SourceShare
+from pipeline.config.languages import is_of_one
 from pipeline.config.load import ConfigError
 from pipeline.config.rules import Rules
 from pipeline.config.schema import SourceConfig
@@ -20,10 +20,11 @@ class DroppedShare(SourceShare):
 
     def __init__(self, sources: Sequence[SourceConfig], most: float) -> None:
         super().__init__(sources, most)
-        paths = Counter(source.path for source in sources)
-        self._split = {
-            source.name for source in sources if paths[source.path] > 1
-        }  # the others keep what one drops, by language
+        self._by_language = {
+            source.name
+            for source in sources
+            if source.rules.languages is not None and is_of_one(source.name, source.rules.languages.keep)
+        }  # what they drop was never meant for them
         self._examples: dict[tuple[str, str], list[str]] = {}
 
     def _counted(self, unit: dict[str, Any]) -> Mapping[str, int]:
@@ -31,7 +32,7 @@ class DroppedShare(SourceShare):
             shown = self._examples.setdefault((unit["source"], name), [])
             shown += locations[: SHOWN - len(shown)]
         filtered = unit["counts"]["filtered"].items()
-        meant = {"languages.keep"} if unit["source"] in self._split else set()
+        meant = {"languages.keep"} if unit["source"] in self._by_language else set()
         return {name: count for name, count in filtered if is_of_a_rule(name) and name not in meant}
 
     def _judge(self, source: str) -> None:

@@ -6,6 +6,7 @@ like those of any source. The files are read once for each language.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -42,6 +43,11 @@ def _of_languages(source: Any, index: int) -> list[Any]:
         named = {"name": f"{source.get('name')}-{code}", "weight": weight * share / total, "rules": own}
         made.append({name: value for name, value in {**source, **named}.items() if name != "languages"})
     return made
+
+
+def is_of_one(name: str, keep: Sequence[str]) -> bool:
+    """Whether a source is one of these, by its name and what its rule keeps."""
+    return len(keep) == 1 and name.endswith(f"-{keep[0]}")
 
 
 def _is_share(share: Any) -> bool:
