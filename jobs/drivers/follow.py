@@ -16,6 +16,7 @@ from botocore.exceptions import BotoCoreError
 
 from jobs import stage, stages
 from jobs.cli import looking, open_run, parser
+from jobs.on_ray.failed import WorkersFailed
 from jobs.on_ray.signals import Interrupted, raise_on_signals
 from jobs.stages.records import hold_dataset
 from jobs.views.curves import write_curves
@@ -72,6 +73,9 @@ def judge_all(config_name: str, overrides: Sequence[str], *, wait: bool) -> int:
     except Interrupted as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return error.exit_code
+    except WorkersFailed as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 1
     except (OSError, BotoCoreError) as error:
         print(f"evaluate: {said_by_storage(error)}", file=sys.stderr)
         return 1
