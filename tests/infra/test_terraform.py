@@ -400,6 +400,8 @@ def test_the_presets_buckets_are_those_of_prod() -> None:
         ("publish", "models/moonlight/latest.json", True),
         ("driver", "runs/r/progress.json", True),
         ("driver", "models/moonlight/latest.json", False),
+        ("driver", "ladders/r/ladder.json", True),
+        ("train", "ladders/r/ladder.json", False),
         *((stage, ".probe-0123", True) for stage in ("prepare", "train", "evaluate", "publish", "driver")),
     ],
 )

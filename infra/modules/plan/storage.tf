@@ -5,7 +5,8 @@ locals {
   product = ["${local.root}/tokenizers/*", "${local.root}/datasets/*"]
   runs    = ["${local.root}/runs/*"]
   models  = ["${local.root}/models/*"]
-  probe   = ["${local.root}/.probe-*"] # the writability check before a stage starts
+  ladders = ["${local.root}/ladders/*"] # what jobs.ladder on the submit cluster leaves
+  probe   = ["${local.root}/.probe-*"]  # the writability check before a stage starts
 
   history = ["${local.root}/history/*"] # dashboards of clusters that are gone (k8s/components/history-server)
 
@@ -16,7 +17,7 @@ locals {
     train    = { read = concat(local.inputs, local.product, local.models), write = concat(local.runs, local.probe) }
     evaluate = { read = concat(local.inputs, local.product), write = concat(local.runs, local.probe) }
     publish  = { read = concat(local.inputs, local.product), write = concat(local.runs, local.models, local.probe) }
-    driver   = { read = concat(local.inputs, local.product, local.models), write = concat(local.runs, local.probe, ["logs/workflows/*"]) }
+    driver   = { read = concat(local.inputs, local.product, local.models), write = concat(local.runs, local.ladders, local.probe, ["logs/workflows/*"]) }
     # Fluent Bit on every node; the history server, which reads what collectors of stages wrote.
     node-logs = { read = [], write = ["logs/nodes/*"] }
     history   = { read = local.history, write = [] }
