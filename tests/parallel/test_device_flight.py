@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from pipeline.parallel.bounded import BoundedDispatch
 from pipeline.parallel.device_flight import Parcel, Wire
 from pipeline.parallel.exposed import Exposed
 from pipeline.parallel.shard import _dispatcher
+from pipeline.parallel.wire_check import ROUNDS, fault
 from tests.distributed import run_distributed
 from tests.parallel.symmetric_gloo import symmetric_over_gloo
 from tests.parallel.test_dispatch import SKEWED, run_case
@@ -78,3 +80,34 @@ def test_what_cannot_be_is_refused_by_name_or_left() -> None:
     assert "two ranks" in str(symmetric.missing(cuda, group(1), 4096))
     assert "not ep 6 and 4096 bytes" in str(symmetric.missing(cuda, group(6), 4096))
     assert symmetric.missing(torch.device("meta"), group(8), 4096) is None  # as a rehearsal's stand-in
+
+
+def faults(world: int, trips: int) -> list[str | None]:
+    """Of the operator as it is read, of one that says that rows lie there in another order, and of one that fetches too late."""
+    with symmetric_over_gloo() as found:
+        sound = fault(Wire(dist.group.WORLD, torch.device("cpu"), trips=trips), 64)
+        assert found.calls == ROUNDS
+        operator = symmetric.all_to_all
+
+        def turned(sent: Any, arriving: Any, splits_W: Any, *others: Any) -> None:
+            operator(sent.roll(1, 0), arriving, splits_W, *others)
+
+        def late(sent: Any, *others: Any) -> None:
+            if dist.get_rank() == 1:  # its rows are those of the exchange before
+                sent, before[:] = before[0] if before else sent, [sent.clone()]
+            operator(sent, *others)
+
+        before: list[Any] = []
+        results = [sound]
+        for broken in (turned, late):
+            with mock.patch.object(symmetric, "all_to_all", broken):
+                results.append(fault(Wire(dist.group.WORLD, torch.device("cpu"), trips=trips), 64))
+    return results
+
+
+@pytest.mark.parametrize("trips", [1, 2])
+def test_an_exchange_that_is_not_as_it_was_read_is_found_before_a_run_trusts_it(trips: int) -> None:
+    for sound, turned, late in run_distributed(faults, 2, 2, trips):
+        assert sound is None
+        assert turned == f"rows arrived wrong at 2 of 2 ranks, in exchange 1 of {ROUNDS} that were tried"
+        assert late == f"rows arrived wrong at 2 of 2 ranks, in exchange 2 of {ROUNDS} that were tried"
