@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -134,7 +134,7 @@ def duplicates_bytes(ordinals: Sequence[np.ndarray]) -> bytes:
     return file.getvalue()
 
 
-def write_duplicates(file: IO[bytes], units: int, ordinals: Iterable[np.ndarray], kind: Any = ORDINAL) -> None:
+def write_duplicates(file: IO[bytes], units: int, ordinals: Iterable[np.ndarray], kind: np.dtype = ORDINAL) -> None:
     """The same into a file, a unit at a time; of another `kind` what else is told of documents."""
     offsets, digests = np.zeros(units + 1, "<u8"), np.zeros(units, "<u8")
     file.seek((2 * units + 1) * 8)
@@ -152,8 +152,13 @@ def read_index(storage: Storage, path: str, low: int = 0, high: int = 256) -> np
     return hash_sorted.read(storage, path, INDEX_DTYPE, low, high)
 
 
-def read_duplicates(storage: Storage, path: str, unit: int, units: int, kind: Any = ORDINAL) -> np.ndarray:
-    """Ordinals (int64, sorted) of the copies in the unit with that place in the plan; of another `kind` as it is. Raises DamagedFile."""
+def read_duplicates(storage: Storage, path: str, unit: int, units: int) -> np.ndarray:
+    """Ordinals (int64, sorted) of the copies in the unit with that place in the plan. Raises DamagedFile."""
+    return read_part(storage, path, unit, units, ORDINAL).astype(np.int64)
+
+
+def read_part(storage: Storage, path: str, unit: int, units: int, kind: np.dtype) -> np.ndarray:
+    """What `write_duplicates` was given of a unit. Raises DamagedFile."""
     size = kind.itemsize
     with storage.open(path) as file:
         file.seek(unit * 8)
@@ -167,8 +172,7 @@ def read_duplicates(storage: Storage, path: str, unit: int, units: int, kind: An
         data = file.read((stop - start) * size if there else 0)
     if len(digest) < 8 or _digest_of(unit, (start, stop), data) != int.from_bytes(digest, "little"):
         raise DamagedFile(f"{storage.uri(path)}: the copies of unit number {unit} are torn or changed; {MEND}")
-    found = np.frombuffer(data, kind)
-    return found.astype(np.int64) if kind is ORDINAL else found
+    return np.frombuffer(data, kind)
 
 
 def _digest_of(unit: int, span: tuple[int, int], ordinals: bytes) -> int:

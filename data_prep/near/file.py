@@ -8,13 +8,12 @@ its number, DOCUMENT; xxh3 of these; RECORD by band and hash.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_prep.hash_sorted import MEND
+from data_prep.hash_sorted import MEND, by_leading_byte, changed
 from data_prep.near.signatures import bands
 from pipeline.config.near import NearDuplicates
 from pipeline.integrity import DamagedFile
@@ -53,9 +52,7 @@ class Signatures:
             order = np.argsort(band, kind="stable")
             sorted_ = np.empty(len(order), RECORD)
             sorted_["hash"], sorted_["ordinal"] = band[order], ordinals[order]
-            first = np.searchsorted(sorted_["hash"] >> np.uint64(56), np.arange(257, dtype=np.uint64))
-            digests = [xxhash.xxh3_64_intdigest(sorted_[start:stop].tobytes()) for start, stop in pairwise(first)]
-            heads[number] = (first, digests)
+            heads[number] = by_leading_byte(sorted_, sorted_["hash"])
             records.append(sorted_.tobytes())
         head = np.array([self._settings.bands, self._count], "<u4").tobytes() + heads.tobytes()
         documents = np.concatenate(self._documents).tobytes()
@@ -89,14 +86,11 @@ def read_band(storage: Storage, path: str, band: int, low: int = 0, high: int = 
         if band >= bands or _digest(start + data) != file.read(8):
             raise DamagedFile(f"{storage.uri(path)}: its head is torn or changed; {MEND}")
         heads = np.frombuffer(data, BAND)
-        first = heads[band]["first"].astype(np.int64)
+        first = heads[band]["first"].tolist()
         before = 8 + len(data) + 8 + documents * DOCUMENT.itemsize + 8
         before += int(heads["first"][:band, 256].sum()) * RECORD.itemsize
-        file.seek(before + int(first[low]) * RECORD.itemsize)
-        data = file.read(int(first[high] - first[low]) * RECORD.itemsize)
-    edges = ((first - first[low]) * RECORD.itemsize).tolist()
-    for byte in range(low, high):
-        part = data[edges[byte] : edges[byte + 1]]
-        if len(part) != edges[byte + 1] - edges[byte] or xxhash.xxh3_64_intdigest(part) != heads[band]["xxh3"][byte]:
-            raise DamagedFile(f"{storage.uri(path)}: band {band}, leading byte {byte:02x}: torn or changed; {MEND}")
+        file.seek(before + first[low] * RECORD.itemsize)
+        data = file.read((first[high] - first[low]) * RECORD.itemsize)
+    if (byte := changed(data, RECORD.itemsize, first, heads[band]["xxh3"], low, high)) is not None:
+        raise DamagedFile(f"{storage.uri(path)}: band {band}, leading byte {byte:02x}: torn or changed; {MEND}")
     return np.frombuffer(data, RECORD)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from data_prep import hash_sorted
 from data_prep.paragraphs.parts import PART
 from data_prep.records import UnitManifest
-from data_prep.resolve import LONG, READ_THREADS, Heldout, read_duplicates, write_duplicates
+from data_prep.resolve import LONG, READ_THREADS, Heldout, read_duplicates, read_part, write_duplicates
 from data_prep.units import Units
 from data_prep.writer import put
 from pipeline.config.schema import RunConfig, StorageConfig
@@ -165,5 +165,5 @@ def _of_unit(
 
 def read_going(storage: Storage, paths: Sequence[str], place: int, units: int) -> NDArray[np.uint64]:
     """GOING of the unit with that place in the plan, ascending. Raises DamagedFile."""
-    found = [read_duplicates(storage, path, place, units, GOING) for path in paths]
+    found = [read_part(storage, path, place, units, GOING) for path in paths]
     return np.sort(np.concatenate([np.zeros(0, GOING), *found]))
