@@ -11,12 +11,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.config.load import ConfigError, validate
-from pipeline.config.schema import ModelConfig, RunConfig
+from pipeline.config.schema import TASK_SETTINGS, ModelConfig, RunConfig
 from pipeline.manifest import digest_of
 from pipeline.training.flops import active_parameters, flops_per_token
-from pipeline.training.identity import as_before
+from pipeline.training.identity import identity_of
 
 OPTIMIZERS = ("muon", "adamw")
+ORDER = {
+    "sequence_length",
+    "rows_per_group",
+    "lanes",
+    "window_blocks",
+    "mixture_block",
+}  # constants of dataset/order.py
 
 
 @dataclass(frozen=True)
@@ -111,16 +118,25 @@ def configure(recipe: RunConfig, rung: Rung, tokens_per_parameter: float, datase
         "log_every": max(1, steps // 20),
         "profile": None,
         "recompute_every": None,
+        "interleave": False,  # of ep ranks
     }
     values["checkpoint"] |= {"keep": 1, "keep_every": None}
-    values["evaluation"] |= {"follow": False, "tasks": [], "checkpoint": "last"}
+    values["evaluation"] |= {"follow": False, "checkpoint": "last", **dict.fromkeys(TASK_SETTINGS), "tasks": []}
+    values["corpus"]["decontamination"] = None  # looks for the questions of tasks, in prepare
     values["publishing"] |= {"gates": [], "average_last": None}
     values["tracking"] = {}
-    decisive = {
-        key: values[key] for key in ("seed", "model", "optimizer", "schedule", "training", "data", "evaluation")
-    } | {"training": as_before(values["training"]), "mixture": values["corpus"]["mixture"]}
-    digest = digest_of({"rung": asdict(rung), "dataset": dataset_digest, "settings": decisive})
-    return validate({**values, "run_id": f"ladder-{digest[:16]}"})
+    config = validate(values)
+    decisive = {**asdict(rung), **_what_decides(config, dataset_digest)}
+    return config.model_copy(update={"run_id": f"ladder-{digest_of(decisive)[:16]}"})
+
+
+def _what_decides(config: RunConfig, dataset_digest: str) -> dict[str, Any]:
+    """The held-out loss: all that makes a run the run that it is (training/identity.py), of the data order its constants, and what is scored."""
+    weights = {source.name: source.weight for source in config.corpus.sources}
+    stages = [stage.model_dump(mode="json") for stage in config.corpus.mixture]
+    order = {"mixture": stages or weights, **config.data.model_dump(include=ORDER)}
+    scored = config.evaluation.model_dump(include={"sequence_length", "max_tokens_per_source"})
+    return {"run": identity_of(config, dataset_digest, order), "evaluation": scored}
 
 
 def parameters(model: ModelConfig) -> int:

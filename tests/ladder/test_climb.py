@@ -12,6 +12,7 @@ import pytest
 
 from jobs import ladder as command
 from pipeline.config.load import ConfigError, load_config
+from pipeline.config.schema import RunConfig
 from pipeline.ladder.climb import Ladder, Measure, climb
 from pipeline.ladder.rungs import Beginning, Measured, Rung, configure, flops
 from pipeline.ladder.show import lines, plot
@@ -104,6 +105,39 @@ def test_rungs_are_the_recipe_at_another_size() -> None:
         peak = max(stage.end for stage in config.schedule.learning_rate)
         assert peak == pytest.approx(0.5 * max(stage.end for stage in recipe.schedule.learning_rate))
     assert 100 < flops(large) / flops(small) < 1000  # the square of the parameters
+
+
+def rung_of(*overrides: str) -> RunConfig:
+    return configure(load_config("debug", overrides), Rung("muon", 64, 0.5), 1.0, "d")
+
+
+def test_a_recipe_of_many_ranks_that_is_asked_tasks_has_rungs() -> None:
+    """Rungs are one process, and their held-out loss is all that is asked for."""
+    plain = rung_of()
+    mesh = ("parallelism={replicate: 1, shard: 2, ep: 2}", "training.micro_batch=2")
+    tasks = ("evaluation.tasks=[hellaswag]", "evaluation.few_shot={hellaswag: 2}", "corpus.decontamination={}")
+    for overrides in ((*mesh, "training.interleave=true"), tasks, ("evaluation.task_preset=moonlight",)):
+        found = rung_of(*overrides)
+        assert (found.evaluation.tasks, found.training.interleave) == ((), False)
+        assert found.run_id == plain.run_id
+
+
+def test_a_rung_is_named_by_what_decides_its_loss() -> None:
+    """What is done is found by the name: other weights of sources are other runs, other time-outs are not."""
+    plain = rung_of().run_id
+    same = ("training.step_timeout_s=77", "training.collect_every=9", "evaluation.waiting=3", "data.cache_bytes=1GB")
+    same = (*same, "optimizer.muon.bucket_bytes=1000000", "checkpoint.every_steps=7")
+    assert [override for override in same if rung_of(override).run_id != plain] == []
+    other = ("corpus.sources.0.weight=7.0", "data.window_blocks=3", "evaluation.max_tokens_per_source=99", "seed=3")
+    name = load_config("debug").corpus.sources[0].name
+    other = (
+        *other,
+        f"corpus.mixture=[{{until_tokens: 10000000, weights: {{{name}: 1}}}}]",
+        "training.aux_loss_weight=0.5",
+        "optimizer.weight_decay=0.3",
+        "training.document_mask=true",
+    )
+    assert [override for override in other if rung_of(override).run_id == plain] == []
 
 
 def test_bad_input(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_products_of_experts_in_fp8_decide_and_are_none_of_older_runs():
     assert differences(narrow, of(), 0) == ["training.expert_products is 'fp8' here and None there"]
     assert differences(of(), narrow, 0) == ["training.expert_products is None here and 'fp8' there"]
     plain, other = (tiny("here", **made).training.model_dump() for made in ({}, {"training__expert_products": "fp8"}))
-    assert "expert_products" not in as_before(plain)  # a rung's and a version's name are made of all others
+    assert "expert_products" not in as_before(plain)  # a version's name is made of all others
     assert as_before(other) == plain | {"expert_products": "fp8"}
 
 
