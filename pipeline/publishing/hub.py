@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.manifest import ModelManifest, Record
+from pipeline.manifest import DamagedRecord, ModelManifest, Record
 from pipeline.publishing import registry
 from pipeline.storage import Storage
 
@@ -79,13 +79,14 @@ def push(
 ) -> Pushed | None:
     """Make `revision` of the repository the published version; None if it was no longer `wanted` when its turn came.
 
-    The repository is made where there is none. `tag`: the revision is a tag, made from a branch that is removed again.
-    Raises HubRefused, and what storage raises if it does not give back the version's files.
+    The repository is made where there is none. `tag`: the revision is a tag, made from a branch that is removed again. One that is there
+    stays where it is. Raises HubRefused, also for a tag that holds another version (two can be of one step), and what storage raises if it does not give back the version's files.
     """
     branch = f"{revision}-incoming" if tag else revision
     with _refusals(f"{repo}, revision {revision}"):
         api.create_repo(repo, private=private, exist_ok=True)
         if tag and (there := _tagged(api, repo, revision)) is not None:
+            _require(api, repo, revision, manifest)
             commit = there
         else:
             if branch != "main":
@@ -164,6 +165,24 @@ def _tagged(api: HfApi, repo: str, tag: str) -> str | None:
     return next((str(each.target_commit) for each in api.list_repo_refs(repo).tags if each.name == tag), None)
 
 
+def _require(api: HfApi, repo: str, tag: str, manifest: ModelManifest) -> None:
+    """Raises HubRefused if the tag holds anything but this version."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            path = api.hf_hub_download(repo, "manifest.json", revision=tag, local_dir=scratch)
+            found = ModelManifest.parse(Path(path).read_bytes(), f"manifest.json of {repo}, tag {tag}")
+        except (EntryNotFoundError, DamagedRecord):
+            found = None
+    if found is None or found.digest != manifest.digest:
+        what = "what is no version of ours" if found is None else f"{found.name} {found.version}"
+        raise HubRefused(
+            f"publishing.hub: {repo}, tag {tag}: it holds {what}, not {manifest.name} {manifest.version}, and a tag does not move; delete "
+            "it there and run the same command again, or set publishing.hub.revisions=branches"
+        )
+
+
 class _Unread(Exception):
     """A file of the version cannot be read: no fault of the hub's, whose client raises an OSError of its own, too."""
 
@@ -187,6 +206,8 @@ def _refusals(where: str) -> Iterator[None]:
         yield
     except _Unread as unread:
         raise unread.error from None
+    except HubRefused:
+        raise
     except (HTTPError, OSError, RuntimeError, ValueError) as error:  # uploads wrap theirs in a RuntimeError
         cause = error if isinstance(error, HfHubHTTPError) else error.__cause__ or error
         if isinstance(cause, HfHubHTTPError):

@@ -101,6 +101,26 @@ def test_files_of_another_version_go_and_a_tag_stays(hub: Hub, run: PublishedRun
     assert push_run(hub, run, tag=True) == tagged
 
 
+def test_a_tag_of_another_version_of_the_step_is_refused(hub: Hub, run: PublishedRun):
+    """Nothing is recorded as pushed that is not there."""
+    other = run.publish(name="tiny", dtype="bf16", promote=False)
+    storage = run.made.storage
+    push_run(hub, run, tag=True)
+    before = storage.read(record_path(REPO, "step-00000050"))
+    with pytest.raises(
+        HubRefused, match=rf"tag step-00000050: it holds .* {run.manifest.version}, not tiny {other.version}"
+    ):
+        push(api(hub), storage, other, REPO, "step-00000050", tag=True)
+    assert storage.read(record_path(REPO, "step-00000050")) == before
+    hub.commit(REPO, "main", {})
+    hub.repositories[REPO].tags["step-00000050"] = hub.repositories[REPO].branches["main"]
+    with pytest.raises(HubRefused, match="it holds what is no version of ours"):
+        push_run(hub, run, tag=True)
+    del hub.repositories[REPO].tags["step-00000050"]  # as the message advises
+    assert push(api(hub), storage, other, REPO, "step-00000050", tag=True) is not None
+    assert set(hub.content(REPO, "step-00000050")) == {entry.path for entry in other.files} | publishing_hub.BESIDE
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_of_two_publishers_that_race_both_end_well(hub: Hub, run: PublishedRun, same: bool):
     """The other's commit comes between our look and ours: we look again, and find the same there, or replace it."""
