@@ -12,7 +12,7 @@ from pipeline.config.schema import TASK_SETTINGS, RunConfig
 from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest, digest_of
 from pipeline.training.identity import MECHANICS_OF_MUON, as_before
 
-FORMAT = 6  # enters the version's name: raise it when the same inputs would publish other bytes
+FORMAT = 5  # enters the version's name: raise it when the same inputs would publish other bytes
 MECHANICS = {  # of training: how the same steps are computed and watched
     "micro_batch", "activation_checkpointing", "offload_activations", "compile", "reshard_after_forward", "gather_once", "collect_every",
     "expert_capacity", "expert_splits", "interleave", "recompute_every", "profile", "max_skipped_steps", "step_timeout_s", "log_every",
