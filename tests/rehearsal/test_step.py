@@ -272,7 +272,6 @@ def test_a_rehearsal_counts_and_names_the_allocation_without_room() -> None:
         ["training.expert_products=fp8"],
         [
             "training.expert_products=fp8",
-            "training.gather_once=false",
             "parallelism.shard=64",
             "parallelism.replicate=4",
         ],
