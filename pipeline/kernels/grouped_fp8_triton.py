@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.kernels.quantise import TILE
+from pipeline.kernels.e4m3 import TILE
 
 ROWS, GROUP = 128, 8
 

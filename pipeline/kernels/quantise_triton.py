@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.kernels.quantise import BELOW_448, E4M3, INFINITE, LEAST, TILE, room_for_stacks, tiles_of
+from pipeline.kernels.e4m3 import BELOW_448, E4M3, INFINITE, LEAST, TILE, room_for_stacks, tiles_of
 
 ROWS, TILES = 4, 8  # of a program
 

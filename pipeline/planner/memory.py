@@ -25,7 +25,7 @@ from functools import partial
 import torch
 
 from pipeline.config.schema import RunConfig
-from pipeline.kernels.quantise import TILE
+from pipeline.kernels.e4m3 import TILE
 from pipeline.model.loss import CUDA_CHUNK
 from pipeline.model.offload import LEAST, STAY
 from pipeline.parallel.bounded import room_for_all
