@@ -14,7 +14,7 @@ from pipeline.file_index import read_dataset
 from pipeline.integrity import read_record
 from pipeline.manifest import CheckpointManifest, TrainManifest
 from pipeline.optim.schedule import total_steps
-from pipeline.planner.preparing import checkpoint_bytes, model_bytes
+from pipeline.planner.preparing import checkpoint_bytes, checkpoints_kept, mean_bytes, model_bytes
 from pipeline.storage import Storage, filesystem
 from pipeline.tracking import tracker
 from pipeline.training import branch, initial, profiles
@@ -50,12 +50,11 @@ def check(config: RunConfig, storage: Storage, records: Records, *, here: bool) 
             f"schedule.total_tokens {config.schedule.total_tokens:,} is less than one step of global_batch; raise it"
         )
     _refuse_missing_weights(config, storage, here)
-    kept = config.checkpoint.keep + 1  # one more while the oldest is retired
-    if config.checkpoint.keep_every:
-        kept += total_steps(config.schedule, config.training.sequence_length) // config.checkpoint.keep_every
+    kept = checkpoints_kept(config) + 1  # one more while the oldest is retired
     missing = kept - len(committed_steps(storage, config.run_id))
-    wanted = checkpoint_bytes(config) * max(1, missing) + model_bytes(config)
-    check_room(storage, wanted, "checkpoints and the published model", "lower checkpoint.keep")
+    wanted = checkpoint_bytes(config) * max(1, missing) + mean_bytes(config) + model_bytes(config)
+    less = "lower checkpoint.keep" + (" or evaluation.waiting" if config.evaluation.follow else "")
+    check_room(storage, wanted, "checkpoints and the published model", less)
     if committed(storage, config.run_id):
         return
     if records.dataset is not None:

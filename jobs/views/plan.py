@@ -17,7 +17,14 @@ from pipeline.config.schema import RunConfig
 from pipeline.config.values import parse_size
 from pipeline.planner.estimate import Estimate, Hardware, estimate
 from pipeline.planner.memory import RESERVED_GB
-from pipeline.planner.preparing import TEXT_BYTES_A_SECOND, checkpoint_bytes, model_bytes, preparing
+from pipeline.planner.preparing import (
+    TEXT_BYTES_A_SECOND,
+    checkpoint_bytes,
+    checkpoints_kept,
+    mean_bytes,
+    model_bytes,
+    preparing,
+)
 from pipeline.workflow.duration import duration
 
 GB = 1e9
@@ -182,11 +189,11 @@ def _data_lines(config: RunConfig, corpus_bytes: int | None) -> Iterator[str]:
         f"prepare    {_size(needs.text_bytes)} {known}, about {_count(needs.tokens)} tokens: "
         f"{_rounded(needs.cpu_seconds / 3600)} CPU hours at {TEXT_BYTES_A_SECOND / 1e6:.0f} MB/s a core"
     )
-    checkpoint, kept = checkpoint_bytes(config), config.checkpoint.keep
-    together = needs.dataset_bytes + kept * checkpoint + model_bytes(config)
+    checkpoint, kept, mean = checkpoint_bytes(config), checkpoints_kept(config), mean_bytes(config)
+    together = needs.dataset_bytes + kept * checkpoint + mean + model_bytes(config)
     yield (
-        f"storage    {_size(together)}: dataset {_size(needs.dataset_bytes)} (documents and packed rows), {kept} checkpoints of "
-        f"{_size(checkpoint)}, model {_size(model_bytes(config))}"
+        f"storage    {_size(together)}: dataset {_size(needs.dataset_bytes)} (documents and packed rows), {kept:,} checkpoint{'s' * (kept != 1)} of "
+        f"{_size(checkpoint)}, {f'their mean {_size(mean)}, ' if mean else ''}model {_size(model_bytes(config))}"
     )
 
 

@@ -12,11 +12,14 @@ Filters, duplicates and compressed sources make all but the last two estimates; 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pipeline.config.schema import MixtureStage, RunConfig
 from pipeline.model.shapes import parameter_shapes
+from pipeline.optim.schedule import total_steps
 from pipeline.planner.sizes import FP32, momentum_itemsize, sizes_of
+from pipeline.training.retention import named_steps
 
 TEXT_BYTES_A_SECOND = 50e6  # of one core
 SMALL_VOCABULARY = 2**16  # token ids to here take 2 bytes
@@ -57,6 +60,22 @@ def checkpoint_bytes(config: RunConfig) -> int:
     by_adamw = sizes.by_adamw(config.optimizer)
     by_muon = sizes.total - by_adamw
     return FP32 * (sizes.total + 2 * by_adamw) + momentum_itemsize(config.optimizer) * by_muon
+
+
+def checkpoints_kept(config: RunConfig) -> int:
+    """The most that the run's storage holds between two saves (training/retention.py): the newest, those that stay for good, and with
+    `evaluation.follow` those that may wait for a result. Raises ConfigError for a mean of more than the run takes."""
+    every, steps = config.checkpoint.every_steps, total_steps(config.schedule, config.training.sequence_length)
+    named = {step for step in named_steps(config) if step != steps}  # the last one is among the newest
+    taken = len({step for step in named if step % every}) + -(-steps // every)
+    for_good = 0 if config.checkpoint.keep_every is None else steps // math.lcm(config.checkpoint.keep_every, every)
+    waiting = config.evaluation.waiting if config.evaluation.follow else 0
+    return min(taken, config.checkpoint.keep + for_good + len(named) + waiting)
+
+
+def mean_bytes(config: RunConfig) -> int:
+    """Of the mean of checkpoints, which has weights alone, in fp32; 0 without one."""
+    return 0 if config.publishing.average_last is None else FP32 * sizes_of(parameter_shapes(config.model)).total
 
 
 def model_bytes(config: RunConfig) -> int:

@@ -17,7 +17,7 @@ from jobs import train as train_command
 from jobs.stages import prepare as stage
 from jobs.stages.records import Records
 from pipeline.config.load import ConfigError, load_config
-from pipeline.planner.preparing import checkpoint_bytes, model_bytes, preparing
+from pipeline.planner.preparing import checkpoint_bytes, mean_bytes, model_bytes, preparing
 from pipeline.storage import open_storage
 from tests.jobs.conftest import Prepared, override
 
@@ -36,6 +36,18 @@ def test_checkpoints_that_do_not_fit(
     assert "checkpoints and the published model want about" in told
     assert told.endswith("lower checkpoint.keep or choose another folder\n")
     assert told.count("\n") == 1
+
+
+def test_room_for_what_waits_to_be_judged_and_for_the_mean(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not only the newest stay: of 60 steps 12 checkpoints are taken, and a follower that is slow has 8 of them wait."""
+    often = ["checkpoint.every_steps=5", "evaluation.follow=true", "publishing.average_last=2"]
+    config = load_config("debug", [*prepared.arguments[2:], *often])
+    wanted = (2 + 8 + 1 + 1) * checkpoint_bytes(config) + mean_bytes(config) + model_bytes(config)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=wanted - 1))
+    assert check.main([*prepared.arguments, *often]) == 2
+    assert capsys.readouterr().err.endswith("lower checkpoint.keep or evaluation.waiting or choose another folder\n")
 
 
 def test_a_corpus_whose_rows_do_not_fit(

@@ -7,11 +7,12 @@ import pytest
 
 from pipeline.config.load import ConfigError
 from pipeline.config.schema import CheckpointConfig, StorageConfig
+from pipeline.planner.preparing import checkpoints_kept
 from pipeline.storage import Storage
 from pipeline.training import commits
 from pipeline.training import retention as retention_module
 from pipeline.training.commits import committed, committed_steps, manifest_path, step_folder, step_folders
-from pipeline.training.retention import Retention, check_named, pinned, reading
+from pipeline.training.retention import Retention, check_named, named_steps, pinned, reading
 from tests.training.make import Watched, tiny
 
 
@@ -49,6 +50,37 @@ def test_what_is_kept(storage):
     assert step_folders(storage, "r") == [3, 4, 5, 6, 10, 11, 12]
     retention(storage, keep=2, keep_every=5).collect(11)
     assert committed_steps(storage, "r") == [3, 5, 10, 11, 12]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"keep": 2},
+        {"keep": 9},
+        {"keep": 2, "keep_every": 6},
+        {"keep": 2, "keep_every": 5},
+        {"keep": 1, "follow": True, "waiting": 3},
+        {"keep": 1, "follow": True, "waiting": 30},
+        {"keep": 1, "average": 4},
+        {"keep": 1, "checkpoint": 7},
+        {"keep": 2, "keep_every": 10, "average": 3, "follow": True, "waiting": 2},
+    ],
+)
+def test_the_planner_knows_how_many_are_there_at_most(tmp_path, settings):
+    """Of a run of 31 steps that saves every second one, while nobody judges what waits."""
+    of = {"keep": "checkpoint__keep", "keep_every": "checkpoint__keep_every", "average": "publishing__average_last"}
+    of |= {"follow": "evaluation__follow", "waiting": "evaluation__waiting", "checkpoint": "evaluation__checkpoint"}
+    config = tiny(str(tmp_path), steps=31, run_id="r", **{of[key]: value for key, value in settings.items()})
+    storage, named = Storage(config.storage), named_steps(config)
+    kept = Retention(storage, "r", config.checkpoint, named, settings.get("waiting", 0))
+    most = 0
+    for step in range(1, 32):
+        if step % 2 == 0 or step == 31 or step in named:
+            put(storage, step)
+            kept.collect(step)
+            most = max(most, len(committed_steps(storage, "r")))
+    twice = 2 if "keep_every" in settings else 0  # what stays for good may be among the newest, or named
+    assert most <= checkpoints_kept(config) <= most + twice
 
 
 def test_folders_without_a_manifest_are_no_checkpoints(storage):
