@@ -129,7 +129,7 @@ def _run(config: RunConfig, storage: Storage, given: argparse.Namespace, records
             if stage == "prepare" and status is None:  # one that was at work has done so itself
                 hold_dataset(config, storage, stages.find(config, storage).dataset)
     if not given.only:
-        print_summary(config, storage, stages.find(config, storage), given.config)
+        print_summary(config, storage, stages.find(config, storage), given)
     return 0
 
 

@@ -62,7 +62,7 @@ def run(given: argparse.Namespace) -> int:
                 write_last_page(storage, config.run_id)
             records = stages.find(config, storage)
         if not given.only:
-            print_summary(config, storage, records, given.config)
+            print_summary(config, storage, records, given)
     except GateError as error:
         print(f"error: {error}", file=sys.stderr)
         return CLOSED

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import shlex
+
 from jobs.stages.records import Records
 from jobs.views.curves import write_curves
 from pipeline.config.schema import RunConfig
@@ -13,9 +16,11 @@ from pipeline.workflow.duration import duration
 from pipeline.workflow.heartbeat import Heartbeat
 from pipeline.workflow.record import read_events, stage_seconds
 
+LONGEST_NAME = 40  # of a run (config/schema.py)
 
-def print_summary(config: RunConfig, storage: Storage, records: Records, config_name: str) -> None:
-    """Write the run's report and print the summary. All stages must be done."""
+
+def print_summary(config: RunConfig, storage: Storage, records: Records, given: argparse.Namespace) -> None:
+    """Write the run's report and print the summary. All stages must be done. `given`: the command line of `jobs.pipeline`."""
     dataset, evaluation, model = records.dataset, records.evaluation, records.model
     checkpoint = records.checkpoint
     assert dataset is not None
@@ -52,10 +57,19 @@ def print_summary(config: RunConfig, storage: Storage, records: Records, config_
         "",
         "next       read the model card:   " + f"{folder}/README.md",
         '           load it:               transformers.AutoModelForCausalLM.from_pretrained("' + folder + '")',
-        f"           train longer:          moonlight run --config {config_name} run_id=longer "
-        f"schedule.total_tokens={2 * config.schedule.total_tokens}",
+        f"           train longer:          {longer(config, given)}",
     ]
     print("\n".join(lines), flush=True)
+
+
+def longer(config: RunConfig, given: argparse.Namespace) -> str:
+    """A command for a shell: the run of this command line with twice the tokens, under another name, in the same storage."""
+    kept = [each for each in given.overrides if not each.startswith(("run_id=", "schedule.total_tokens="))]
+    backend = [] if given.backend == "ray" else ["--backend", given.backend]
+    now, tokens = config.schedule.total_tokens, 2 * config.schedule.total_tokens
+    name = config.run_id.removesuffix(f"-{now}")[: LONGEST_NAME - len(f"-{tokens}")].rstrip("-")
+    new = [f"run_id={name}-{tokens}", f"schedule.total_tokens={tokens}"]
+    return shlex.join(["moonlight", "run", "--config", given.config, *backend, *kept, *new])
 
 
 def task_lines(evaluation: EvaluationManifest, label: str) -> list[str]:

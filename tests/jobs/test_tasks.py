@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 from pathlib import Path
 
 import datasets
@@ -12,9 +13,11 @@ import yaml
 from lm_eval.tasks import TaskManager
 
 from jobs import pipeline, stages, status
+from jobs.cli import parser
+from jobs.drivers.options import add_options
 from jobs.stage import main as stage_main
 from jobs.stages.records import Records
-from jobs.views.summary import task_lines
+from jobs.views.summary import LONGEST_NAME, longer, task_lines
 from pipeline.config.load import load_config
 from pipeline.evaluation.paper import FIGURES
 from pipeline.manifest import EvaluationManifest, SourceScore, TaskMetric, TaskScore
@@ -169,6 +172,34 @@ LINES = [
     "       all                  exact_match (strict-match) 0.5000  (1,000 documents, version 1.0)",
     "       alone                acc 0.2500 ± 0.0125  (1,000 documents, 0-shot, version 1.0)",
 ]
+
+
+@pytest.mark.parametrize("backend", [[], ["--backend", "kuberay"]])
+def test_the_next_command_is_this_one_with_more_tokens(backend: list[str]) -> None:
+    """In the same storage, with the same settings, and a name that is not taken, however often it is followed."""
+    made = parser("pipeline", "")
+    add_options(made)
+    name = "a-name-of-as-many-letters-as-it-may-have"
+    assert len(name) == LONGEST_NAME
+    typed = [
+        "--config",
+        "debug",
+        *backend,
+        "storage.root=/data/my store",
+        f"run_id={name}",
+        "optimizer.weight_decay=0.3",
+    ]
+    seen = set()
+    for doublings in (0, 1, 2):
+        given = made.parse_args(typed)
+        config = load_config(given.config, given.overrides)
+        assert config.schedule.total_tokens == load_config("debug").schedule.total_tokens * 2**doublings
+        assert (config.storage.root, config.optimizer.weight_decay) == ("/data/my store", 0.3)
+        assert given.backend == (backend or ["", "ray"])[1]
+        seen.add(config.run_id)
+        program, command, *typed = shlex.split(longer(config, given))
+        assert (program, command) == ("moonlight", "run")
+    assert len(seen) == 3
 
 
 def test_lines_of_the_summary() -> None:
