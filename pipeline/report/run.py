@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -170,13 +170,30 @@ class RunReader:
         return self._dataset
 
     def _model(self, run: Run) -> ModelManifest | None:
-        """The newest version that this run published."""
+        """The version of the chosen checkpoint; of several, as of other settings, the promoted one, else the last by name. With
+        `publishing.revisions` other steps have versions, too."""
         if run.config is None or not any(event["stage"] == "publish" for event in run.events):
             return None
         if self._published[0] != len(run.events):
             name = run.config.publishing.name
-            self._published = len(run.events), self._tried(lambda: _published(self._storage, name, self._run_id))
+            chosen = run.config.evaluation.checkpoint
+            step = chosen if chosen != "last" else run.train.steps if run.train else 0
+            latest = self._tried(lambda: registry.latest(self._storage, name))
+            promoted = "" if latest is None else latest.version
+            found = max(
+                self._versions(name),
+                key=lambda each: (each.step == step, each.version == promoted, each.version),
+                default=None,
+            )
+            self._published = len(run.events), found
         return self._published[1]
+
+    def _versions(self, name: str) -> Iterator[ModelManifest]:
+        """Of this run."""
+        for version in sorted(each for each in self._storage.names(f"models/{name}") if not each.endswith(".json")):
+            manifest = self._tried(lambda: registry.find(self._storage, name, version))  # noqa: B023
+            if manifest is not None and manifest.config.get("run_id") == self._run_id:
+                yield manifest
 
     def _judged(self, run: Run) -> Run:
         folder = f"runs/{self._run_id}/evaluate"
@@ -238,14 +255,6 @@ def _dataset(storage: Storage, identity: str) -> DatasetManifest:
         raise ValueError(
             f"{storage.uri(f'datasets/{identity}')}: the run's dataset is gone; prepare makes it again"
         ) from None
-
-
-def _published(storage: Storage, name: str, run_id: str) -> ModelManifest | None:
-    for version in sorted(storage.names(f"models/{name}"), reverse=True):
-        manifest = registry.find(storage, name, version)
-        if manifest is not None and manifest.config.get("run_id") == run_id:
-            return manifest
-    return None
 
 
 def _checkpoint(storage: Storage, run: Run, evaluation_path: str) -> CheckpointManifest | None:

@@ -12,6 +12,8 @@ import pytest
 
 from pipeline.config.schema import StorageConfig
 from pipeline.evaluation.baselines import SHOWN
+from pipeline.manifest import ModelManifest
+from pipeline.publishing import registry
 from pipeline.report.page import render, report_path, write_page
 from pipeline.report.run import read_run
 from pipeline.storage import Storage, open_storage
@@ -127,6 +129,31 @@ def test_it_is_about_the_checkpoint_that_was_evaluated(page):
     assert "train/step-00000050/manifest.json" in text
     assert "step-00000090" not in text
     assert "99M" not in text
+
+
+def test_of_several_versions_it_is_about_the_chosen_checkpoints(page, storage: Storage):
+    """With publishing.revisions later steps are published, too; and of one step there is a version for each setting of the export."""
+    settings(storage, "r", "evaluation.checkpoint=40", "publishing.name=m")
+    events(storage, "r", (0, "started", "publish", {}), (9, "finished", "publish", {}))
+
+    def put(step: int, mark: str, run_id: str = "r") -> ModelManifest:
+        version = f"step-{step:08d}-{mark}"
+        changed = {"name": "m", "version": version, "step": step, "config": {"run_id": run_id}}
+        manifest = page[0].manifest.model_copy(update=changed)
+        return registry.commit(storage, manifest)
+
+    put(80, "aaaaaaaa")
+    put(40, "bbbbbbbb", run_id="another")
+    promoted, later = put(40, "cccccccc"), put(40, "dddddddd")
+    assert read_run(storage, "r").model == later
+    assert registry.promote(storage, promoted)
+    found = read_run(storage, "r")
+    assert found.model == promoted
+    assert found.problems == ()
+    storage.write("models/m/step-00000090-eeeeeeee/manifest.json", b"{")
+    found = read_run(storage, "r")
+    assert found.model == promoted
+    assert ["step-00000090-eeeeeeee" in problem for problem in found.problems] == [True]
 
 
 def test_it_grows_while_the_run_works(storage: Storage):
