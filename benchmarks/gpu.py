@@ -1,11 +1,11 @@
 """Every branch for GPUs proved against the CPU, then Moonlight's layers and Newton-Schulz at real width on one GPU. No Ray, no
-process group, under eight minutes.
+other process, under eight minutes.
 
     python -m benchmarks.gpu                       # the report, on the first GPU
     python -m benchmarks.gpu --device cpu --tiny   # a run-through without a GPU: its figures mean nothing
 
-parity       kernels, network, document masks, recomputation, compilation, one update and one that is skipped, checkpoints: how
-             far each is off (gpu_parity.py)
+parity       kernels, network, document masks, recomputation, compilation, one update and one that is skipped, checkpoints, exchanges of a
+             group of this GPU alone: how far each is off (gpu_parity.py)
 layers       embedding, one dense layer, as many mixture layers as fit, head and loss: forward and backward in bf16 of
              one sequence of 8,192 random tokens (4,096 last), routed as the router likes. Eager, compiled, and compiled
              with selective checkpointing, the preset's way; the first two also as one CUDA graph (on a GPU). TFLOP/s and MFU by
