@@ -64,7 +64,11 @@ def compiled(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], c
     options = {name: constants.pop(name) for name in list(constants) if name.startswith("num_")}
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name in pointers or name in WIDTHS}
+    aligned = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name in names
+        if name in pointers or name in WIDTHS - constants.keys()
+    }
     values = {(names.index(name),): value for name, value in constants.items()}
     made = triton.compile(
         ASTSource(kernel, signature, values, aligned), target=GPUTarget("cuda", capability, 32), options=options
