@@ -108,8 +108,8 @@ def test_lines_in_answers_out(folder: Path, monkeypatch: pytest.MonkeyPatch, cap
         "base": False,
         "tokens": 6,
         "temperature": 0.0,
-        "top_p": 1.0,
-        "seed": 0,
+        "top_p": None,
+        "seed": None,
         "endpoint_url": None,
     }
     for base in (False, True):
