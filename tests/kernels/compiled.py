@@ -76,7 +76,7 @@ def compiled(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], c
     ptx = made.asm["ptx"]
     return {
         "kernel": f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}", "machine_code": len(made.asm["cubin"]),
-        "shared": made.metadata.shared, "spills": ptx.count("st.local"), "wgmma_e4m3": ptx.count(".f32.e4m3.e4m3"), "asynchronous": ptx.count("cp.async.cg"),
+        "shared": made.metadata.shared, "spills": ptx.count("st.local"), "products_e4m3": ptx.count(".f32.e4m3.e4m3"), "asynchronous": ptx.count("cp.async.cg"),
     }  # fmt: skip
 
 
