@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ROOT ?= store
-# One core each; what starts Ray is one worker's (tests/conftest.py). 0: all tests in one process.
+# One core each; what starts Ray is one worker's (tests/conftest.py). 0: all tests in one process. A worker
+# that dies has failed its test and is not replaced.
 TEST_WORKERS ?= 2
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED = 0
@@ -29,7 +30,7 @@ demo: $(STAMP) ## The whole pipeline on real text on this machine: raw text to p
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m jobs.pipeline --config debug storage.root=$(ROOT)
 
 test: $(STAMP) ## All tests but the long ones
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --max-worker-restart 0
 
 test-long: $(STAMP) ## Fault and scale tests
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m long
