@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.model import expert_products, mlp_products
+from pipeline.model import expert_products, mlp_products, row_products
 from pipeline.model.experts import MoE
 from pipeline.parallel.bounded import BoundedDispatch, Room
 from pipeline.parallel.device_flight import Wire
@@ -160,7 +160,7 @@ def trace_of_a_layer() -> list[str]:
         mock.patch.object(dist, "all_to_all_single", launch),
         told(mlp_products, "product", "shared"),
         told(mlp_products, "outer", "shared"),
-        told(expert_products, "grouped_linear", "experts"),
+        told(row_products, "grouped_linear", "experts"),
         told(expert_products, "grouped_outer", "weights of experts"),
     ):
         out = layer(x_BSD)
