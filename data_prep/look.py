@@ -164,7 +164,7 @@ def _keys(head: str) -> list[str] | None:
         try:
             value, at = decoder.raw_decode(head, at)
         except (ValueError, RecursionError):
-            value, at = None, head.find("\n", at) + 1 or len(head)
+            value, at = None, head.find("\n{", at) + 1 or len(head)  # never into an object that goes on behind the head
         if isinstance(value, dict):
             found.update(dict.fromkeys(_dotted(value)))
             objects += 1

@@ -119,6 +119,13 @@ class PackManifest(Record):
     def path(self) -> str:
         return shard_path("packs", self.id, ".json")
 
+    @property
+    def sequence_length(self) -> int | None:
+        """Of its rows; None if it has none."""
+        files = [*self.packed, *([self.rest] if self.rest else [])]
+        rows = sum(file.rows for file in files)
+        return (sum(file.tokens for file in files) + self.padding) // rows if rows else None
+
 
 class TailManifest(Record):
     """The rests of up to 512 units, in whole groups. What still is short of one is dropped."""

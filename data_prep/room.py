@@ -9,6 +9,7 @@ from data_prep.listing import Listing
 from data_prep.records import PackManifest
 from data_prep.tokenizer_stage import find_tokenizer
 from pipeline.config.schema import RunConfig
+from pipeline.integrity import read_record
 from pipeline.storage import Storage
 
 
@@ -23,13 +24,17 @@ def text_bytes(config: RunConfig, listings: Mapping[str, Listing]) -> int:
 
 
 def written_share(config: RunConfig, storage: Storage, listings: dict[str, Listing]) -> float:
-    """Of documents and packed rows together how much is there already, by the text of their units; whatever layout the rows have."""
+    """Of documents and packed rows of this length together how much is there already, by the text of their units."""
     tokenizer = find_tokenizer(config, storage, listings)
     if tokenizer is None:
         return 0.0
     sizes = {unit.id: unit.size for unit in planned_units(config, listings, tokenizer, known_units(storage))}
     tokenized = [entry.path.rpartition("/")[2].removesuffix(".json") for entry in storage.list("datasets/units")]
-    packs = (entry.path for entry in storage.list("datasets/packs"))
-    packed = {PackManifest.parse(storage.read(path), storage.uri(path)).unit for path in packs}
+    records = (read_record(storage, entry.path, PackManifest) for entry in storage.list("datasets/packs"))
+    packed = {
+        pack.unit
+        for pack in records
+        if pack is not None and pack.sequence_length in (None, config.data.sequence_length)
+    }
     done = sum(sizes.get(unit, 0) for unit in [*tokenized, *packed])
     return done / (2 * sum(sizes.values()))

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.identity import list_corpus
-from data_prep.look import Look, look
+from data_prep.look import HEAD_BYTES, Look, look
 from data_prep.plan import Slice
 from data_prep.readers import ReaderSettings, read_slice
 from pipeline.config.conditions import parse
@@ -57,6 +57,12 @@ def test_one_record_without_a_field_refuses_no_file(
 def test_elements_of_an_array_are_looked_at_together(tmp_path: Path, run_config: Make) -> None:
     (tmp_path / "a.json").write_text(json.dumps([{"title": "no text"}, *GOOD], indent=1))
     assert len(seen(run_config(tmp_path / "a.json")).kept) == len(GOOD)
+
+
+def test_what_is_inside_a_document_beyond_the_head_is_no_field_of_it(tmp_path: Path, run_config: Make) -> None:
+    document = {"pages": [{"body": "x" * 1000} for _ in range(HEAD_BYTES // 1000)], "text": "Page 1."}
+    (tmp_path / "a.json").write_text(json.dumps(document, indent=1))
+    assert [record.text for record in seen(run_config(tmp_path / "a.json")).kept] == [b"Page 1."]
 
 
 def test_a_field_that_no_record_has_is_refused_with_those_of_all(tmp_path: Path, run_config: Make) -> None:

@@ -70,16 +70,17 @@ def test_what_an_earlier_try_has_written_needs_no_room_again(tmp_path: Path, mon
     (tmp_path / "data" / "a.jsonl").write_text("\n".join(lines))
     corpus = {"sources": [{"name": "own", "path": str(tmp_path / "data"), "max_epochs": 50}], "heldout_fraction": 0.1}
     small = ["tokenizer={vocab_size: 300, training_bytes: 10000}", "model.vocab_size=300", "data.max_padding=1"]
-    config = load_config("debug", [f"storage.root={tmp_path / 'root'}", f"corpus={json.dumps(corpus)}", *small])
+    settings = [f"storage.root={tmp_path / 'root'}", f"corpus={json.dumps(corpus)}", *small]
+    config = load_config("debug", settings)
     storage = open_storage(config.storage)
 
-    def fits(free: float) -> bool:
-        return not refusal(free)
+    def fits(free: float, *other: str) -> bool:
+        return not refusal(free, *other)
 
-    def refusal(free: float) -> str:
+    def refusal(free: float, *other: str) -> str:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
         try:
-            stage.check(config, storage, Records(), here=False)
+            stage.check(load_config("debug", [*settings, *other]), storage, Records(), here=False)
         except ConfigError as error:
             return str(error)
         return ""
@@ -89,6 +90,9 @@ def test_what_an_earlier_try_has_written_needs_no_room_again(tmp_path: Path, mon
     assert "tokenized and packed rows want about" in refusal(whole - 1)
     storage.delete(f"datasets/{prepare(config, storage).identity}")
     assert fits(0)
+    shorter = ("data.sequence_length=256", "training.sequence_length=256")  # tokenized already, packed again
+    assert fits(whole / 2 + 1, *shorter)
+    assert not fits(whole / 2 - 1, *shorter)
     (tmp_path / "data" / "b.jsonl").write_text("\n".join(lines).replace("late", "soon"))
     assert fits(whole + 1)
     assert not fits(whole - 1)
