@@ -28,16 +28,20 @@ from pipeline.training.commits import folder_of
 from pipeline.training.files import CheckpointReader
 
 
+# Prompts come in every shape, nothing is computed again where rows find no room, and scores are those of the weights as they are published.
+OF_TRAINING_ALONE = {"compile": False, "expert_capacity": None, "expert_products": "compute_dtype"}
+
+
 def load_model(config: RunConfig, checkpoint: CheckpointManifest, storage: Storage) -> Moonlight:
     """The network in eval mode with the checkpoint's weights and router biases, on CUDA if `cluster.use_gpu`.
 
     In one process: whole, in fp32. On the ranks of an initialised process group (a collective call): sharded as in
-    training, with training's compute dtype.
+    training, with training's compute dtype, rows in buffers that fit, and no products in fp8.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if config.cluster.use_gpu else torch.device("cpu")
     model = empty_model(config.model)
     if dist.is_initialized():
-        settings = config.training.model_copy(update={"compile": False})  # prompts come in every shape
+        settings = config.training.model_copy(update=OF_TRAINING_ALONE)
         shard_model(model, build_meshes(config.parallelism, device.type), settings, device)
     model.to_empty(device=device)
     model.eval().requires_grad_(False)

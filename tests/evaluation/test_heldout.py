@@ -144,7 +144,9 @@ def ranks_evaluate(made: MadeRun) -> EvaluationManifest:
 def test_ranks_of_a_sharded_model_get_the_same_scores(made: MadeRun, parallelism: dict[str, int]):
     alone = evaluate(made.config, made.dataset, made.checkpoint, made.storage, report=ignore)
     made.storage.delete(manifest_path(made.config, made.checkpoint))
-    config = made.config.model_copy(update={"parallelism": ParallelismConfig.model_validate(parallelism)})
+    training = made.config.training.model_copy(update={"expert_capacity": 1.0, "expert_products": "fp8"})
+    mesh = ParallelismConfig.model_validate(parallelism)
+    config = made.config.model_copy(update={"parallelism": mesh, "training": training})
     found = run_distributed(ranks_evaluate, config.parallelism.world_size, replace(made, config=config, model=None))
     assert found[1:] == found[:-1]
     assert found[0].overall.loss == pytest.approx(alone.overall.loss, abs=2e-6)
