@@ -41,6 +41,7 @@ class Parcel(NamedTuple):
     rows: int  # that there is room for
     width: int
     dtype: torch.dtype
+    what: str = "rows"  # two of one shape that travel together have buffers of their own
 
     def lines(self, ranks: int) -> tuple[int, int]:
         """Rows of a buffer, one of them for NaN, and their width."""
@@ -82,8 +83,8 @@ class Wire:
     def room(self, parcel: Parcel) -> Tensor:
         """Where to write what the next exchange sends: [rows, width]. It has to be launched before another one."""
         if parcel not in self._sending:
-            self._sending[parcel] = [self._buffer(parcel) for _ in range(self.trips + 1)]
-            self._arriving[parcel] = [self._buffer(parcel) for _ in range(self.trips)]
+            self._sending[parcel] = [self._buffer(parcel, f"sent {turn}") for turn in range(self.trips + 1)]
+            self._arriving[parcel] = [self._buffer(parcel, f"arriving {turn}") for turn in range(self.trips)]
             for buffer in self._arriving[parcel]:
                 buffer[parcel.rows].fill_(math.nan)
         if len(self._ends) == self.trips:
@@ -96,8 +97,9 @@ class Wire:
         sent = [self._sending[parcel][self.exchanges % (self.trips + 1)] for parcel in parcels]
         arriving = [self._arriving[parcel][self.exchanges % self.trips] for parcel in parcels]
         if self._splits_W is None:
-            self._splits_W = symmetric.empty(1, self.ranks, torch.int64, self.device, self.group)[0]
-            self._pads = [symmetric.empty(2, self.ranks, torch.int64, self.device, self.group) for _ in range(2)]
+            numbers = self.ranks, torch.int64, self.device, self.group
+            self._splits_W = symmetric.empty("splits", 1, *numbers)[0]
+            self._pads = [symmetric.empty(f"pad {turn}", 2, *numbers) for turn in range(2)]
         if self._streams:
             self._stream.wait_stream(self._streams.current_stream())
         with self.aside():
@@ -127,16 +129,18 @@ class Wire:
             self._streams.current_stream().wait_event(event)
 
     def every(self, rows: int) -> Tensor:
-        """0, 1, ..., rows - 1."""
+        """0, 1, ..., rows - 1; to be asked for by the stream that computes, as it may be made then."""
         if rows not in self._every:
             self._every[rows] = torch.arange(rows, device=self.device)
         return self._every[rows]
 
-    def _buffer(self, parcel: Parcel) -> Tensor:
-        return symmetric.empty(*parcel.lines(self.ranks), parcel.dtype, self.device, self.group)
+    def _buffer(self, parcel: Parcel, turn: str) -> Tensor:
+        name = f"{parcel.what}, {turn}"
+        return symmetric.empty(name, *parcel.lines(self.ranks), parcel.dtype, self.device, self.group)
 
     def aside(self) -> AbstractContextManager[Any]:
-        """What is computed inside comes behind the exchanges that were launched, and before the next."""
+        """What is computed inside comes behind the exchanges that were launched, and before the next. Nothing may be made inside: the
+        stream that computes knows of exchanges and marks alone."""
         return self._streams.stream(self._stream) if self._streams else nullcontext()
 
 
@@ -191,10 +195,11 @@ class Trip:
 
     def keep(self, x_RD: Tensor) -> None:
         """Send rows and weights to experts; what arrives is copied to `x_RD`, behind the exchange and before the next one's end."""
+        every_R = self.wire.every(self.rows.rows)
         self.launch(self.sent_W, self.weights, self.rows)
         assert self.leg is not None
         with self.wire.aside():
-            gather_into(x_RD, self.leg.arriving[1][: self.rows.rows], self.wire.every(self.rows.rows), self.arrived)
+            gather_into(x_RD, self.leg.arriving[1][: self.rows.rows], every_R, self.arrived)
         self.kept_RD, self._copied = x_RD, self.wire.mark()
 
     def land(self) -> tuple[Tensor, ...]:
@@ -213,7 +218,8 @@ class DeviceJourney:
     def __init__(self, x_ND: Tensor, plan: Plan, pairs: int, wire: Wire) -> None:
         self.placing, rooms = plan.placing, plan.placing.row_M.shape[0]
         weights_Re = plan.weights_LE.index_select(0, plan.placing.choice_M)
-        rows, weights = (Parcel(rooms, x.shape[1], x.dtype) for x in (x_ND, weights_Re))
+        rows = Parcel(rooms, x_ND.shape[1], x_ND.dtype)
+        weights = Parcel(rooms, weights_Re.shape[1], weights_Re.dtype, "weights")
         self.trip = Trip(wire, plan.counts_W2, rows, weights, pairs)
         self.ticket, self.places_M = cast(
             tuple[Tensor, Tensor],

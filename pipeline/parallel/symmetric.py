@@ -12,12 +12,18 @@ torch/csrc/distributed/c10d/symm_mem/{nvshmem_extension.cu, nvshmem_team_manager
 - A peer's rows are fetched by 64 / W blocks in equal parts of whole bytes (16 / W between nodes), if what is sent is as large as
   `AT_LEAST`; of less by a number of blocks that may divide nothing, which ends the process. So buffers are at least so large, the ranks of
   a group a power of two, and rows multiples of 64 / W bytes.
-- Memory is allocated, and made known to the peers, by all ranks of the run at once, in equal sizes; the host waits for that.
+- Memory is allocated, and made known to the peers, by all ranks of the run at once, in equal sizes; the host waits for that. So it is freed,
+  but torch frees it when Python lets go of the tensor, which is at another moment on each rank: when the garbage collector runs, or on one
+  rank alone because it has failed, which then hangs and does not tell (PyTorch issue 195500). So nothing is freed here: memory has names, and who asks
+  for the same again in this process, as a run that goes back on a spike does, gets what was there.
 
 Legend: W ranks.
 """
 
 from __future__ import annotations
+
+import ctypes
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +32,8 @@ from torch import Tensor
 
 AT_LEAST = 4 * 1024 * 1024  # bytes: 64 blocks of 512 threads fetch 8 times 16 bytes each
 BLOCKS = 64
+
+_kept: dict[tuple[Any, ...], Tensor] = {}
 
 
 def missing(device: torch.device, group: dist.ProcessGroup, row_bytes: int) -> str | None:
@@ -57,7 +65,7 @@ def _refused(device: torch.device, group: dist.ProcessGroup) -> str | None:
     """Why the ranks cannot reach each other's memory."""
     try:
         symm_mem.set_backend("NVSHMEM")
-        empty(1, 1, torch.int64, device, group)
+        empty("whether there is any", 1, 1, torch.int64, device, group)
     except RuntimeError as error:
         return f"NVSHMEM does not connect these ranks: {str(error).splitlines()[0]}"
     return None
@@ -70,9 +78,16 @@ def _agreed(reason: str | None, device: torch.device) -> str | None:
     return reason or ("another rank of the run lacks it" if int(lacking) else None)
 
 
-def empty(rows: int, width: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup) -> Tensor:
-    """A tensor that the ranks of `group` read from each other; a collective call."""
-    tensor = symm_mem.empty(rows, width, dtype=dtype, device=device)
+def empty(
+    name: str, rows: int, width: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup
+) -> Tensor:
+    """A tensor that the ranks of `group` read from each other, the one that had this name and size before if there was one; a
+    collective call. For one network at a time."""
+    key = (name, rows, width, dtype, device)
+    tensor = _kept.get(key)
+    if tensor is None:
+        tensor = _kept[key] = symm_mem.empty(rows, width, dtype=dtype, device=device)
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(tensor))  # not freed when the interpreter ends, either
     symm_mem.rendezvous(tensor, group.group_name)
     return tensor
 

@@ -2,7 +2,7 @@
 
 What symmetric.py says of torch's operator was read, not seen, and a fault of it would be silent: a row of another token, or of an
 exchange before. So exchanges follow one another as a step's do, as many under way at once, written where the last ones were sent from,
-and every number that arrives is compared on the device. It costs some milliseconds at the start of a run, and 4 MB a buffer until then.
+and every number that arrives is compared on the device. It costs some milliseconds at the start of a run, and 4 MB a buffer for good (symmetric.py says why).
 
 Legend: W ranks, R exchanges.
 """

@@ -173,7 +173,7 @@ def _filled(config: RunConfig, tokens: int, rows: int, pairs: int, dtype: torch.
     return dict.fromkeys(rooms, rows) | {room_for_pairs(tokens, E, K, ranks, capacity): pairs}
 
 
-def _room(rows: int, width: int, dtype: torch.dtype, device: torch.device, _: Any) -> Tensor:
+def _room(_: str, rows: int, width: int, dtype: torch.dtype, device: torch.device, group: Any) -> Tensor:
     return torch.empty(rows, width, dtype=dtype, device=device)
 
 

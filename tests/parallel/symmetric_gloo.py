@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from pipeline.parallel import device_flight, symmetric
 from pipeline.parallel.device_flight import Wire
@@ -31,6 +33,19 @@ class Wires:
     calls: int = 0
     bytes_sent: int = 0  # that left this rank
     buffers: list[Tensor] = field(default_factory=list)
+
+
+class MakesNothing(TorchDispatchMode):
+    """Aside of the stream that computes nothing is made: that stream waits for the exchange before it, and would read it too early."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given, found = (
+            {x.untyped_storage().data_ptr() for x in tree_leaves(tree) if isinstance(x, Tensor)}
+            for tree in ((args, kwargs), out)
+        )
+        assert found <= given, f"{func} makes a tensor aside"
+        return out
 
 
 @contextmanager
@@ -73,7 +88,9 @@ def symmetric_over_gloo() -> Iterator[Wires]:
             arriving[: len(rows)] = rows
             arriving[len(rows) :] = math.nan
 
-    def empty(rows: int, width: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup) -> Tensor:
+    def empty(
+        name: str, rows: int, width: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup
+    ) -> Tensor:
         found.buffers.append(torch.full((rows, width), math.nan if dtype.is_floating_point else -1, dtype=dtype))
         return found.buffers[-1]
 
@@ -81,7 +98,8 @@ def symmetric_over_gloo() -> Iterator[Wires]:
 
     def fetched_first(into: Tensor, x: Tensor, *arguments: Any) -> None:
         if under_way and x.untyped_storage().data_ptr() == under_way[0][1].untyped_storage().data_ptr():
-            fetch()
+            with _disable_current_modes():
+                fetch()
         gather(into, x, *arguments)
 
     library = torch.library.Library("symm_mem", "IMPL")
@@ -89,6 +107,7 @@ def symmetric_over_gloo() -> Iterator[Wires]:
     with (
         mock.patch.object(symmetric, "empty", empty),
         mock.patch.object(symmetric, "missing", return_value=None),
+        mock.patch.object(Wire, "aside", lambda wire: MakesNothing()),
         mock.patch.object(Wire, "land", lambda wire, leg: (fetch(), land(wire, leg))[1]),
         mock.patch.object(device_flight, "gather_into", fetched_first),
     ):

@@ -1,5 +1,7 @@
 """Rows that travel by splits read on the device give the bits of those that the host counted first."""
 
+import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -21,7 +23,13 @@ from tests.parallel.test_dispatch import SKEWED, run_case
 
 EVEN = [0.0] * 8
 CASES = {  # bias, tokens of each rank, capacity
-    2: [(EVEN, [6, 6], 2.0), (SKEWED, [5, 5], 4.0), (EVEN, [0, 0], 1.0), (EVEN, [40, 40], 1.5)],
+    2: [
+        (EVEN, [6, 6], 2.0),
+        (SKEWED, [5, 5], 4.0),
+        (EVEN, [0, 0], 1.0),
+        (EVEN, [40, 40], 1.5),
+        ([0.0] * 128, [6, 6], 4.0),  # as many experts on a rank as a row is wide
+    ],
     4: [(SKEWED, [6, 6, 6, 6], 8.0), (EVEN, [7, 7, 7, 7], 2.0)],  # ranks 2 and 3 hold experts that nobody chose
 }
 
@@ -100,7 +108,8 @@ def faults(world: int, trips: int) -> list[str | None]:
         before: list[Any] = []
         results = [sound]
         for broken in (turned, late):
-            with mock.patch.object(symmetric, "all_to_all", broken):
+            aside = mock.patch.object(Wire, "aside", lambda wire: nullcontext())  # these make tensors there
+            with aside, mock.patch.object(symmetric, "all_to_all", broken):
                 results.append(fault(Wire(dist.group.WORLD, torch.device("cpu"), trips=trips), 64))
     return results
 
@@ -111,3 +120,22 @@ def test_an_exchange_that_is_not_as_it_was_read_is_found_before_a_run_trusts_it(
         assert sound is None
         assert turned == f"rows arrived wrong at 2 of 2 ranks, in exchange 1 of {ROUNDS} that were tried"
         assert late == f"rows arrived wrong at 2 of 2 ranks, in exchange 2 of {ROUNDS} that were tried"
+
+
+def test_memory_that_ranks_free_together_is_freed_by_none_and_taken_again_by_name() -> None:
+    """Python lets go of tensors at another moment on each rank, and on one that fails alone."""
+    group: Any = SimpleNamespace(group_name="experts")
+    asked = "rows", 2, 8, torch.float32, torch.device("cpu"), group
+    with (
+        mock.patch.dict(symmetric._kept, clear=True),
+        mock.patch.object(symmetric.symm_mem, "empty", lambda *size, **kind: torch.empty(size, **kind)),
+        mock.patch.object(symmetric.symm_mem, "rendezvous") as met,
+    ):
+        first = symmetric.empty(*asked)
+        assert symmetric.empty("others", *asked[1:]).data_ptr() != first.data_ptr()
+        there, was = weakref.ref(first), first.data_ptr()
+        del first
+        assert symmetric.empty(*asked).data_ptr() == was
+        assert met.call_count == 3  # a network that is built again has a group of its own
+        symmetric._kept.clear()  # as at the end of the interpreter
+        assert there() is not None

@@ -26,7 +26,7 @@ def inputs(rank: int, tokens: int) -> torch.Tensor:
 
 
 def layer_with_bias(bias: list[float]) -> MoE:
-    layer = random_model(small_config()).layers[1].mlp
+    layer = random_model(small_config(n_routed_experts=len(bias))).layers[1].mlp
     layer.router.e_score_correction_bias.copy_(torch.tensor(bias))
     return layer
 
@@ -65,7 +65,7 @@ def run_case(
     """This rank's tokens through a layer whose experts are spread over all ranks."""
     rank, world = dist.get_rank(), dist.get_world_size()
     layer = layer_with_bias(bias)
-    share = 8 // world
+    share = len(bias) // world
     for name, stack in list(layer.experts.named_parameters()):
         setattr(layer.experts, name, torch.nn.Parameter(stack.detach()[rank * share : (rank + 1) * share].clone()))
     group = dist.group.WORLD
