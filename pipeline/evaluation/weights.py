@@ -27,7 +27,6 @@ from pipeline.training.checkpoint import load_tensors
 from pipeline.training.commits import folder_of
 from pipeline.training.files import CheckpointReader
 
-
 # Prompts come in every shape, nothing is computed again where rows find no room, and scores are those of the weights as they are published.
 OF_TRAINING_ALONE = {"compile": False, "expert_capacity": None, "expert_products": "compute_dtype"}
 

@@ -107,7 +107,7 @@ def symmetric_over_gloo() -> Iterator[Wires]:
     with (
         mock.patch.object(symmetric, "empty", empty),
         mock.patch.object(symmetric, "missing", return_value=None),
-        mock.patch.object(Wire, "aside", lambda wire: MakesNothing()),
+        mock.patch.object(Wire, "aside", side_effect=MakesNothing),
         mock.patch.object(Wire, "land", lambda wire, leg: (fetch(), land(wire, leg))[1]),
         mock.patch.object(device_flight, "gather_into", fetched_first),
     ):
