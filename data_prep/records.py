@@ -14,6 +14,7 @@ datasets/quarantine/ab/<unit>.jsonl       records that could not be used: locati
 datasets/rejected/ab/<unit>.parquet       on request: documents that filters rejected, with the reason and the text
 datasets/rejected/ab/<pack>.parquet       on request: documents of the unit that are copies, with the reason
 datasets/units/ab/<unit>.json             commit of the above
+datasets/lengths/ab/<documents>-<length>.long  documents of a unit that fit into no row of that length, where that decides who stays
 datasets/packed/ab/<pack>-00000.parquet   packed rows of a unit
 datasets/packed/ab/<pack>-rest.parquet    its last rows, short of a whole group
 datasets/packs/ab/<pack>.json             commit of the packed rows

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from data_prep.near.bands import EDGE, Corpus, read_edges
 from data_prep.near.file import read_documents
-from data_prep.resolve import LONG, duplicates_bytes, read_duplicates
+from data_prep.resolve import LONG, duplicates_bytes, read_all_duplicates
 from data_prep.writer import put
 from pipeline.config.schema import StorageConfig
 from pipeline.manifest import NearDuplicatesFound
@@ -107,6 +107,7 @@ def _kept(
         "hash": np.zeros(count, np.uint64),
         "number": np.zeros(count, parent.dtype),
     }
+    long = read_all_duplicates(storage, task.long, len(corpus.paths)) if task.long else None
     for place, (path, owner) in enumerate(zip(corpus.paths, corpus.owners)):
         base, end = (int(corpus.bases[place + step]) for step in (0, 1))
         ordinals = np.flatnonzero(member[base:end])
@@ -114,8 +115,8 @@ def _kept(
             continue
         documents = read_documents(storage, path)[ordinals]
         rank = np.full(len(ordinals), owner + 1, np.uint16)
-        if task.long:
-            rank[np.isin(ordinals, read_duplicates(storage, task.long, place, len(corpus.paths)))] = LONG
+        if long is not None:
+            rank[np.isin(ordinals, long(place))] = LONG
         rank[np.isin(ordinals, heldout.get(place, ()))] = 0
         mine: dict[str, NDArray[Any]] = {
             "rank": rank,

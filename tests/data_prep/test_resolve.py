@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.resolve import Indexes, Partition, find_duplicates, read_duplicates, read_index
+from data_prep.resolve import Indexes, Partition, find_duplicates, read_all_duplicates, read_duplicates, read_index
 from data_prep.tokenize_unit import document_hash, index_bytes, is_heldout_candidate
 from pipeline.config.schema import StorageConfig
 from pipeline.storage import open_storage
@@ -46,6 +46,8 @@ def test_the_first_copy_stays(
                 expected.append(ordinal)
             seen.add(document)
         found = [read_duplicates(storage, path, place, len(units)) for path in outputs]
+        at_once = [read_all_duplicates(storage, path, len(units))(place) for path in outputs]
+        assert all(map(np.array_equal, found, at_once))
         assert sorted(np.concatenate(found).tolist()) == expected
 
 
