@@ -12,7 +12,8 @@ computes, hence behind the last reading of what arrived T exchanges ago. On all 
 
 All-to-alls do not ask whether rows fit. So every rank sees all ranks' counts first, of rows and of pairs with experts, by a gathering
 of W x 2 numbers behind which rows are copied; if some rank would send or get more than there is room for, nobody sends anything, and
-every token's result, and its gradient, is NaN: the last row of what arrives is, and all are read from there.
+every token's result, and its gradient, is NaN: the last row of what arrives is, and all are read from there. What was in a buffer before is
+not read then either: two passes of the same step have the same bits (pipeline/training/recompute.py compares them).
 
 Legend: N tokens here, W ranks, R rows that a rank has room for, S of them sent, e experts of a rank, D width.
 """
@@ -169,6 +170,7 @@ class Trip:
         self.sent_W = rows_WW[wire.rank].masked_fill(too_many, 0)
         self.received_W = rows_WW[:, wire.rank].masked_fill(too_many, 0)
         self.arrived = Filled(self.received_W.sum(0, keepdim=True), room)
+        self.left = Filled(self.left.counts_B.masked_fill(too_many, 0), room)  # and nothing comes back
         del self._work, self.counts_WW2
         return too_many
 

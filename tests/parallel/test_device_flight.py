@@ -54,6 +54,7 @@ def test_the_bits_of_buffers_that_fit_or_no_number(world: int) -> None:
         (overflowed, _), (after, expected) = results[-2:]
         assert overflowed["out"].isnan().all()
         assert overflowed["x"].isnan().all()
+        assert not overflowed["router"].any()  # nothing is left in it of what arrived before
         for ours, fitting in (*results[:-2], (after, expected)):
             for name, tensor in fitting.items():
                 assert torch.equal(ours[name], tensor), name
