@@ -23,8 +23,9 @@ all-to-all brings it the tokens of all ranks of its ep group, and efsdp and repl
 Weights that no axis cuts (experts where efsdp is 1) are cast once a step: from the first micro-batch's forward to the last
 one's backward they stay as they are, and their gradients add up here in fp32, to be reduced over copies once
 (`keep_whole`). That costs E / ep experts of every layer in the compute dtype, and saves a cast, a copy and a reduction of
-one rank for each pass of each micro-batch. Copies of them in fp8 last as long (`lasting_copies`). `training.gather_once` does so with all weights: whole dense weights and their fp32
-gradients on every rank, for one gathering and one reduction a step in place of two and one a micro-batch.
+one rank for each pass of each micro-batch. Copies of them in fp8 last as long (`lasting_copies`). `training.gather_once`
+does so with all weights: whole dense weights and their fp32 gradients on every rank, for one gathering and one reduction
+a step in place of two and one a micro-batch.
 
 Mixed precision is FSDP2's: fp32 shards (the optimizer's masters), bf16 gathered weights, fp32 reduction. Activations are
 bf16 from the embedding on, so inputs are not cast: FSDP2 would look into containers and dataclasses, and rotary tables in
