@@ -42,7 +42,7 @@ class Following:
         self.config = config or load_config("debug", overrides)
         self.storage: Storage = open_storage(self.config.storage)
         records = SimpleNamespace(done=lambda stage: self.done.is_set())
-        patch.setattr(kuberay.stages, "find", lambda *_: records)
+        patch.setattr(kuberay.stages, "find", lambda *_, **__: records)
         patch.setattr(kuberay, "FIRST_S", 0.01)
         self.thread = threading.Thread(target=self._run, args=(cluster,), daemon=True)
 

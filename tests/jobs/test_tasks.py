@@ -208,7 +208,7 @@ def test_lines_of_the_summary() -> None:
 
 
 def test_status_shows_them(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "find", lambda *_: Records({"evaluate": scores()}))
+    monkeypatch.setattr(stages, "find", lambda *_, **__: Records({"evaluate": scores()}))
     monkeypatch.setattr("jobs.views.status.require_run", lambda *_: None)
     assert status.main(["--config", "debug", f"storage.root={tmp_path}"]) == 0
     shown = capsys.readouterr().out.splitlines()[5:]
@@ -220,7 +220,7 @@ def test_the_stage_alone_asks_before_it_joins_a_cluster(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (own / "data" / "sums.jsonl").unlink()
-    monkeypatch.setattr(stages, "find", lambda *_: Records())
+    monkeypatch.setattr(stages, "find", lambda *_, **__: Records())
     monkeypatch.setattr(stages, "require_inputs", lambda *_: None)
     chosen = ["evaluation.tasks=[sums]", f"evaluation.task_folder={own}"]
     assert stage_main("evaluate", ["--config", "debug", f"storage.root={tmp_path / 'root'}", *chosen]) == 2
