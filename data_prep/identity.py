@@ -32,6 +32,18 @@ def list_corpus(config: RunConfig) -> dict[str, Listing]:
 
 def identity(config: RunConfig, listings: Mapping[str, Listing]) -> str:
     """Digest of the listing and of every setting that decides the dataset: known in seconds, without doing the work."""
+    return digest_of(_parts(config, listings) | _said_later(config))[:32]
+
+
+def settings_said_before(config: RunConfig) -> str:
+    """Digest of the settings in the records of runs from before names said more: such a run keeps the dataset that it began with."""
+    parts = _parts(config, {})
+    for source in parts["sources"].values():
+        source["settings"].pop("filters_judge", None)
+    return digest_of(parts)[:32]
+
+
+def _parts(config: RunConfig, listings: Mapping[str, Listing]) -> dict[str, Any]:
     sources = {}
     for source in config.corpus.sources:
         settings = unit_settings(source, config.corpus, "")
@@ -48,14 +60,19 @@ def identity(config: RunConfig, listings: Mapping[str, Listing]) -> str:
         "layout": layout(config.data),
         "versions": versions(),
     }
-    corpus, alike = config.corpus, _finds_alike(config)
     if _order_counts(config):
-        parts["order_of_sources"] = [source.name for source in corpus.sources]
-    if corpus.drop_duplicates_across_sources and alike:  # alone the order says it: names that were given stay
+        parts["order_of_sources"] = [source.name for source in config.corpus.sources]
+    return parts
+
+
+def _said_later(config: RunConfig) -> dict[str, Any]:
+    """What names did not say at first. Without any of it they stay."""
+    parts: dict[str, Any] = {}
+    if config.corpus.drop_duplicates_across_sources and _finds_alike(config):  # alone the order says it
         parts["drop_duplicates_across_sources"] = True
-    if alike and config.data.packing == "whole":
+    if _finds_alike(config) and config.data.packing == "whole":
         parts["too_long_for_a_row"] = "stays last"
-    return digest_of(parts)[:32]
+    return parts
 
 
 def settings_digest(config: RunConfig) -> str:

@@ -75,7 +75,9 @@ def settings_digest(config: RunConfig, storage: Storage) -> str:
 
 def _has_settings_of(held: HeldDataset, config: RunConfig, storage: Storage) -> bool:
     """Records of before hold the name that an empty corpus would have, versions of libraries in it."""
-    return held.settings == settings_digest(config, storage) or held.settings == dataset_identity(config, storage, {})
+    if held.settings in (settings_digest(config, storage), dataset_identity(config, storage, {})):
+        return True
+    return held.settings == identity.settings_said_before(questions.pinned(config, storage))
 
 
 class HeldDataset(Record):

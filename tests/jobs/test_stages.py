@@ -17,8 +17,9 @@ from jobs import stages
 from jobs.commit import git_commit
 from jobs.stages import MissingInput, find, run
 from jobs.stages.prepare import check_supply, outcome
-from jobs.stages.records import HeldDataset, Records, held_path, hold_dataset
+from jobs.stages.records import HeldDataset, Records, held_dataset, held_path, hold_dataset
 from pipeline.config.load import ConfigError, load_config
+from pipeline.config.near import NearDuplicates
 from pipeline.config.schema import RunConfig, SourceConfig, StorageConfig
 from pipeline.evaluation.heldout import evaluate
 from pipeline.evaluation.result import manifest_path
@@ -132,6 +133,17 @@ def test_a_run_that_trains_keeps_its_dataset_whatever_is_installed(
     assert done(change(config, "corpus", heldout_fraction=0.2), storage) == []
     storage.delete(train_folder(config.run_id))  # before training prepare makes what it would make now
     assert done(config, storage) == []
+
+
+def test_a_run_that_trains_keeps_its_dataset_though_names_say_more_now(living: Living) -> None:
+    """They did not say whether copies in other sources go, where near-duplicates do; nor that filters judge what is said."""
+    finish(living)
+    near = change(living.config, "corpus", near_duplicates=NearDuplicates())
+    both = change(near, "corpus", drop_duplicates_across_sources=True)
+    older = HeldDataset(dataset=living.dataset.identity, settings=identity(near, {}))
+    living.storage.write(held_path(near.run_id), older.to_json())
+    assert held_dataset(both, living.storage) == living.dataset.identity
+    assert held_dataset(change(both, "corpus", heldout_fraction=0.2), living.storage) is None
 
 
 def test_a_command_lists_its_corpus_once(living: Living, monkeypatch: pytest.MonkeyPatch) -> None:
