@@ -136,7 +136,7 @@ class Wire:
         return self._every[rows]
 
     def _buffer(self, parcel: Parcel, turn: str) -> Tensor:
-        name = f"{parcel.what}, {turn}"
+        name = f"{parcel.rows} {parcel.what} of {parcel.width}, {turn}"  # sizes are rounded up, and the row of NaN is behind these
         return symmetric.empty(name, *parcel.lines(self.ranks), parcel.dtype, self.device, self.group)
 
     def aside(self) -> AbstractContextManager[Any]:

@@ -125,7 +125,7 @@ def test_an_exchange_that_is_not_as_it_was_read_is_found_before_a_run_trusts_it(
 
 def test_memory_that_ranks_free_together_is_freed_by_none_and_taken_again_by_name() -> None:
     """Python lets go of tensors at another moment on each rank, and on one that fails alone."""
-    group: Any = SimpleNamespace(group_name="experts")
+    group: Any = SimpleNamespace(group_name="experts", size=lambda: 2, rank=lambda: 0)
     asked = "rows", 2, 8, torch.float32, torch.device("cpu"), group
     with (
         mock.patch.dict(symmetric._kept, clear=True),
@@ -138,5 +138,8 @@ def test_memory_that_ranks_free_together_is_freed_by_none_and_taken_again_by_nam
         del first
         assert symmetric.empty(*asked).data_ptr() == was
         assert met.call_count == 3  # a network that is built again has a group of its own
+        wire = Wire(group, torch.device("cpu"))  # of few rows, all buffers are of one size
+        rooms = [wire.room(Parcel(rows, 8, torch.float32, what)) for rows in (2, 3) for what in ("rows", "weights")]
+        assert len({room.data_ptr() for room in rooms}) == len(rooms)
         symmetric._kept.clear()  # as at the end of the interpreter
         assert there() is not None
