@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,11 +21,15 @@ class DroppedShare(SourceShare):
 
     def __init__(self, sources: Sequence[SourceConfig], most: float) -> None:
         super().__init__(sources, most)
+        keeps = {
+            source.name: rule.keep for source in sources if (rule := source.rules.languages) is not None and rule.keep
+        }
+        files = Counter(_files(source) for source in sources if source.name in keeps)
         self._by_language = {
             source.name
             for source in sources
-            if source.rules.languages is not None and is_of_one(source.name, source.rules.languages.keep)
-        }  # what they drop was never meant for them
+            if source.name in keeps and (is_of_one(source.name, keeps[source.name]) or files[_files(source)] > 1)
+        }  # what they drop was never meant for them: of the same files each keeps its languages, by `languages` or by hand
         self._examples: dict[tuple[str, str], list[str]] = {}
 
     def _counted(self, unit: dict[str, Any]) -> Mapping[str, int]:
@@ -52,6 +57,10 @@ class DroppedShare(SourceShare):
                     f"{source!r}, such as {', '.join(self._examples.get((source, name), []))}; loosen {where}.{threshold}, switch the rule "
                     f"off there ({rule}: false), or raise the limit; `moonlight data sample` shows what is dropped"
                 )
+
+
+def _files(source: SourceConfig) -> tuple[Any, ...]:
+    return source.path, source.include, source.exclude
 
 
 def is_of_a_rule(name: str) -> bool:

@@ -29,6 +29,11 @@ def test_languages_of_a_source_drop_the_others(languages: dict[str, float]) -> N
     judged({"name": "web", "path": "/web", "languages": languages})
 
 
+def test_languages_that_sources_of_the_same_files_share_by_hand_drop_the_others() -> None:
+    keep = {name: {"languages": {"keep": [code]}} for name, code in (("english", "en"), ("german", "de"))}
+    judged(*({"name": name, "path": "/web", "rules": rules} for name, rules in keep.items()))
+
+
 def test_a_rule_for_languages_is_judged_though_another_source_has_the_same_folder() -> None:
     rule = {"languages": {"keep": ["de"]}}
     with pytest.raises(ConfigError, match=r"languages\.keep drops 1,900 of the first 2,000 documents of source 'web'"):
