@@ -53,7 +53,7 @@ def missing(device: torch.device, group: dist.ProcessGroup, row_bytes: int) -> s
     build = None
     if torch.version.cuda is None or not symm_mem.is_nvshmem_available():
         build = f"torch {torch.__version__} finds no NVSHMEM here (libnvshmem_host.so.3, of the package nvidia-nvshmem-cu12 or -cu13)"
-    return _agreed(build, device) or _agreed(None if build else _refused(device, group), device)
+    return agreed(build, device) or agreed(None if build else _refused(device, group), device)
 
 
 def divides(ranks: int, row_bytes: int) -> bool:
@@ -71,8 +71,8 @@ def _refused(device: torch.device, group: dist.ProcessGroup) -> str | None:
     return None
 
 
-def _agreed(reason: str | None, device: torch.device) -> str | None:
-    """The reason of this rank or, if another one has one, that it has."""
+def agreed(reason: str | None, device: torch.device) -> str | None:
+    """A collective call of all ranks of the run: the reason of this rank or, if another one has one, that it has."""
     lacking = torch.tensor(int(reason is not None), device=device)
     dist.all_reduce(lacking, dist.ReduceOp.MAX)
     return reason or ("another rank of the run lacks it" if int(lacking) else None)

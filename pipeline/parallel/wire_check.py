@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.parallel import symmetric
 from pipeline.parallel.device_flight import Leg, Parcel, Wire
 
 ROUNDS = 12  # exchanges
@@ -39,13 +40,19 @@ def fault(wire: Wire, row_bytes: int) -> str | None:
         (arrived,) = wire.land(under_way.popleft())
         wrong[number] = (arrived[: len(expected[number])] != expected[number]).any()
 
-    for number, sent in enumerate(leaving):  # from here on the host waits for nothing
-        wire.room(parcel)[: sum(map(len, sent))].copy_(torch.cat(sent))
-        under_way.append(wire.launch(splits_RW[number], (parcel,)))
-        if number + 1 >= wire.trips:
-            compare(number + 1 - wire.trips)
-    for number in range(ROUNDS - len(under_way), ROUNDS):
-        compare(number)
+    refused = None
+    try:
+        for number, sent in enumerate(leaving):  # from here on the host waits for nothing
+            wire.room(parcel)[: sum(map(len, sent))].copy_(torch.cat(sent))
+            under_way.append(wire.launch(splits_RW[number], (parcel,)))
+            if number + 1 >= wire.trips:
+                compare(number + 1 - wire.trips)
+        for number in range(ROUNDS - len(under_way), ROUNDS):
+            compare(number)
+    except RuntimeError as error:  # teams of ranks are made at the first exchange
+        refused = f"NVSHMEM exchanges nothing between these ranks: {str(error).splitlines()[0]}"
+    if refused := symmetric.agreed(refused, device):
+        return refused
     dist.all_reduce(wrong)
     found = wrong.tolist()
     if not any(found):

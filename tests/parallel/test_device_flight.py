@@ -92,7 +92,7 @@ def test_what_cannot_be_is_refused_by_name_or_left() -> None:
 
 
 def faults(world: int, trips: int) -> list[str | None]:
-    """Of the operator as it is read, of one that says that rows lie there in another order, and of one that fetches too late."""
+    """Of the operator as it is read, of one that takes rows from another place, one that fetches too late, and one that does not begin."""
     with symmetric_over_gloo() as found:
         sound = fault(Wire(dist.group.WORLD, torch.device("cpu"), trips=trips), 64)
         assert found.calls == ROUNDS
@@ -106,9 +106,12 @@ def faults(world: int, trips: int) -> list[str | None]:
                 sent, before[:] = before[0] if before else sent, [sent.clone()]
             operator(sent, *others)
 
+        def refused(*_: Any) -> None:
+            raise RuntimeError("no team\nof these ranks")
+
         before: list[Any] = []
         results = [sound]
-        for broken in (turned, late):
+        for broken in (turned, late, refused):
             aside = mock.patch.object(Wire, "aside", return_value=nullcontext())  # these make tensors there
             with aside, mock.patch.object(symmetric, "all_to_all", broken):
                 results.append(fault(Wire(dist.group.WORLD, torch.device("cpu"), trips=trips), 64))
@@ -117,8 +120,9 @@ def faults(world: int, trips: int) -> list[str | None]:
 
 @pytest.mark.parametrize("trips", [1, 2])
 def test_an_exchange_that_is_not_as_it_was_read_is_found_before_a_run_trusts_it(trips: int) -> None:
-    for sound, turned, late in run_distributed(faults, 2, 2, trips):
+    for sound, turned, late, refused in run_distributed(faults, 2, 2, trips):
         assert sound is None
+        assert refused == "NVSHMEM exchanges nothing between these ranks: no team"
         assert turned == f"rows arrived wrong at 2 of 2 ranks, in exchange 1 of {ROUNDS} that were tried"
         assert late == f"rows arrived wrong at 2 of 2 ranks, in exchange 2 of {ROUNDS} that were tried"
 
