@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
-
-from botocore.exceptions import BotoCoreError
 
 from data_prep.handed_listing import handed
 from jobs import stages
 from jobs.cli import looking, open_run, parser
-from jobs.drivers.failures import CLOSED, HELD
-from jobs.on_ray.failed import WorkersFailed
+from jobs.drivers.ending import ENDINGS, ended
 from jobs.on_ray.progress import ProgressLines, Work
-from jobs.on_ray.signals import Interrupted, raise_on_signals
+from jobs.on_ray.signals import raise_on_signals
 from jobs.stages.leases import refuse_held
 from jobs.stages.records import Records, hold_dataset, keep_settings
 from jobs.views.live import watched
-from pipeline.lease import Held, LeaseLost
-from pipeline.publishing.gate import GateError
-from pipeline.storage import said_by_storage
 from pipeline.training import initial
 
 
@@ -55,22 +48,6 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> int:
             raise_on_signals()
             lines.work = Work(stage, since=time.time())
             stages.run(stage, config, storage, records)
-    except (Held, LeaseLost) as error:
-        print(f"{stage}: {error}", file=sys.stderr)
-        return HELD
-    except Interrupted as error:
-        print(f"{stage}: {error}", file=sys.stderr)
-        return error.exit_code
-    except GateError as error:
-        print(f"{stage}: {error}", file=sys.stderr)
-        return CLOSED
-    except WorkersFailed as error:
-        print(f"{stage}: {error}", file=sys.stderr)
-        return 1
-    except (OSError, BotoCoreError) as error:
-        print(f"{stage}: {said_by_storage(error)}", file=sys.stderr)
-        return 1
-    except ValueError as error:  # ConfigError, StorageError, MissingInput: the message is the whole story
-        print(f"{stage}: {error}", file=sys.stderr)
-        return 2
+    except ENDINGS as error:
+        return ended(stage, error)
     return 0

@@ -8,16 +8,13 @@ python -m jobs.evaluate --all --config ...       each that is there now
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 
-from botocore.exceptions import BotoCoreError
-
 from jobs import stage, stages
 from jobs.cli import looking, open_run, parser
-from jobs.on_ray.failed import WorkersFailed
-from jobs.on_ray.signals import Interrupted, raise_on_signals
+from jobs.drivers.ending import ENDINGS, ended
+from jobs.on_ray.signals import raise_on_signals
 from jobs.stages.records import hold_dataset
 from jobs.views.curves import write_curves
 from jobs.views.live import watched
@@ -25,7 +22,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.evaluation.follow import Followed, follow
 from pipeline.evaluation.result import EvaluationProgress
 from pipeline.manifest import CheckpointManifest, DatasetManifest, EvaluationManifest
-from pipeline.storage import Storage, said_by_storage
+from pipeline.storage import Storage
 from pipeline.training.commits import lease_path, train_folder
 from pipeline.workflow.record import add_event
 
@@ -70,18 +67,8 @@ def judge_all(config_name: str, overrides: Sequence[str], *, wait: bool) -> int:
             done = _follow(config, records.dataset, storage, wait)
             if wait and stages.find(config, storage, "evaluate", until="train").done("train"):
                 stages.run("evaluate", config, storage)  # the chosen one, if it is the mean of several
-    except Interrupted as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return error.exit_code
-    except WorkersFailed as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return 1
-    except (OSError, BotoCoreError) as error:
-        print(f"evaluate: {said_by_storage(error)}", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return 2
+    except ENDINGS as error:
+        return ended("evaluate", error)
     print(_summary(done), flush=True)
     return 1 if done.passed_over else 0
 
